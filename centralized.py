@@ -1,0 +1,117 @@
+"""Centralised training, one batch per call, and the learning-rate schedules.
+
+from centralized import learning_rate
+[learning_rate("cosine", t, total=10, lr=0.1, warmup=2) for t in range(10)]
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SCHEDULES = ("constant", "step", "exponential", "cosine")
+
+
+def learning_rate(schedule: str, at: float, *, total: float, lr: float, warmup: float = 0) -> float:
+    """Return the learning rate at time `at` of `total` (rounds or epochs, fractions allowed).
+
+    Linear from lr/(warmup+1) over the first `warmup`; then over what remains, with p from 0 to 1:
+    constant; "step": times 0.1 at p = 1/2 and again at 3/4; "exponential": 0.01^p; "cosine": to zero.
+
+    Raises:
+        ValueError: unknown schedule, or a warm-up that is negative or as long as the run.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}: choose from {', '.join(SCHEDULES)}")
+    if warmup and not 0 <= warmup < total:
+        raise ValueError(
+            f"the warm-up ({warmup}) must be at least 0 and shorter than the run ({total})"
+        )
+    if at < warmup:
+        return lr * (at + 1) / (warmup + 1)
+    p = (at - warmup) / (total - warmup) if total > warmup else 0.0
+    if schedule == "step":
+        return lr * (1.0 if p < 0.5 else 0.1 if p < 0.75 else 0.01)
+    if schedule == "exponential":
+        return lr * 0.01**p
+    if schedule == "cosine":
+        return lr * 0.5 * (1 + math.cos(math.pi * min(p, 1.0)))
+    return lr
+
+
+class Centralized:
+    """The centralised loop: `advance` trains one batch; an epoch's last call returns its record.
+
+    Args:
+        draw: epoch (from 0) -> (steps, B, ...) tensor of the epoch's batches.
+        train_batch: (batch, time in epochs) -> scalar loss tensor; steps the parameters.
+        tensors: name -> tensor that training mutates (theta, momentum); saved and restored.
+        on_load: called after the tensors were overwritten.
+
+    Raises:
+        ValueError: a loss is not finite; the message names epoch and step.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[int], Tensor],
+        train_batch: Callable[[Tensor, float], Tensor],
+        tensors: dict[str, Tensor],
+        on_load: Callable[[], None] = lambda: None,
+    ):
+        self.draw, self.train_batch, self.tensors, self.on_load = (
+            draw,
+            train_batch,
+            tensors,
+            on_load,
+        )
+        self.epoch, self.step, self.losses, self.seconds = 0, 0, [], 0.0
+        self._batches = None
+
+    def advance(self) -> dict | None:
+        """Train the next batch; returns the epoch's record after its last batch, else None."""
+        started = time.perf_counter()
+        if self._batches is None:
+            self._batches = self.draw(self.epoch)
+        steps = len(self._batches)
+        at = self.epoch + self.step / steps
+        self.losses.append(self.train_batch(self._batches[self.step], at))
+        self.step += 1
+        self.seconds += time.perf_counter() - started
+        if self.step < steps:
+            return None
+        losses = self._checked_losses()
+        record = {
+            "epoch": self.epoch + 1,
+            "train_loss": math.fsum(losses) / steps,
+            "seconds": float(f"{self.seconds:.4f}"),
+        }
+        self.epoch, self.step, self.losses, self.seconds = self.epoch + 1, 0, [], 0.0
+        self._batches = None
+        return record
+
+    def _checked_losses(self) -> list[float]:
+        losses = (
+            torch.stack([torch.as_tensor(x) for x in self.losses]).tolist() if self.losses else []
+        )
+        for step, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise ValueError(f"epoch {self.epoch + 1}, step {step + 1}: the loss is {loss}")
+        return losses
+
+    def state_dict(self) -> dict:
+        """Return all that the rest of the run depends on; refuses to save a diverged state."""
+        state = {"epoch": self.epoch, "step": self.step, "seconds": self.seconds}
+        return state | {"losses": self._checked_losses(), "tensors": dict(self.tensors)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from `state_dict`'s answer, to the same bits."""
+        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.losses, self._batches = list(state["losses"]), None
+        for name, tensor in self.tensors.items():
+            tensor.copy_(state["tensors"][name])
+        self.on_load()

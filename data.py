@@ -1,0 +1,382 @@
+"""Images on the device as uint8, splits, client shards, and the batches of a local step.
+
+Everything random is a function of (seed, purpose, counters): no generator's state outlives a call.
+The pixels go uint8 -> crop, flip -> bicubic resize -> normalise, in batch and on the device.
+Shards: iid; N_c classes per client (McMahan 2017, arXiv:1602.05629); Dirichlet (Hsu 2019, arXiv:1909.06335).
+
+    from data import draw_batches, shard_by_class, synthetic_dataset
+    dataset = synthetic_dataset(samples_per_class=10)
+    shards = shard_by_class(dataset.train.labels.numpy(), clients=50, classes_per_client=2, seed=0)
+    draws = draw_batches(shards[7], batch_size=4, steps=3, seed=0, round=1, client=7)  # (3, 4, 4) int64
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import pickle
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PADDING = 4  # pixels that a random crop may shift an image by
+
+
+class ImageSet(NamedTuple):
+    """images: (N, 3, H, W) uint8; labels: (N,) int64; both on one device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def to(self, device) -> ImageSet:
+        """Return the set on another device."""
+        return ImageSet(self.images.to(device), self.labels.to(device))
+
+
+class Dataset(NamedTuple):
+    """A train and a test set with names; `superclass_of[c]` indexes `superclasses`."""
+
+    train: ImageSet
+    test: ImageSet
+    classes: list[str]
+    superclasses: list[str]
+    superclass_of: list[int]
+
+
+def random(seed: int, purpose: str, *counters: int) -> np.random.Generator:
+    """Return the generator of one purpose: Philox keyed by (seed, purpose), at up to two counters."""
+    a, b = (*counters, 0, 0)[:2]
+    key = [seed, zlib.crc32(purpose.encode())]
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, a, b]))
+
+
+# ---------------------------------------------------------------------------- data sets
+
+
+def load_cifar100(folder: str | Path) -> Dataset:
+    """Load CIFAR-100 through torchvision, downloading it into `folder` where it is missing.
+
+    Raises:
+        ValueError: no network, a damaged folder, or no torchvision; the message says what to do.
+    """
+    try:
+        from torchvision.datasets import CIFAR100
+        from torchvision.datasets.utils import check_integrity
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"CIFAR-100 needs a torchvision that matches torch: {error}") from None
+    base = Path(folder) / CIFAR100.base_folder
+    files = [*CIFAR100.train_list, *CIFAR100.test_list]
+    files.append((CIFAR100.meta["filename"], CIFAR100.meta["md5"]))
+    for name, md5 in files:
+        if base.exists() and not check_integrity(base / name, md5):
+            state = "damaged (MD5 differs)" if (base / name).exists() else "missing"
+            raise ValueError(
+                f"{base / name} is {state}: delete {base} and run again to download it, or take "
+                "--data synthetic, which needs no files"
+            )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            train, test = (
+                CIFAR100(str(folder), t, download=not base.exists()) for t in (True, False)
+            )
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"cannot download CIFAR-100 ({error}). Without a network, unpack cifar-100-python.tar.gz "
+            f"into {folder} so that {base} exists, or take --data synthetic, which needs no files"
+        ) from None
+    fine_to_coarse, superclasses = _cifar_superclasses(base)
+    sets = (
+        ImageSet(
+            torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
+            torch.tensor(part.targets, dtype=torch.int64),
+        )
+        for part in (train, test)
+    )
+    return Dataset(*sets, list(train.classes), superclasses, fine_to_coarse)
+
+
+def _cifar_superclasses(base: Path) -> tuple[list[int], list[str]]:
+    """Read the 20 superclasses from files whose MD5 has been checked."""
+    entries, meta = (
+        pickle.loads((base / name).read_bytes(), encoding="latin1") for name in ("test", "meta")
+    )
+    pairs = dict(zip(entries["fine_labels"], entries["coarse_labels"], strict=True))
+    return [pairs[c] for c in range(len(pairs))], list(meta["coarse_label_names"])
+
+
+def synthetic_dataset(samples_per_class: int = 200, seed: int = 0) -> Dataset:
+    """Generate 100 classes in 20 superclasses, 32x32; test holds a quarter as many images as train.
+
+    An image is a 4x4 grid of 8x8 cells. Half of them, at random, carry the superclass's pattern, the
+    others the pattern of the class within it, each with a random sign, under noise: every class has the
+    same mean image, so a linear classifier on pixels stays at chance, yet a small ViT learns it.
+    """
+    patterns = torch.from_numpy(random(seed, "patterns").standard_normal((25, 3, 8, 8), np.float32))
+    patterns = F.avg_pool2d(F.pad(patterns, (1, 1, 1, 1), mode="circular"), 3, 1)
+    patterns /= patterns.std(dim=(1, 2, 3), keepdim=True)
+    train = _synthetic_images(patterns, 100 * samples_per_class, random(seed, "synthetic train"))
+    test = _synthetic_images(patterns, 25 * samples_per_class, random(seed, "synthetic test"))
+    names = [f"pattern {c // 5:02d}.{c % 5}" for c in range(100)]
+    return Dataset(
+        train, test, names, [f"pattern {s:02d}" for s in range(20)], [c // 5 for c in range(100)]
+    )
+
+
+def _synthetic_images(patterns: Tensor, count: int, generator: np.random.Generator) -> ImageSet:
+    labels = np.arange(count) % 100
+    cells = np.where(
+        generator.random((count, 16)).argsort(axis=1) < 8,
+        labels[:, None] // 5,
+        20 + labels[:, None] % 5,
+    )
+    signs = torch.from_numpy(generator.integers(0, 2, (count, 16)) * 2.0 - 1.0).float()
+    contrast = torch.from_numpy(generator.uniform(0.5, 1.5, (count, 1)).astype(np.float32))
+    images = patterns[torch.from_numpy(cells)] * (signs * contrast)[..., None, None, None]
+    images = images.view(count, 4, 4, 3, 8, 8).permute(0, 3, 1, 4, 2, 5).reshape(count, 3, 32, 32)
+    images += 0.5 * torch.from_numpy(generator.standard_normal(images.shape, np.float32))
+    pixels = images.mul_(32).add_(127.5).clamp_(0, 255).to(torch.uint8)
+    return ImageSet(pixels, torch.from_numpy(labels))
+
+
+# ---------------------------------------------------------------------------- splits and shards
+
+
+def split_validation(
+    labels: np.ndarray, fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split the samples into (train, validation) indices, sorted, stratified by class.
+
+    Args:
+        labels: (N,) integer classes.
+        fraction: share of every class that goes to validation, in [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"the validation fraction must lie in [0, 1), not {fraction}")
+    order = random(seed, "validation").permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    counts = np.bincount(labels)
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    held_out = rank < np.round(fraction * np.repeat(counts, counts))
+    return np.sort(by_class[~held_out]), np.sort(by_class[held_out])
+
+
+def shard_iid(labels: np.ndarray, clients: int, seed: int) -> list[np.ndarray]:
+    """Deal the samples at random; sizes differ by at most one. Returns one int64 index array per client."""
+    _check_clients(labels, clients)
+    order = random(seed, "iid shards").permutation(len(labels))
+    return _split_by_client(order, np.arange(len(labels)) % clients, clients)
+
+
+def shard_by_class(
+    labels: np.ndarray, clients: int, classes_per_client: int, seed: int
+) -> list[np.ndarray]:
+    """Give every client samples of exactly `classes_per_client` distinct classes.
+
+    Every sample goes to exactly one client, classes are shared by an (almost) equal number of clients,
+    and sizes are as equal as the counts allow.
+
+    Returns:
+        One int64 index array per client.
+
+    Raises:
+        ValueError: unless classes <= clients * classes_per_client <= samples can be met.
+    """
+    _check_clients(labels, clients)
+    classes, class_sizes = np.unique(labels, return_counts=True)
+    if not 1 <= classes_per_client <= len(classes):
+        raise ValueError(
+            f"N_c must lie in 1..{len(classes)} (the classes), not {classes_per_client}"
+        )
+    slots = clients * classes_per_client
+    if slots < len(classes):
+        raise ValueError(
+            f"{clients} clients of {classes_per_client} classes cannot cover {len(classes)} classes"
+        )
+    capacity = np.minimum(class_sizes, clients)
+    if slots > capacity.sum():
+        raise ValueError(
+            f"{clients} clients of {classes_per_client} classes need {slots} parts of at least one "
+            f"sample, and the {len(labels)} samples give at most {capacity.sum()}"
+        )
+    generator = random(seed, "class shards")
+    shares = _spread_evenly(slots, capacity, generator)
+    wanted = np.full(clients, classes_per_client)
+    sizes = np.zeros(clients, np.int64)
+    indices, owners = [], []
+    for c in generator.permutation(len(classes)):
+        # Clients that still want most classes come first (Gale-Ryser), so no one is left short.
+        key = generator.random(clients) - wanted
+        holders = np.argpartition(key, shares[c] - 1)[: shares[c]]
+        wanted[holders] -= 1
+        small, extra = divmod(class_sizes[c], shares[c])
+        part = np.full(shares[c], small)
+        part[np.lexsort((generator.random(shares[c]), sizes[holders]))[:extra]] += 1
+        sizes[holders] += part
+        indices.append(generator.permutation(np.flatnonzero(labels == classes[c])))
+        owners.append(np.repeat(holders, part))
+    return _split_by_client(np.concatenate(indices), np.concatenate(owners), clients)
+
+
+def shard_dirichlet(labels: np.ndarray, clients: int, alpha: float, seed: int) -> list[np.ndarray]:
+    """Draw each client's class mixture from Dirichlet(alpha * prior); sizes differ by at most one.
+
+    A small alpha gives nearly one class per client, a large one the prior. Every sample is used once: as
+    in Hsu 2019 a class that runs out is dropped and the client's mixture renormalised.
+
+    Raises:
+        ValueError: alpha is not positive, or more clients than samples.
+    """
+    _check_clients(labels, clients)
+    if not (alpha > 0 and math.isfinite(alpha)):
+        raise ValueError(f"the Dirichlet concentration must be positive, not {alpha}")
+    generator = random(seed, "Dirichlet shards")
+    classes, left = np.unique(labels, return_counts=True)
+    mixture = generator.standard_gamma(alpha * left / left.sum(), (clients, len(classes)))
+    pools = [generator.permutation(np.flatnonzero(labels == c)) for c in classes]
+    open_slots = generator.permutation(len(labels)) % clients  # the client of each unfilled slot
+    indices, owners = [], []
+    while len(open_slots):
+        wish = _draw_classes(mixture, open_slots, left, generator)
+        filled = np.zeros(len(open_slots), bool)
+        for c in np.unique(wish):
+            takers = np.flatnonzero(wish == c)[: left[c]]
+            filled[takers] = True
+            left[c] -= len(takers)
+            indices.append(pools[c][left[c] : left[c] + len(takers)])
+            owners.append(open_slots[takers])
+        open_slots = open_slots[~filled]
+    return _split_by_client(np.concatenate(indices), np.concatenate(owners), clients)
+
+
+def _draw_classes(mixture, clients, left, generator) -> np.ndarray:
+    """Draw one class per entry of `clients` from its mixture, restricted to classes with samples left."""
+    rows, row = np.unique(clients, return_inverse=True)
+    weights = mixture[rows] * (left > 0)
+    steps = np.cumsum(weights, axis=1, out=weights)
+    empty = steps[:, -1] <= np.finfo(np.float32).tiny
+    steps[empty] = np.cumsum(left)  # the mixture's classes are used up: take what there is
+    point = generator.random(len(clients)) * steps[row, -1] * (1 - 1e-7)
+    drawn = np.empty(len(clients), np.int64)
+    for part in in_chunks(len(clients), 100_000):
+        drawn[part] = (steps[row[part]] <= point[part, None]).sum(axis=1)
+    return drawn
+
+
+def _check_clients(labels: np.ndarray, clients: int) -> None:
+    if not 1 <= clients <= len(labels):
+        raise ValueError(
+            f"the number of clients must lie in 1..{len(labels)} (the samples), not {clients}"
+        )
+
+
+def _spread_evenly(total: int, capacity: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Split `total` into counts as equal as `capacity` allows; ties fall at random."""
+    counts = np.zeros(len(capacity), np.int64)
+    while (rest := total - counts.sum()) > 0:
+        free = np.flatnonzero(counts < capacity)
+        if rest < len(free):
+            counts[generator.permutation(free)[:rest]] += 1
+        else:
+            counts[free] += np.minimum(rest // len(free), capacity[free] - counts[free])
+    return counts
+
+
+def _split_by_client(indices: np.ndarray, owners: np.ndarray, clients: int) -> list[np.ndarray]:
+    ordered = indices[np.argsort(owners, kind="stable")].astype(np.int64)
+    ends = np.cumsum(np.bincount(owners, minlength=clients))
+    return [ordered[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+# ---------------------------------------------------------------------------- batches on the device
+
+
+def draw_batches(
+    shard: np.ndarray, batch_size: int, steps: int, *, seed: int, round: int, client: int = 0
+) -> Tensor:
+    """Draw the batches of one client's local steps: (steps, batch_size, 4) int64 on the CPU.
+
+    The last axis holds image index, crop row, crop column (0..2 * PADDING), flip (0 or 1). A local epoch
+    is a fresh permutation of the shard; a shard smaller than a batch repeats.
+    """
+    generator = random(seed, "local batches", round, client)
+    count = batch_size * steps
+    epochs = [generator.permutation(shard) for _ in range(math.ceil(count / len(shard)))]
+    draws = np.empty((count, 4), np.int64)
+    draws[:, 0] = np.concatenate(epochs)[:count]
+    draws[:, 1:3] = generator.integers(0, 2 * PADDING + 1, (count, 2))
+    draws[:, 3] = generator.integers(0, 2, count)
+    return torch.from_numpy(draws).view(steps, batch_size, 4)
+
+
+def draw_epoch(train: np.ndarray, batch_size: int, *, seed: int, epoch: int) -> Tensor:
+    """Draw one epoch's batches over `train`, in the layout of `draw_batches`; the last rows that do not
+    fill a batch are left out of this epoch (all of them are kept when they are the only ones)."""
+    size = min(batch_size, len(train))
+    return draw_batches(train, size, len(train) // size, seed=seed, round=epoch)
+
+
+def crop_and_flip(images: Tensor, draws: Tensor) -> Tensor:
+    """Gather images[draws[:, 0]], shift by a zero-padded crop and flip as drawn: (B, 3, H, W) uint8.
+
+    Args:
+        images: (N, 3, H, W) uint8.
+        draws: (B, 4) int64 on the same device, see `draw_batches`.
+    """
+    index, row, column, flip = draws.unbind(1)
+    padded = F.pad(images[index], (PADDING,) * 4)
+    height, width = images.shape[-2:]
+    rows = row[:, None] + torch.arange(height, device=images.device)
+    across = torch.arange(width, device=images.device)
+    columns = column[:, None] + torch.where(flip[:, None] > 0, width - 1 - across, across)
+    batch = torch.arange(len(draws), device=images.device)[:, None, None, None]
+    channel = torch.arange(images.shape[1], device=images.device)[:, None, None]
+    return padded[batch, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+class Preprocess:
+    """Resize uint8 images bicubically (a = -0.5, as PIL), clamp to the range, normalise.
+
+    The resize is two products with constant matrices: exact, and the same on every device.
+
+    Args:
+        image_size: side of the output in pixels.
+        mean, std: per channel, for pixels in [0, 1].
+        dtype: of the output (B, 3, image_size, image_size).
+    """
+
+    def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float], device, dtype):
+        self.image_size, self.device, self.dtype = image_size, device, dtype
+        self.scale = (1 / (255 * torch.tensor(std))).view(3, 1, 1).to(device)
+        self.shift = (torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1).to(device)
+        self._matrices: dict[int, Tensor] = {}
+
+    def _matrix(self, side: int) -> Tensor:
+        """Return the (image_size, side) resize matrix: interpolate's answer to each unit vector."""
+        if side not in self._matrices:
+            basis = torch.eye(side).view(1, side, 1, side)
+            size = (1, self.image_size)
+            out = F.interpolate(basis, size=size, mode="bicubic", antialias=True)
+            self._matrices[side] = out[0, :, 0].T.contiguous().to(self.device)
+        return self._matrices[side]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Turn (B, 3, H, W) uint8 into (B, 3, image_size, image_size) of `dtype`."""
+        x = images.float()
+        height, width = x.shape[-2:]
+        if (height, width) != (self.image_size, self.image_size):
+            x = self._matrix(height) @ (x @ self._matrix(width).T)
+            x = x.clamp_(0, 255)
+        return x.mul_(self.scale).sub_(self.shift).to(self.dtype)
+
+
+def in_chunks(count: int, size: int) -> Iterator[slice]:
+    """Yield slices of at most `size` that cover range(count)."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

@@ -1,0 +1,360 @@
+"""Vision transformer by hand, in DINO's key layout, and the flat view of its parameters.
+
+    x = patches W + b + position;  x = x + attention(norm1(x));  x = x + mlp(norm2(x));  norm(x)[class token]
+
+Pre-norm, exact GELU, LayerNorm eps 1e-6 (Dosovitskiy 2021, arXiv:2010.11929); position grids of other
+sizes by DINO's bicubic rule (Caron 2021, arXiv:2104.14294), kept as one constant matrix.
+
+    import torch; from model import build_vit, FlatView
+    vit = build_vit("vit_demo", classes=10)
+    flat = FlatView(vit.named_parameters())
+    vit(torch.zeros(2, 3, 32, 32)).sum().backward(); flat.theta.sub_(0.1 * flat.grad)
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import os
+import urllib.error
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+DINO_FILE = "dino_deitsmall16_pretrain.pth"
+DINO_URL = f"https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/{DINO_FILE}"
+ALIGNMENT = 64  # elements: 128 bytes in half precision, 256 in fp32
+
+
+@dataclass(frozen=True)
+class ViTShape:
+    """Sizes of a vision transformer; `grid` is the side of its position grid in patches."""
+
+    width: int
+    depth: int
+    heads: int
+    patch: int = 16
+    grid: int = 14
+
+
+MODELS = {
+    "vit_s16": ViTShape(384, 12, 6),
+    "vit_ti16": ViTShape(192, 12, 3),
+    "vit_b16": ViTShape(768, 12, 12),
+    "vit_demo": ViTShape(48, 2, 3, patch=8, grid=4),
+}
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into patches and project each: a convolution whose kernel equals its stride."""
+
+    def __init__(self, patch: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch, patch)
+
+    def forward(self, images: Tensor) -> Tensor:
+        p = self.proj.kernel_size[0]
+        n, c, h, w = images.shape
+        x = images.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
+        x = x.reshape(n, (h // p) * (w // p), c * p * p)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # (N, T, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, d = x.shape
+        qkv = self.qkv(x).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(*qkv.unbind(0))  # (N, heads, T, D / heads)
+        return self.proj(x.transpose(1, 2).reshape(n, t, d))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, 4 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """A ViT with DINO's parameter names and a linear head; see `build_vit`."""
+
+    def __init__(self, shape: ViTShape, classes: int):
+        super().__init__()
+        self.shape = shape
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + shape.grid**2, shape.width))
+        self.patch_embed = PatchEmbed(shape.patch, shape.width)
+        self.blocks = nn.ModuleList(Block(shape.width, shape.heads) for _ in range(shape.depth))
+        self.norm = nn.LayerNorm(shape.width, eps=1e-6)
+        self.head = nn.Linear(shape.width, classes)
+        self._resamplers: dict[tuple, Tensor] = {}
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """Return the position embedding (1, 1 + h*w, D) of an image of this many patches."""
+        grid = self.shape.grid
+        if (height, width) == (grid, grid):
+            return self.pos_embed
+        key = (height, width, self.pos_embed.device, self.pos_embed.dtype)
+        if key not in self._resamplers:
+            matrix = position_matrix(grid, height, width)
+            self._resamplers[key] = matrix.to(self.pos_embed.device, self.pos_embed.dtype)
+        patches = self._resamplers[key] @ self.pos_embed[0, 1:]
+        return torch.cat([self.pos_embed[:, :1], patches[None]], dim=1)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Turn images (N, 3, H, W) into the first block's input (N, 1 + T, D)."""
+        check_image_size(images.shape[-2:], self.shape.patch)
+        height, width = (side // self.shape.patch for side in images.shape[-2:])
+        x = self.patch_embed(images)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        return x + self.positions(height, width)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the normalised class token (N, D) of images (N, 3, H, W)."""
+        x = self.embed(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x[:, 0])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (N, classes) in fp32."""
+        features = self.features(images).float()
+        return F.linear(features, self.head.weight.float(), self.head.bias.float())
+
+
+def check_image_size(size: Iterable[int], patch: int) -> None:
+    """Raise ValueError unless every side is a positive multiple of the patch."""
+    for side in size:
+        if side < patch or side % patch:
+            raise ValueError(f"image size {side} is no multiple of the patch size {patch}")
+
+
+def position_matrix(grid: int, height: int, width: int) -> Tensor:
+    """Return the constant (height*width, grid*grid) matrix of DINO's bicubic position resampling.
+
+    DINO passes interpolate the scale (n + 0.1) / grid, not a size; the coordinates follow the scale.
+    """
+    basis = torch.eye(grid * grid, dtype=torch.float64).view(1, grid * grid, grid, grid)
+    scale = ((height + 0.1) / grid, (width + 0.1) / grid)
+    out = F.interpolate(basis, scale_factor=scale, mode="bicubic")
+    assert out.shape[-2:] == (height, width), out.shape
+    return out[0].flatten(1).T.contiguous()
+
+
+def build_vit(name: str, classes: int, seed: int = 0) -> VisionTransformer:
+    """Build an initialised model: truncated normal 0.02 weights, zero biases and zero head, by `seed`.
+
+    Raises:
+        ValueError: the name is not in MODELS.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
+    model = VisionTransformer(MODELS[name], classes)
+    generator = torch.Generator().manual_seed(seed)
+    for key, parameter in model.named_parameters():
+        if parameter.dim() > 1 and not key.startswith("head."):
+            nn.init.trunc_normal_(parameter, std=0.02, a=-2.0, b=2.0, generator=generator)
+        elif not key.startswith(("norm", "blocks")) or key.endswith("bias"):
+            nn.init.zeros_(parameter)
+    return model
+
+
+def default_normalisation(weights: str) -> tuple[tuple, tuple]:
+    """Return (mean, std) of a checkpoint by its name: 0.5 for ViTs trained by Google's recipe."""
+    name = Path(weights).name
+    return HALF if name == "none" or name.startswith("vit_tiny_patch16") else IMAGENET
+
+
+def download_dino(folder: str | Path) -> Path:
+    """Return DINO's ViT-S/16 checkpoint in `folder`, downloading it first where it is missing.
+
+    The first download pins the file's SHA-256 in a side file; a file that no longer matches is refused.
+
+    Raises:
+        ValueError: no network, or a file that is damaged.
+    """
+    path = Path(folder) / DINO_FILE
+    pin = path.with_name(DINO_FILE + ".sha256")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{DINO_FILE}.{os.getpid()}.tmp")
+        try:
+            torch.hub.download_url_to_file(DINO_URL, str(partial))
+            read_checkpoint(partial)
+            os.replace(partial, path)
+        except (urllib.error.URLError, OSError) as error:
+            raise ValueError(
+                f"--weights dino: cannot download {DINO_URL} ({error}). Without a network, put that "
+                f"file at {path}, or take --data synthetic, which needs no weights"
+            ) from None
+        finally:
+            partial.unlink(missing_ok=True)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not pin.exists():
+        read_checkpoint(path)
+        pin.write_text(digest + "\n")
+        print(f"{path}: SHA-256 {digest} pinned in {pin.name}")
+    elif pin.read_text().strip() != digest:
+        raise ValueError(
+            f"{path} is damaged: its SHA-256 differs from {pin}; delete both, run again"
+        )
+    return path
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """Return a checkpoint's backbone tensors under DINO's keys; heads and wrappers are dropped.
+
+    Raises:
+        ValueError: the file is missing, damaged, or holds no tensors.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"weights {path}: no such file") from None
+    except Exception as error:  # torch.load raises many types on damaged files
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"weights {path}: damaged or no PyTorch checkpoint ({reason})") from None
+    for wrapper in ("teacher", "model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"weights {path}: holds no dictionary of tensors")
+    tensors = {}
+    for key, value in state.items():
+        for prefix in ("module.", "backbone."):
+            key = key.removeprefix(prefix)
+        if not key.startswith("head."):
+            tensors[key] = value
+    return tensors
+
+
+@torch.no_grad()
+def load_weights(model: VisionTransformer, path: str | Path) -> None:
+    """Copy a checkpoint into the backbone of `model`; keys and shapes must match exactly.
+
+    Raises:
+        ValueError: damaged file, or another architecture; the first key that differs is named.
+    """
+    tensors = read_checkpoint(path)
+    own = {k: p for k, p in model.named_parameters() if not k.startswith("head.")}
+    for key in [*own, *tensors]:
+        ours = tuple(own[key].shape) if key in own else "absent"
+        theirs = tuple(tensors[key].shape) if key in tensors else "absent"
+        if ours != theirs:
+            raise ValueError(
+                f"weights {path}: another architecture, {key} is {theirs} in the file and {ours} in "
+                f"the model (--model {'|'.join(MODELS)})"
+            )
+    for key, parameter in own.items():
+        parameter.copy_(tensors[key])
+
+
+def trained_names(model: VisionTransformer, train: str, freeze_head: bool) -> list[str]:
+    """Return the parameters that train: "all", "head", or from a block on ("blocks.8").
+
+    Raises:
+        ValueError: no such block, or nothing left to train.
+    """
+    names = [name for name, _ in model.named_parameters() if not name.startswith("head.")]
+    if train == "head":
+        names = []
+    elif train != "all":
+        blocks = [f"blocks.{i}" for i in range(model.shape.depth)]
+        if train not in blocks:
+            raise ValueError(
+                f"--train {train}: choose all, head, or one of {blocks[0]} to {blocks[-1]}"
+            )
+        first = next(i for i, name in enumerate(names) if name.startswith(train + "."))
+        names = names[first:]
+    names += [] if freeze_head else ["head.weight", "head.bias"]
+    if not names:
+        raise ValueError("--train head with --freeze-head leaves nothing to train")
+    return names
+
+
+class FlatView:
+    """Make parameters views into one contiguous vector `theta` (P,), their gradients into `grad` (P,).
+
+    Every parameter starts at a multiple of ALIGNMENT elements; `size` counts the parameters alone,
+    without the padding between them (which stays zero). With a half-precision `compute_dtype` the
+    model reads `compute` (P,), a cast of `theta`, and `grad` has that type too; otherwise `compute`
+    is None and the model reads `theta` itself.
+
+    Args:
+        parameters: (name, parameter) pairs; all are made trainable.
+        dtype: of theta, fp32 or fp64.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+    ):
+        parameters = dict(parameters)
+        if not parameters:
+            raise ValueError("a flat view needs at least one parameter")
+        self.shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+        self.offsets, end = {}, 0
+        for name, p in parameters.items():
+            self.offsets[name] = end
+            end += math.ceil(p.numel() / ALIGNMENT) * ALIGNMENT
+        self.size = sum(p.numel() for p in parameters.values())
+        device = next(iter(parameters.values())).device
+        half = compute_dtype not in (None, dtype)
+        self.theta = torch.zeros(end, dtype=dtype, device=device)
+        self.compute = torch.zeros(end, dtype=compute_dtype, device=device) if half else None
+        weights = self.theta if self.compute is None else self.compute
+        self.grad = torch.zeros_like(weights)
+        for name, p in parameters.items():
+            self.view(self.theta, name).copy_(p.detach())
+            p.requires_grad_(True)
+            p.data = self.view(weights, name)
+            p.grad = self.view(self.grad, name)
+        self.refresh()
+
+    def view(self, vector: Tensor, name: str) -> Tensor:
+        """Return the view of parameter `name` in a flat (..., P) tensor, as (..., *shape)."""
+        shape, start = self.shapes[name], self.offsets[name]
+        return vector[..., start : start + math.prod(shape)].unflatten(-1, shape)
+
+    @torch.no_grad()
+    def reset(self, theta: Tensor) -> None:
+        """Set all parameters to another flat vector (P,)."""
+        self.theta.copy_(theta)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Bring the compute copy up to date with theta."""
+        if self.compute is not None:
+            self.compute.copy_(self.theta)

@@ -1,0 +1,348 @@
+"""A run's folder: its options, its log, its checkpoints, and the loop that makes resuming exact.
+
+    config.json      the options that define the run, and what it ran with
+    log.jsonl        one JSON object per round or epoch
+    checkpoint.pt    torch.save plus a SHA-256 footer; checkpoint.prev.pt is the one before
+    summary.json     final and best-by-validation figures, wall time
+
+A checkpoint is written aside, fsynced and renamed, and holds the length and hash of the log at that
+moment; on resume the log is cut back to it. Killed at any moment, a run loses at most what came after
+its last checkpoint, and repeats that to the same bits when its process is deterministic.
+
+    from runs import Run, drive
+    run = Run("runs/example"); run.open({"rounds": 3})
+    class Count:
+        n = 0
+        def advance(self): self.n += 1; return {"round": self.n}
+        def state_dict(self): return {"n": self.n}
+        def load_state_dict(self, state): self.n = state["n"]
+    drive(run, count := Count(), finished=lambda: count.n >= 3)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MAGIC = b"SHA-256\0"
+FOOTER = len(MAGIC) + hashlib.sha256().digest_size
+FORMAT = 1  # of the folder; a folder of another format is refused by number
+
+
+class DamagedFile(ValueError):
+    """A file is truncated or its checksum does not match."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; it has been saved."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.exit_status = 128 + signum
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file beside `path`, sync it to disk, then rename it into place."""
+    aside = path.with_name(f"{path.name}.tmp")
+    try:
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def save_checked(path: Path, value: Any) -> None:
+    """torch.save `value` atomically, followed by a SHA-256 footer."""
+
+    def write(aside: Path) -> None:
+        torch.save(value, aside)
+        digest = _sha256(aside)
+        with open(aside, "ab") as file:
+            file.write(MAGIC + digest)
+
+    write_atomically(path, write)
+
+
+def load_checked(path: Path) -> Any:
+    """Load what `save_checked` wrote, on the CPU, tensors and plain values only.
+
+    Raises:
+        DamagedFile: the file is shorter or other than what was written.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(max(0, size - FOOTER))
+        footer = file.read()
+    if len(footer) < FOOTER or footer[: len(MAGIC)] != MAGIC:
+        raise DamagedFile(f"{path} is damaged: it is truncated or has no checksum")
+    if footer[len(MAGIC) :] != _sha256(path, size - FOOTER):
+        raise DamagedFile(f"{path} is damaged: its checksum does not match")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _sha256(path: Path, length: int | None = None) -> bytes:
+    digest = hashlib.sha256()
+    left = path.stat().st_size if length is None else length
+    with open(path, "rb") as file:
+        while left and (block := file.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+    return digest.digest()
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # Windows cannot open a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------- the folder
+
+
+class Run:
+    """One run's folder; `open` it with the options, then `restore`, `log` and `save`."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.config_path = self.folder / "config.json"
+        self.log_path = self.folder / "log.jsonl"
+        self.checkpoint_path = self.folder / "checkpoint.pt"
+        self.previous_path = self.folder / "checkpoint.prev.pt"
+        self._log_hash, self._log_length = hashlib.sha256(), 0
+
+    def open(self, options: dict, extra: dict | None = None, free: Iterable[str] = ()) -> None:
+        """Create the folder, or check that it was made by the same options.
+
+        Args:
+            options: JSON values by name; all but those named in `free` must equal the folder's.
+            extra: what else config.json records (versions, statistics); never compared.
+
+        Raises:
+            ValueError: the folder belongs to other options (they are named), or cannot be written.
+        """
+        if self.config_path.exists():
+            self._check_options(options, set(free))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            config = {"format": FORMAT, "options": options} | (extra or {})
+            if not self.config_path.exists() or self.config()["options"] != options:
+                write_json(self.config_path, config)
+        except OSError as error:
+            raise ValueError(f"cannot write the run folder {self.folder}: {error}") from None
+
+    def config(self) -> dict:
+        """Return config.json.
+
+        Raises:
+            ValueError: this is no run folder, its config is damaged, or of another format.
+        """
+        try:
+            config = json.loads(self.config_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"{self.folder} is no run folder: it has no config.json") from None
+        except ValueError:
+            raise DamagedFile(f"{self.config_path} is damaged: it is no JSON") from None
+        if not isinstance(config, dict) or config.get("format") != FORMAT:
+            raise ValueError(
+                f"{self.config_path}: not of format {FORMAT}, which this version reads"
+            )
+        return config
+
+    def _check_options(self, options: dict, free: set[str]) -> None:
+        known = self.config()["options"]
+        differ = [
+            f"{name} is {known.get(name)!r} there and {options.get(name)!r} here"
+            for name in sorted({*known, *options} - free)
+            if known.get(name) != json.loads(json.dumps(options.get(name)))
+        ]
+        if differ:
+            raise ValueError(
+                f"{self.folder} was made by other options: {'; '.join(differ)}. Take another --name, "
+                "or delete the folder"
+            )
+
+    def log(self, record: dict) -> None:
+        """Append one record to the log."""
+        line = (json.dumps(record) + "\n").encode()
+        with open(self.log_path, "ab") as file:
+            file.write(line)
+        self._log_hash.update(line)
+        self._log_length += len(line)
+
+    def records(self) -> list[dict]:
+        """Return the log's records; a last line cut short by a kill is left out."""
+        if not self.log_path.exists():
+            return []
+        whole = self.log_path.read_bytes().split(b"\n")[:-1]
+        try:
+            return [json.loads(line) for line in whole]
+        except ValueError:
+            raise DamagedFile(f"{self.log_path} is damaged: a line is no JSON") from None
+
+    def save(self, state: dict) -> None:
+        """Write a checkpoint; the one before stays until this one is whole, and beside it after."""
+        with open(self.log_path, "ab") as file:
+            os.fsync(file.fileno())
+        log = {"length": self._log_length, "sha256": self._log_hash.hexdigest()}
+        fresh = self.folder / "checkpoint.new.pt"
+        save_checked(fresh, {"state": state, "log": log})
+        if self.checkpoint_path.exists():
+            os.replace(self.checkpoint_path, self.previous_path)
+        os.replace(fresh, self.checkpoint_path)
+        _sync_folder(self.folder)
+
+    def load(self) -> dict | None:
+        """Return the newest whole checkpoint {"state", "log"}, or None where there is none.
+
+        Raises:
+            DamagedFile: there are checkpoints, and none of them is whole.
+        """
+        damaged = []
+        for path in (self.checkpoint_path, self.previous_path):
+            try:
+                checkpoint = load_checked(path)
+                self._check_log(path, checkpoint["log"])
+            except FileNotFoundError:
+                continue
+            except DamagedFile as error:
+                damaged.append(str(error))
+                continue
+            for message in damaged:
+                print(f"warning: {message}; going on from {path.name}")
+            return checkpoint
+        if damaged:
+            raise DamagedFile(f"{'; '.join(damaged)}. Delete {self.folder} to start over")
+        return None
+
+    def restore(self) -> dict | None:
+        """Return the newest whole checkpoint's state, the log cut back to it; None at the start."""
+        checkpoint = self.load()
+        length = checkpoint["log"]["length"] if checkpoint else 0
+        self._log_hash, self._log_length = hashlib.sha256(), length
+        if self.log_path.exists():
+            os.truncate(self.log_path, length)
+            self._log_hash.update(self.log_path.read_bytes())
+        return checkpoint["state"] if checkpoint else None
+
+    def _check_log(self, path: Path, log: dict) -> None:
+        known = self.log_path.read_bytes()[: log["length"]] if self.log_path.exists() else b""
+        if len(known) < log["length"]:
+            raise DamagedFile(f"{self.log_path} is shorter than {path.name} says")
+        if hashlib.sha256(known).hexdigest() != log["sha256"]:
+            raise DamagedFile(f"{self.log_path} is damaged: it is not the log of {path.name}")
+
+    def summarise(self, **figures: Any) -> dict:
+        """Write and return summary.json: the last and the best-by-validation figures, and `figures`."""
+        evaluated = [r for r in self.records() if "val_acc" in r]
+        summary = dict(figures)
+        if evaluated:
+            summary["final"] = evaluated[-1]
+            summary["best_by_validation"] = max(evaluated, key=lambda r: r["val_acc"])
+        write_json(self.folder / "summary.json", summary)
+        return summary
+
+
+# ---------------------------------------------------------------------------- the loop
+
+
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list instead of dying; a second SIGINT interrupts at once."""
+    caught: list[int] = []
+
+    def note(signum, frame):
+        if signum in caught and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(signum)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def drive(
+    run: Run,
+    process: Any,
+    *,
+    finished: Callable[[], bool],
+    complete: Callable[[dict], None] = lambda record: None,
+    first: dict | None = None,
+    save_seconds: float = 60.0,
+) -> float:
+    """Advance `process` until it is finished, logging its records and saving its state.
+
+    Args:
+        process: has advance() -> record or None, state_dict() and load_state_dict(state).
+        finished: whether the process needs no further advance.
+        complete: fills in a record (an evaluation, say) before it is logged.
+        first: the record of the start, completed and logged once, before the first advance.
+        save_seconds: the most work, in seconds, that a kill may cost.
+
+    Returns:
+        The wall time of the whole run in seconds, earlier sessions included.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; the state at the end of the advance in hand is saved.
+    """
+    state = run.restore()
+    before = 0.0
+    if state is not None:
+        process.load_state_dict(state["process"])
+        before = state["wall_seconds"]
+    elif first is not None:
+        complete(first)
+        run.log(first)
+    started = saved = time.monotonic()
+
+    def save() -> None:
+        nonlocal saved
+        wall = before + time.monotonic() - started
+        run.save({"process": process.state_dict(), "wall_seconds": wall})
+        saved = time.monotonic()
+
+    with caught_signals() as caught:
+        advanced = False
+        while not finished():
+            record = process.advance()
+            advanced = True
+            if record is not None:
+                complete(record)
+                run.log(record)
+            if caught:
+                save()
+                raise Interrupted(caught[0])
+            if time.monotonic() - saved >= save_seconds:
+                save()
+                advanced = False
+        if advanced:
+            save()
+    return before + time.monotonic() - started
