@@ -19,8 +19,8 @@ SCHEDULES = ("constant", "step", "exponential", "cosine")
 def learning_rate(schedule: str, at: float, *, total: float, lr: float, warmup: float = 0) -> float:
     """Return the learning rate at time `at` of `total` (rounds or epochs, fractions allowed).
 
-    Linear from lr/(warmup+1) over the first `warmup`; then over what remains, with p from 0 to 1:
-    constant; "step": times 0.1 at p = 1/2 and again at 3/4; "exponential": 0.01^p; "cosine": to zero.
+    Linear from lr / (warmup + 1) over the first `warmup`; then, with p from 0 to 1 over the rest,
+    constant; "step": times 0.1 at p = 1/2 and at 3/4; "exponential": 0.01^p; "cosine" to zero.
 
     Raises:
         ValueError: unknown schedule, or a warm-up that is negative or as long as the run.

@@ -2,12 +2,13 @@
 
 Everything random is a function of (seed, purpose, counters): no generator's state outlives a call.
 The pixels go uint8 -> crop, flip -> bicubic resize -> normalise, in batch and on the device.
-Shards: iid; N_c classes per client (McMahan 2017, arXiv:1602.05629); Dirichlet (Hsu 2019, arXiv:1909.06335).
+Shards: iid, N_c classes per client (McMahan 2017, arXiv:1602.05629), Dirichlet (Hsu 2019,
+arXiv:1909.06335).
 
     from data import draw_batches, shard_by_class, synthetic_dataset
-    dataset = synthetic_dataset(samples_per_class=10)
-    shards = shard_by_class(dataset.train.labels.numpy(), clients=50, classes_per_client=2, seed=0)
-    draws = draw_batches(shards[7], batch_size=4, steps=3, seed=0, round=1, client=7)  # (3, 4, 4) int64
+    labels = synthetic_dataset(samples_per_class=10).train.labels.numpy()
+    shards = shard_by_class(labels, clients=50, classes_per_client=2, seed=0)
+    draws = draw_batches(shards[7], batch_size=4, steps=3, seed=0, round=1, client=7)  # (3, 4, 4)
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PADDING = 4  # pixels that a random crop may shift an image by
+NOISE = 0.5  # of the synthetic images, in standard deviations of their patterns
 
 
 class ImageSet(NamedTuple):
@@ -51,7 +53,7 @@ class Dataset(NamedTuple):
 
 
 def random(seed: int, purpose: str, *counters: int) -> np.random.Generator:
-    """Return the generator of one purpose: Philox keyed by (seed, purpose), at up to two counters."""
+    """Return the generator of one purpose: Philox keyed by (seed, purpose), up to two counters."""
     a, b = (*counters, 0, 0)[:2]
     key = [seed, zlib.crc32(purpose.encode())]
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, a, b]))
@@ -88,8 +90,9 @@ def load_cifar100(folder: str | Path) -> Dataset:
             )
     except (OSError, RuntimeError) as error:
         raise ValueError(
-            f"cannot download CIFAR-100 ({error}). Without a network, unpack cifar-100-python.tar.gz "
-            f"into {folder} so that {base} exists, or take --data synthetic, which needs no files"
+            f"cannot download CIFAR-100 ({error}). Without a network, unpack "
+            f"cifar-100-python.tar.gz into {folder} so that {base} exists, or take "
+            "--data synthetic, which needs no files"
         ) from None
     fine_to_coarse, superclasses = _cifar_superclasses(base)
     sets = (
@@ -112,11 +115,12 @@ def _cifar_superclasses(base: Path) -> tuple[list[int], list[str]]:
 
 
 def synthetic_dataset(samples_per_class: int = 200, seed: int = 0) -> Dataset:
-    """Generate 100 classes in 20 superclasses, 32x32; test holds a quarter as many images as train.
+    """Generate 100 classes in 20 superclasses, 32x32; test is a quarter of the size of train.
 
-    An image is a 4x4 grid of 8x8 cells. Half of them, at random, carry the superclass's pattern, the
-    others the pattern of the class within it, each with a random sign, under noise: every class has the
-    same mean image, so a linear classifier on pixels stays at chance, yet a small ViT learns it.
+    An image is a 4x4 grid of 8x8 cells. Half of them, at random, carry the superclass's pattern,
+    the others the pattern of the class within it, each with a random sign, under noise: every class
+    has the same mean image, so a linear classifier on pixels stays at chance, yet a small ViT
+    learns it.
     """
     patterns = torch.from_numpy(random(seed, "patterns").standard_normal((25, 3, 8, 8), np.float32))
     patterns = F.avg_pool2d(F.pad(patterns, (1, 1, 1, 1), mode="circular"), 3, 1)
@@ -140,7 +144,7 @@ def _synthetic_images(patterns: Tensor, count: int, generator: np.random.Generat
     contrast = torch.from_numpy(generator.uniform(0.5, 1.5, (count, 1)).astype(np.float32))
     images = patterns[torch.from_numpy(cells)] * (signs * contrast)[..., None, None, None]
     images = images.view(count, 4, 4, 3, 8, 8).permute(0, 3, 1, 4, 2, 5).reshape(count, 3, 32, 32)
-    images += 0.5 * torch.from_numpy(generator.standard_normal(images.shape, np.float32))
+    images += NOISE * torch.from_numpy(generator.standard_normal(images.shape, np.float32))
     pixels = images.mul_(32).add_(127.5).clamp_(0, 255).to(torch.uint8)
     return ImageSet(pixels, torch.from_numpy(labels))
 
@@ -168,7 +172,7 @@ def split_validation(
 
 
 def shard_iid(labels: np.ndarray, clients: int, seed: int) -> list[np.ndarray]:
-    """Deal the samples at random; sizes differ by at most one. Returns one int64 index array per client."""
+    """Deal the samples at random, sizes differing by at most one: one int64 array per client."""
     _check_clients(labels, clients)
     order = random(seed, "iid shards").permutation(len(labels))
     return _split_by_client(order, np.arange(len(labels)) % clients, clients)
@@ -179,8 +183,8 @@ def shard_by_class(
 ) -> list[np.ndarray]:
     """Give every client samples of exactly `classes_per_client` distinct classes.
 
-    Every sample goes to exactly one client, classes are shared by an (almost) equal number of clients,
-    and sizes are as equal as the counts allow.
+    Every sample goes to exactly one client, classes are shared by an (almost) equal number of
+    clients, and sizes are as equal as the counts allow.
 
     Returns:
         One int64 index array per client.
@@ -227,8 +231,8 @@ def shard_by_class(
 def shard_dirichlet(labels: np.ndarray, clients: int, alpha: float, seed: int) -> list[np.ndarray]:
     """Draw each client's class mixture from Dirichlet(alpha * prior); sizes differ by at most one.
 
-    A small alpha gives nearly one class per client, a large one the prior. Every sample is used once: as
-    in Hsu 2019 a class that runs out is dropped and the client's mixture renormalised.
+    A small alpha gives nearly one class per client, a large one the prior. Every sample is used
+    once: as in Hsu 2019 a class that runs out is dropped and the client's mixture renormalised.
 
     Raises:
         ValueError: alpha is not positive, or more clients than samples.
@@ -256,7 +260,7 @@ def shard_dirichlet(labels: np.ndarray, clients: int, alpha: float, seed: int) -
 
 
 def _draw_classes(mixture, clients, left, generator) -> np.ndarray:
-    """Draw one class per entry of `clients` from its mixture, restricted to classes with samples left."""
+    """Draw one class per entry of `clients` from its mixture, among classes with samples left."""
     rows, row = np.unique(clients, return_inverse=True)
     weights = mixture[rows] * (left > 0)
     steps = np.cumsum(weights, axis=1, out=weights)
@@ -302,8 +306,8 @@ def draw_batches(
 ) -> Tensor:
     """Draw the batches of one client's local steps: (steps, batch_size, 4) int64 on the CPU.
 
-    The last axis holds image index, crop row, crop column (0..2 * PADDING), flip (0 or 1). A local epoch
-    is a fresh permutation of the shard; a shard smaller than a batch repeats.
+    The last axis holds image index, crop row, crop column (0..2 * PADDING), flip (0 or 1). A local
+    epoch is a fresh permutation of the shard; a shard smaller than a batch repeats.
     """
     generator = random(seed, "local batches", round, client)
     count = batch_size * steps
@@ -316,14 +320,16 @@ def draw_batches(
 
 
 def draw_epoch(train: np.ndarray, batch_size: int, *, seed: int, epoch: int) -> Tensor:
-    """Draw one epoch's batches over `train`, in the layout of `draw_batches`; the last rows that do not
-    fill a batch are left out of this epoch (all of them are kept when they are the only ones)."""
+    """Draw one epoch's batches over `train`, in the layout of `draw_batches`.
+
+    What does not fill the last batch is left out of this epoch, unless it is all there is.
+    """
     size = min(batch_size, len(train))
     return draw_batches(train, size, len(train) // size, seed=seed, round=epoch)
 
 
 def crop_and_flip(images: Tensor, draws: Tensor) -> Tensor:
-    """Gather images[draws[:, 0]], shift by a zero-padded crop and flip as drawn: (B, 3, H, W) uint8.
+    """Gather images[draws[:, 0]], shift by a zero-padded crop, flip as drawn: (B, 3, H, W) uint8.
 
     Args:
         images: (N, 3, H, W) uint8.

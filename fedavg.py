@@ -11,7 +11,7 @@ depend, to the bit, on the order of clients or on how they are spread over proce
     def train(client, round):  # one local step on |theta - target|^2 / 2
         theta.add_(targets[client] - theta, alpha=0.5); return torch.zeros(1)
     federation = FedAvg(theta, [10, 20, 30], train, fraction=1.0)
-    while (record := federation.advance()) is None: pass  # one client a call, the record of the round last
+    while (record := federation.advance()) is None: pass  # one client a call, the record at the end
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class LossScale:
     """The loss scale of half-precision training: fixed within a round, adapted between rounds.
 
     A client that overflows is trained again at half the scale, whatever the others did, so neither
-    order nor process matters. `state` (3,) float64 is all there is to save: the scale, the lowest that
-    this round needed, and the rounds since the last change.
+    order nor process matters. `state` (3,) float64 is all there is to save: the scale, the lowest
+    that this round needed, and the rounds since the last change.
     """
 
     def __init__(self, start: float = 2.0**14, patience: int = 200):
@@ -118,7 +118,7 @@ class LossScale:
     def attempt(
         self, train: Callable[[float], Tensor], overflowed: Callable[[], bool]
     ) -> tuple[Tensor, float]:
-        """Return train(scale) and scale: the round's, or the first half of it that does not overflow."""
+        """Return train(scale) and scale: the round's, halved until it does not overflow."""
         scale = self.state[0].item()
         while True:
             result = train(scale)
@@ -128,7 +128,7 @@ class LossScale:
             scale /= 2
 
     def next_round(self) -> None:
-        """Adapt the scale: down to what the round needed, up by two after `patience` quiet rounds."""
+        """Adapt the scale: down to what the round needed, doubled after `patience` quiet rounds."""
         if not self.active:
             return
         scale, lowest, quiet = self.state.tolist()
@@ -193,7 +193,7 @@ class FedAvg:
             yield self.theta, self.train_client(int(client), round)
 
     def advance(self) -> dict | None:
-        """Train the next client; returns the round's record when it was the round's last, else None."""
+        """Train the next client; returns the round's record after its last client, else None."""
         started = time.perf_counter()
         round = self.round + 1
         clients = sample_clients(len(self.shard_sizes), self.fraction, seed=self.seed, round=round)
@@ -261,12 +261,13 @@ def check_client(round: int, client: int, losses: Tensor, largest: Tensor) -> No
     if not all(finite):
         step = finite.index(False)
         raise ClientError(
-            f"round {round}, client {client}, local step {step + 1}: the loss is {losses[step].item()}"
+            f"round {round}, client {client}, local step {step + 1}: the loss is "
+            f"{losses[step].item()}; try a lower --lr"
         )
     if not largest.item() < LIMIT:
         raise ClientError(
-            f"round {round}, client {client}: its update is {largest.item()} at its largest, beyond "
-            f"the fixed-point range of {LIMIT:g}"
+            f"round {round}, client {client}: its update is {largest.item()} at its largest, "
+            f"beyond the fixed-point range of {LIMIT:g}; try a lower --lr"
         )
 
 

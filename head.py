@@ -1,4 +1,4 @@
-"""Heads on fixed features: the ridge head (central or federated), the linear probe, head-only rounds.
+"""Heads on fixed features: ridge (central or federated), linear probe, head-only local steps.
 
 Ridge from sums that clients add up, centred, with one-hot targets Y and features Phi (N, D):
     (S + ridge * tr(S)/D * I) W = B,   S = Phi'Phi - N m m',   B = Phi'Y - N m y',   b = y - m W
@@ -6,9 +6,9 @@ The sums of the clients' shards are the sums of the whole, so the federated head
 Ridge outputs are no logits: one temperature, fitted on validation cross-entropy, makes them so.
 
     import torch; from head import RidgeSums, solve_ridge
-    features, labels = torch.randn(50, 8), torch.arange(50) % 5
-    sums = RidgeSums(8, 5).update(features[:30], labels[:30]) + RidgeSums(8, 5).update(features[30:], labels[30:])
-    weight, bias = solve_ridge(sums, ridge=1e-3)  # (5, 8), (5,): logits = features @ weight.T + bias
+    x, y = torch.randn(50, 8), torch.arange(50) % 5
+    sums = RidgeSums(8, 5).update(x[:30], y[:30]) + RidgeSums(8, 5).update(x[30:], y[30:])
+    weight, bias = solve_ridge(sums, ridge=1e-3)  # (5, 8), (5,): logits = x @ weight.T + bias
 """
 
 from __future__ import annotations
@@ -164,8 +164,8 @@ def train_probe(
 ) -> FittedHead:
     """Train a linear probe: multinomial logistic regression by full-batch L-BFGS from zero.
 
-    Features are standardised while training and the scaling is folded into the result. The L2 penalty
-    is the best of `grid` on validation.
+    Features are standardised while training and the scaling is folded into the result. The L2
+    penalty is the best of `grid` on validation.
 
     Args:
         features: (N, D) fp32; labels: (N,) int64.

@@ -1,9 +1,9 @@
 """Vision transformer by hand, in DINO's key layout, and the flat view of its parameters.
 
-    x = patches W + b + position;  x = x + attention(norm1(x));  x = x + mlp(norm2(x));  norm(x)[class token]
+    x = patches W + b + position;  x = x + attention(norm1(x));  x = x + mlp(norm2(x));  norm(x)[0]
 
-Pre-norm, exact GELU, LayerNorm eps 1e-6 (Dosovitskiy 2021, arXiv:2010.11929); position grids of other
-sizes by DINO's bicubic rule (Caron 2021, arXiv:2104.14294), kept as one constant matrix.
+Pre-norm, exact GELU, LayerNorm eps 1e-6 (Dosovitskiy 2021, arXiv:2010.11929); position grids of
+other sizes by DINO's bicubic rule (Caron 2021, arXiv:2104.14294), kept as one constant matrix.
 
     import torch; from model import build_vit, FlatView
     vit = build_vit("vit_demo", classes=10)
@@ -161,7 +161,7 @@ def check_image_size(size: Iterable[int], patch: int) -> None:
 def position_matrix(grid: int, height: int, width: int) -> Tensor:
     """Return the constant (height*width, grid*grid) matrix of DINO's bicubic position resampling.
 
-    DINO passes interpolate the scale (n + 0.1) / grid, not a size; the coordinates follow the scale.
+    DINO gives interpolate the scale (n + 0.1) / grid, not a size; coordinates follow the scale.
     """
     basis = torch.eye(grid * grid, dtype=torch.float64).view(1, grid * grid, grid, grid)
     scale = ((height + 0.1) / grid, (width + 0.1) / grid)
@@ -171,7 +171,7 @@ def position_matrix(grid: int, height: int, width: int) -> Tensor:
 
 
 def build_vit(name: str, classes: int, seed: int = 0) -> VisionTransformer:
-    """Build an initialised model: truncated normal 0.02 weights, zero biases and zero head, by `seed`.
+    """Build a model by `seed`: truncated normal 0.02 weights, zero biases and a zero head.
 
     Raises:
         ValueError: the name is not in MODELS.
@@ -197,7 +197,8 @@ def default_normalisation(weights: str) -> tuple[tuple, tuple]:
 def download_dino(folder: str | Path) -> Path:
     """Return DINO's ViT-S/16 checkpoint in `folder`, downloading it first where it is missing.
 
-    The first download pins the file's SHA-256 in a side file; a file that no longer matches is refused.
+    The first download pins the file's SHA-256 in a side file; a file that no longer matches it is
+    refused.
 
     Raises:
         ValueError: no network, or a file that is damaged.
@@ -213,8 +214,8 @@ def download_dino(folder: str | Path) -> Path:
             os.replace(partial, path)
         except (urllib.error.URLError, OSError) as error:
             raise ValueError(
-                f"--weights dino: cannot download {DINO_URL} ({error}). Without a network, put that "
-                f"file at {path}, or take --data synthetic, which needs no weights"
+                f"--weights dino: cannot download {DINO_URL} ({error}). Without a network, put "
+                f"that file at {path}, or take --data synthetic, which needs no weights"
             ) from None
         finally:
             partial.unlink(missing_ok=True)
@@ -272,8 +273,8 @@ def load_weights(model: VisionTransformer, path: str | Path) -> None:
         theirs = tuple(tensors[key].shape) if key in tensors else "absent"
         if ours != theirs:
             raise ValueError(
-                f"weights {path}: another architecture, {key} is {theirs} in the file and {ours} in "
-                f"the model (--model {'|'.join(MODELS)})"
+                f"weights {path}: another architecture, {key} is {theirs} in the file and "
+                f"{ours} in the model (--model {'|'.join(MODELS)})"
             )
     for key, parameter in own.items():
         parameter.copy_(tensors[key])
@@ -303,7 +304,7 @@ def trained_names(model: VisionTransformer, train: str, freeze_head: bool) -> li
 
 
 class FlatView:
-    """Make parameters views into one contiguous vector `theta` (P,), their gradients into `grad` (P,).
+    """Make parameters views of one contiguous vector `theta` (P,), their gradients of `grad` (P,).
 
     Every parameter starts at a multiple of ALIGNMENT elements; `size` counts the parameters alone,
     without the padding between them (which stays zero). With a half-precision `compute_dtype` the

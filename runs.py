@@ -6,17 +6,17 @@
     summary.json     final and best-by-validation figures, wall time
 
 A checkpoint is written aside, fsynced and renamed, and holds the length and hash of the log at that
-moment; on resume the log is cut back to it. Killed at any moment, a run loses at most what came after
-its last checkpoint, and repeats that to the same bits when its process is deterministic.
+moment; on resume the log is cut back to it. Killed at any moment, a run loses at most what came
+after its last checkpoint, and repeats that to the same bits when its process is deterministic.
 
     from runs import Run, drive
     run = Run("runs/example"); run.open({"rounds": 3})
     class Count:
-        n = 0
-        def advance(self): self.n += 1; return {"round": self.n}
-        def state_dict(self): return {"n": self.n}
-        def load_state_dict(self, state): self.n = state["n"]
-    drive(run, count := Count(), finished=lambda: count.n >= 3)
+        round = 0
+        def advance(self): self.round += 1; return {"round": self.round}
+        def state_dict(self): return {"round": self.round}
+        def load_state_dict(self, state): self.round = state["round"]
+    drive(run, Count(), "round", 3)
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -100,7 +101,10 @@ def load_checked(path: Path) -> Any:
         raise DamagedFile(f"{path} is damaged: it is truncated or has no checksum")
     if footer[len(MAGIC) :] != _sha256(path, size - FOOTER):
         raise DamagedFile(f"{path} is damaged: its checksum does not match")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise DamagedFile(f"{path} holds more than tensors and plain values") from None
 
 
 def _sha256(path: Path, length: int | None = None) -> bytes:
@@ -183,8 +187,8 @@ class Run:
         ]
         if differ:
             raise ValueError(
-                f"{self.folder} was made by other options: {'; '.join(differ)}. Take another --name, "
-                "or delete the folder"
+                f"{self.folder} was made by other options: {'; '.join(differ)}. "
+                "Take another --name, or delete the folder"
             )
 
     def log(self, record: dict) -> None:
@@ -258,7 +262,7 @@ class Run:
             raise DamagedFile(f"{self.log_path} is damaged: it is not the log of {path.name}")
 
     def summarise(self, **figures: Any) -> dict:
-        """Write and return summary.json: the last and the best-by-validation figures, and `figures`."""
+        """Write and return summary.json: `figures`, the last and the best-by-validation record."""
         evaluated = [r for r in self.records() if "val_acc" in r]
         summary = dict(figures)
         if evaluated:
@@ -292,19 +296,21 @@ def caught_signals() -> Iterator[list[int]]:
 def drive(
     run: Run,
     process: Any,
+    unit: str,
+    total: int,
     *,
-    finished: Callable[[], bool],
     complete: Callable[[dict], None] = lambda record: None,
-    first: dict | None = None,
+    environment: dict | None = None,
     save_seconds: float = 60.0,
 ) -> float:
-    """Advance `process` until it is finished, logging its records and saving its state.
+    """Advance `process` to `total` rounds or epochs, logging its records and saving its state.
 
     Args:
-        process: has advance() -> record or None, state_dict() and load_state_dict(state).
-        finished: whether the process needs no further advance.
-        complete: fills in a record (an evaluation, say) before it is logged.
-        first: the record of the start, completed and logged once, before the first advance.
+        process: has advance() -> record or None, state_dict(), load_state_dict(state), a counter.
+        unit: the counter's name, "round" or "epoch"; every record holds it.
+        complete: fills in a record (say, an evaluation) before it is logged; the log's first
+            record, {unit: 0}, stands for the start.
+        environment: what may change the last bits; a resume under another one is noted in the log.
         save_seconds: the most work, in seconds, that a kill may cost.
 
     Returns:
@@ -313,27 +319,31 @@ def drive(
     Raises:
         Interrupted: SIGINT or SIGTERM came; the state at the end of the advance in hand is saved.
     """
+    started = time.monotonic()
     state = run.restore()
-    before = 0.0
-    if state is not None:
-        process.load_state_dict(state["process"])
+    if state is None:
+        before = 0.0
+        record = {unit: 0}
+        complete(record)
+        run.log(record)
+    else:
         before = state["wall_seconds"]
-    elif first is not None:
-        complete(first)
-        run.log(first)
-    started = saved = time.monotonic()
+        process.load_state_dict(state["process"])
+        if changes := _differences(state["environment"], environment):
+            at = getattr(process, unit)
+            run.log({"note": f"not bit-exact from {unit} {at + 1} on: {changes}"})
+    saved = time.monotonic()
 
     def save() -> None:
         nonlocal saved
         wall = before + time.monotonic() - started
-        run.save({"process": process.state_dict(), "wall_seconds": wall})
+        state = {"process": process.state_dict(), "wall_seconds": wall, "environment": environment}
+        run.save(state)
         saved = time.monotonic()
 
     with caught_signals() as caught:
-        advanced = False
-        while not finished():
+        while getattr(process, unit) < total:
             record = process.advance()
-            advanced = True
             if record is not None:
                 complete(record)
                 run.log(record)
@@ -342,7 +352,11 @@ def drive(
                 raise Interrupted(caught[0])
             if time.monotonic() - saved >= save_seconds:
                 save()
-                advanced = False
-        if advanced:
-            save()
+        save()
     return before + time.monotonic() - started
+
+
+def _differences(before: dict | None, now: dict | None) -> str:
+    before, now = before or {}, now or {}
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in names)

@@ -5,8 +5,8 @@
     d = g + momentum * b  if nesterov else  b
     theta = theta - lr * d
 
-With an all-ones mask this is torch.optim.SGD. A frozen entry (mask False) keeps its bits whatever its
-gradient holds, Inf and NaN included, and its momentum is zero.
+With an all-ones mask this is torch.optim.SGD. A frozen entry (mask False) keeps its bits whatever
+its gradient holds, Inf and NaN included, and its momentum is zero.
 Source: Sutskever et al. 2013 in PyTorch's convention; masking as in TaLoS (arXiv:2504.02620).
 
     import torch; from sparse_sgdm import SparseSGDM
@@ -198,8 +198,8 @@ def sparse_sgdm_(
 ) -> None:
     """Take one step of masked momentum SGD in place.
 
-    Mutates `theta`, `momentum_buffer` and `compute_copy`; all operands are contiguous (P,) tensors on
-    one device.
+    Mutates `theta`, `momentum_buffer` and `compute_copy`; all operands are contiguous (P,) tensors
+    on one device.
 
     Args:
         theta: (P,) parameters, fp32 or fp64.
@@ -258,8 +258,8 @@ class SparseSGDM(torch.optim.Optimizer):
     Args:
         params: parameters or parameter groups.
         lr: per step; weight_decay: L2, added to the gradient of unmasked entries only.
-        masks: one bool tensor per parameter in the order of `params` (True = trainable, its shape the
-            parameter's), or None for a parameter that trains whole; None trains everything.
+        masks: one bool tensor per parameter in the order of `params` (True = trainable, of the
+            parameter's shape), or None for a parameter that trains whole; None trains everything.
 
     Raises:
         ValueError: an invalid option, or masks that do not match the parameters.

@@ -1,40 +1,42 @@
-"""Federated learning and model editing on pre-trained vision transformers: the command line.
+"""Federated learning of pre-trained vision transformers, from one command line.
 
-python train.py fedavg --nc 1 --J 4 --rounds 2000     the main job; the same command resumes it
-python train.py fedavg --data synthetic               the same job in a minute, nothing to download
+    python train.py fedavg --nc 1 --J 4 --rounds 2000   the main job; the same command resumes it
+    python train.py fedavg --data synthetic             the same in a minute, nothing to download
+
+Every option has a default; COMMAND --help shows it. Runs go into runs/.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault(
-    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-)  # deterministic cuBLAS; read when it starts
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS deterministic
 
 import argparse
-import copy
-import hashlib
-import json
 import math
-import platform
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import centralized
-import data
-import fedavg
 import head
 import model as vit
 import plots
 import runs
+from learner import Learner
+from session import (
+    default_name,
+    open_run,
+    search_then_train,
+    sharding_name,
+    train_centralized,
+    train_federated,
+)
 from sparse_sgdm import check_sgd_options
-from workspace import ClientTraining, Evaluated, Learner, Workspace, duration, fingerprint
+from workspace import Workspace
 
 # Defaults that depend on the data set; the help of each option shows both.
 BY_DATA = {
@@ -61,7 +63,6 @@ BY_DATA = {
         epochs=5,
     ),
 }
-FREE = {"name", "runs_dir", "data_dir", "device", "threads", "eval_every", "eval_batch", "command"}
 EVALUATIONS = 20  # of a run, where --eval-every does not say otherwise
 
 
@@ -79,31 +80,6 @@ def run_fedavg(options: argparse.Namespace) -> None:
     search_then_train(options, "rounds", train)
 
 
-def train_federated(
-    workspace: Workspace, shards: list, options: argparse.Namespace, name: str
-) -> dict:
-    """Run one federated training in its folder; returns its summary."""
-    run = open_run(workspace, options, name, shards)
-    if summary := finished_summary(run, "round", options.rounds):
-        return summary
-    learner = Learner(workspace, options, run.folder)
-    training = ClientTraining(learner, shards)
-    federation = fedavg.FedAvg(
-        learner.flat.theta,
-        [len(shard) for shard in shards],
-        training.one,
-        train_clients=training.heads if learner.on_features else None,
-        fraction=options.fraction,
-        seed=options.seed,
-        server_lr=options.server_lr,
-        value_bytes=4 * learner.flat.size,
-        on_reset=learner.flat.refresh,
-        on_round_end=learner.loss_scale.next_round,
-        tensors={"loss_scale": learner.loss_scale.state},
-    )
-    return drive_to_summary(run, federation, "round", options.rounds, learner)
-
-
 def run_centralized(options: argparse.Namespace) -> None:
     """Train on all training data; with --search choose learning rate and weight decay first."""
     workspace = Workspace(options)
@@ -114,74 +90,34 @@ def run_centralized(options: argparse.Namespace) -> None:
     search_then_train(options, "epochs", train)
 
 
-def train_centralized(workspace: Workspace, options: argparse.Namespace, name: str) -> dict:
-    """Run one centralised training in its folder; returns its summary."""
-    run = open_run(workspace, options, name)
-    if summary := finished_summary(run, "epoch", options.epochs):
-        return summary
-    learner = Learner(workspace, options, run.folder)
-    flat, scale = learner.flat, learner.loss_scale
-    tensors = {"theta": flat.theta, "loss_scale": scale.state}
-    if learner.momentum is not None:
-        tensors["momentum"] = learner.momentum
-
-    def draw(epoch: int) -> torch.Tensor:
-        draws = data.draw_epoch(
-            workspace.train_index, options.batch_size, seed=options.seed, epoch=epoch
-        )
-        return draws.to(workspace.device)
-
-    def train_batch(draws: torch.Tensor, at: float) -> torch.Tensor:
-        schedule = dict(total=options.epochs, lr=options.lr, warmup=options.warmup)
-        lr = centralized.learning_rate(options.schedule, at, **schedule)
-
-        def backward(loss_scale: float) -> torch.Tensor:
-            return fedavg.local_sgd([draws], learner.loss, flat.grad, lambda j: None, loss_scale)
-
-        def overflowed() -> bool:
-            return not torch.isfinite(flat.grad).all().item()
-
-        loss, used = scale.attempt(backward, overflowed)
-        learner.step(lr, first=at == 0, loss_scale=used)
-        scale.next_round()
-        return loss[0]
-
-    process = centralized.Centralized(draw, train_batch, tensors, flat.refresh)
-    return drive_to_summary(run, process, "epoch", options.epochs, learner)
-
-
 def run_ridge(options: argparse.Namespace) -> None:
     """Solve the ridge head centrally and from the clients' sums, and compare the two."""
     workspace = Workspace(options)
     shards = workspace.shards()
+    run = open_run(workspace, options, options.name or default_name(options), shards)
     model = workspace.build_model()
-    features = {part: workspace.features(model, part) for part in ("train", "test")}
-    labels = workspace.sets["train"].labels
-    central = workspace.fit_head(features["train"], "ridge")
-    sums = head.RidgeSums(features["train"].shape[1], workspace.classes, workspace.device)
+    features, test_features = (workspace.features(model, part) for part in ("train", "test"))
+    labels, test_labels = (workspace.sets[part].labels for part in ("train", "test"))
+    central = workspace.fit_head(features, "ridge")
+    total = head.RidgeSums(features.shape[1], workspace.classes, workspace.device)
     for shard in shards:
         at = torch.from_numpy(shard).to(workspace.device)
-        client = head.RidgeSums(features["train"].shape[1], workspace.classes, workspace.device)
-        sums = sums + client.update(features["train"][at], labels[at])
-    weight, bias = head.solve_ridge(sums, central.strength)
-    weight, bias = weight / central.temperature, bias / central.temperature
-    difference = ((weight - central.weight).norm() / central.weight.norm()).item()
-    logits = features["test"].double() @ weight.T + bias
-    test_labels = workspace.sets["test"].labels
+        sums = head.RidgeSums(features.shape[1], workspace.classes, workspace.device)
+        total = total + sums.update(features[at], labels[at])
+    weight, bias = (x / central.temperature for x in head.solve_ridge(total, central.strength))
+    logits = test_features.double() @ weight.T + bias
     figures = {
-        "ridge": central.strength,
-        "temperature": central.temperature,
         "val_acc": central.val_acc,
         "test_acc": (logits.argmax(1) == test_labels).double().mean().item(),
-        "test_loss": torch.nn.functional.cross_entropy(logits, test_labels).item(),
+        "test_loss": F.cross_entropy(logits, test_labels).item(),
+        "ridge": central.strength,
+        "temperature": central.temperature,
         "train_images": len(workspace.train_index),
         "clients": len(shards),
-        "difference_to_central": difference,
-        "bytes_up": sums.bytes * len(shards),
+        "difference_to_central": ((weight - central.weight).norm() / central.weight.norm()).item(),
+        "bytes_up": total.bytes * len(shards),
     }
     print_figures(figures)
-    name = options.name or default_name(options)
-    run = open_run(workspace, options, name, shards)
     runs.write_json(run.folder / "summary.json", figures)
     print(f"written to {run.folder / 'summary.json'}")
 
@@ -238,155 +174,6 @@ def run_plot(options: argparse.Namespace) -> None:
     out = options.out or str(folders[0].folder / "curves.png")
     plots.plot_curves({run.folder.name: run.records() for run in folders}, out)
     print(f"written to {out}")
-
-
-# ---------------------------------------------------------------------------- runs
-
-
-def default_name(options: argparse.Namespace) -> str:
-    """Name a run after what it does, with a short hash of everything that defines it."""
-    parts = [
-        options.command,
-        options.data,
-        sharding_name(options) if "clients" in options else None,
-    ]
-    parts += [f"J{options.J}" if "J" in options else None, f"seed{options.seed}"]
-    digest = hashlib.sha256(json.dumps(defining(options), sort_keys=True).encode()).hexdigest()
-    return "-".join(p for p in [*parts, digest[:6]] if p)
-
-
-def sharding_name(options: argparse.Namespace) -> str:
-    """Return iid, nc5 or dir0.3."""
-    if options.nc is not None:
-        return f"nc{options.nc}"
-    return f"dir{options.dirichlet:g}" if options.dirichlet is not None else "iid"
-
-
-def defining(options: argparse.Namespace) -> dict:
-    """Return the options that define an experiment; a constant schedule can be extended."""
-    extendable = (
-        {"rounds", "epochs"} if getattr(options, "schedule", "constant") == "constant" else set()
-    )
-    free = FREE | extendable | {"run"}
-    return {name: value for name, value in sorted(vars(options).items()) if name not in free}
-
-
-def open_run(
-    workspace: Workspace, options: argparse.Namespace, name: str, shards: list | None = None
-) -> runs.Run:
-    """Open the run's folder, refusing one made by other options; notes a changed environment."""
-    run = runs.Run(Path(options.runs_dir) / name)
-    split = [workspace.val_index, *(shards or [])]
-    stored = {k: v for k, v in vars(options).items() if k != "run"}
-    stored["split_sha256"] = hashlib.sha256(b"".join(part.tobytes() for part in split)).hexdigest()
-    extra = {
-        "environment": workspace.environment(),
-        "python": platform.python_version(),
-        "commit": git_commit(),
-    }
-    if shards:
-        sizes = [len(shard) for shard in shards]
-        extra["shards"] = {"clients": len(sizes), "smallest": min(sizes), "largest": max(sizes)}
-    free = set(stored) - set(defining(options)) - {"split_sha256"}
-    run.open(stored, extra, free)
-    if shards and not (run.folder / "shards.npz").exists():
-        ends = np.cumsum([len(shard) for shard in shards])
-        arrays = dict(validation=workspace.val_index, clients=np.concatenate(shards), ends=ends)
-        runs.write_atomically(run.folder / "shards.npz", lambda p: save_arrays(p, arrays))
-    return run
-
-
-def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """np.savez_compressed to exactly this path."""
-    with open(path, "wb") as file:
-        np.savez_compressed(file, **arrays)
-
-
-def git_commit() -> str | None:
-    """Return the commit of this code, or None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def finished_summary(run: runs.Run, unit: str, total: int) -> dict | None:
-    """Return the summary of a run that has already reached `total`, after saying so."""
-    path = run.folder / "summary.json"
-    if not path.exists():
-        return None
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    if summary.get(unit, -1) < total:
-        return None
-    print(f"{run.folder} is finished: {unit} {summary[unit]}. {headline(summary)}")
-    return summary
-
-
-def headline(summary: dict) -> str:
-    """Return the final figures in one line."""
-    final = summary.get("final", {})
-    named = (("validation", "val_acc"), ("test", "test_acc"))
-    shown = [f"{label} accuracy {100 * final[key]:.2f} %" for label, key in named if key in final]
-    return ", ".join(shown)
-
-
-def drive_to_summary(
-    run: runs.Run,
-    process: fedavg.FedAvg | centralized.Centralized,
-    unit: str,
-    total: int,
-    learner: Learner,
-) -> dict:
-    """Drive the process to `total` rounds or epochs, then write summary and curves."""
-    print(f"{run.folder}: {learner.flat.size:,} parameters train on {learner.workspace.device}")
-
-    evaluated = Evaluated(learner, unit, total, learner.options.eval_every)
-
-    def finished() -> bool:
-        return getattr(process, unit) >= total
-
-    try:
-        first = {unit: 0}
-        wall = runs.drive(run, process, first=first, finished=finished, complete=evaluated)
-    except runs.Interrupted as stop:
-        print(
-            f"{stop}: saved at {unit} {getattr(process, unit)}; the same command goes on from there"
-        )
-        raise
-    summary = run.summarise(**{unit: getattr(process, unit), "wall_seconds": wall})
-    try:
-        plots.plot_curves({run.folder.name: run.records()}, run.folder / "curves.png")
-    except ValueError as error:
-        print(f"no curves.png: {error}", file=sys.stderr)
-    print(f"{unit} {total} reached in {duration(wall)}. {headline(summary)}. See {run.folder}")
-    return summary
-
-
-def search_then_train(
-    options: argparse.Namespace, length: str, train: Callable[[argparse.Namespace, str], dict]
-) -> None:
-    """Train once; with --search, first short runs over the grid, the best by validation chosen."""
-    name = options.name or default_name(options)
-    if not options.search:
-        train(options, name)
-        return
-    results = []
-    for lr in options.search_lr:
-        for weight_decay in options.search_weight_decay:
-            cell = copy.copy(options)
-            cell.search, cell.lr, cell.weight_decay = False, lr, weight_decay
-            setattr(cell, length, options.search_length or getattr(options, length))
-            print(f"search: lr {lr:g}, weight decay {weight_decay:g}")
-            summary = train(cell, f"{name}/search/lr{lr:g}-wd{weight_decay:g}")
-            val_acc = summary["final"]["val_acc"]
-            results.append({"lr": lr, "weight_decay": weight_decay, "val_acc": val_acc})
-    best = max(results, key=lambda r: r["val_acc"])
-    runs.write_json(Path(options.runs_dir) / name / "search.json", {"cells": results, "best": best})
-    chosen = copy.copy(options)
-    chosen.lr, chosen.weight_decay = best["lr"], best["weight_decay"]
-    print(f"search: chose lr {best['lr']:g}, weight decay {best['weight_decay']:g} by validation")
-    train(chosen, name)
 
 
 def print_figures(figures: dict) -> None:
@@ -477,7 +264,7 @@ def add_shard_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_training_options(parser: argparse.ArgumentParser, unit: str, lr: float) -> None:
+def add_training_options(parser: argparse.ArgumentParser, unit: str) -> None:
     group = parser.add_argument_group("training")
     add = group.add_argument
     add(
@@ -501,7 +288,7 @@ def add_training_options(parser: argparse.ArgumentParser, unit: str, lr: float) 
         type=number(int, 1),
         help=f"images a step {default_text('batch_size')}",
     )
-    add("--lr", type=number(float, 0), default=lr, help="learning rate of a step [%(default)s]")
+    add("--lr", type=number(float, 0), help=f"learning rate of a step {default_text('lr')}")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum [%(default)s]")
     add("--nesterov", action="store_true", help="Nesterov momentum")
     add("--weight-decay", type=number(float, 0), default=0.0, help="L2 factor [%(default)s]")
@@ -529,9 +316,8 @@ def add_training_options(parser: argparse.ArgumentParser, unit: str, lr: float) 
         "--search-lr",
         type=number(float, 0),
         nargs="+",
-        default=[lr / 3, lr, 3 * lr],
         metavar="LR",
-        help="learning rates to try [%(default)s]",
+        help="learning rates to try [a third of --lr, --lr, three times --lr]",
     )
     add(
         "--search-weight-decay",
@@ -596,7 +382,7 @@ def build_parser() -> Parser:
 
     sub = command("fedavg", run_fedavg)
     add = sub.add_argument_group("federation").add_argument
-    add("--rounds", type=number(int, 1), default=200, help="communication rounds [%(default)s]")
+    add("--rounds", type=number(int, 1), help=f"communication rounds {default_text('rounds')}")
     add(
         "--J",
         "--local-steps",
@@ -618,30 +404,34 @@ def build_parser() -> Parser:
         help="factor on the averaged change [%(default)s]",
     )
     add_shard_options(sub)
-    add_training_options(sub, "round", lr=0.01)
-    add_data_options(sub), add_model_options(sub), add_run_options(sub, "round")
+    add_training_options(sub, "round")
+    add_data_options(sub)
+    add_model_options(sub)
+    add_run_options(sub, "round")
 
     sub = command("centralized", run_centralized)
     sub.add_argument(
-        "--epochs", type=number(int, 1), default=15, help="passes over the data [%(default)s]"
+        "--epochs", type=number(int, 1), help=f"passes over the data {default_text('epochs')}"
     )
-    add_training_options(sub, "epoch", lr=0.005)
-    add_data_options(sub), add_model_options(sub), add_run_options(sub, "epoch")
+    add_training_options(sub, "epoch")
+    add_data_options(sub)
+    add_model_options(sub)
+    add_run_options(sub, "epoch")
 
     sub = command("ridge", run_ridge)
-    (
-        add_shard_options(sub),
-        add_data_options(sub),
-        add_model_options(sub),
-        add_run_options(sub, "run"),
-    )
+    add_shard_options(sub)
+    add_data_options(sub)
+    add_model_options(sub)
+    add_run_options(sub, "run")
 
     sub = command("shards", run_shards)
     sub.add_argument(
         "--show", type=number(int, 0), default=10, help="clients to list [%(default)s]"
     )
     sub.add_argument("--out", help="picture of the heat map, such as shards.png [none]")
-    add_shard_options(sub), add_data_options(sub), add_run_options(sub)
+    add_shard_options(sub)
+    add_data_options(sub)
+    add_run_options(sub)
 
     sub = command("eval", run_eval)
     sub.add_argument("run_folder", metavar="RUN", help="a run's folder, such as runs/NAME")
@@ -661,7 +451,7 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
         ValueError: the message names the options.
     """
     o = options
-    for name, value in BY_DATA[o.data].items():
+    for name, value in BY_DATA[o.data].items() if hasattr(o, "data") else ():
         if hasattr(o, name) and getattr(o, name) is None:
             setattr(o, name, value)
     if hasattr(o, "model"):
@@ -686,6 +476,10 @@ def resolve_training(o: argparse.Namespace) -> None:
         raise ValueError("--train head with --freeze-head leaves nothing to train")
     if o.search and not o.val_fraction:
         raise ValueError("--search chooses on validation data: --val-fraction above 0")
+    if not o.search:
+        o.search_lr = o.search_weight_decay = o.search_length = None
+    elif o.search_lr is None:
+        o.search_lr = [o.lr / 3, o.lr, 3 * o.lr]
     if o.warmup >= total:
         raise ValueError(f"--warmup {o.warmup:g} must be shorter than --{unit} {total}")
     if o.eval_every is None:
@@ -694,11 +488,11 @@ def resolve_training(o: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for bad input, 128 + signal when interrupted."""
+    """Run one command; returns 0, 2 for bad input, or 128 + signal when interrupted."""
     try:
         options = resolve(build_parser().parse_args(arguments))
         options.run(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except runs.Interrupted as stop:

@@ -1,0 +1,234 @@
+"""One run from its options to its summary: folder, head, loop, search.
+
+`options` is the namespace of train.py's command line, its defaults resolved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import centralized
+import data
+import fedavg
+import plots
+import runs
+from learner import ClientTraining, Evaluated, Learner
+from workspace import Workspace, duration
+
+FREE = {"name", "runs_dir", "data_dir", "device", "threads", "eval_every", "eval_batch"}
+
+
+def train_federated(
+    workspace: Workspace, shards: list, options: argparse.Namespace, name: str
+) -> dict:
+    """Run one federated training in its folder; returns its summary."""
+    run = open_run(workspace, options, name, shards)
+    if summary := finished_summary(run, "round", options.rounds):
+        return summary
+    learner = Learner(workspace, options, run.folder)
+    training = ClientTraining(learner, shards)
+    federation = fedavg.FedAvg(
+        learner.flat.theta,
+        [len(shard) for shard in shards],
+        training.one,
+        train_clients=training.heads if learner.on_features else None,
+        fraction=options.fraction,
+        seed=options.seed,
+        server_lr=options.server_lr,
+        value_bytes=4 * learner.flat.size,
+        on_reset=learner.flat.refresh,
+        on_round_end=learner.loss_scale.next_round,
+        tensors={"loss_scale": learner.loss_scale.state},
+    )
+    return drive_to_summary(run, federation, "round", options.rounds, learner)
+
+
+def train_centralized(workspace: Workspace, options: argparse.Namespace, name: str) -> dict:
+    """Run one centralised training in its folder; returns its summary."""
+    run = open_run(workspace, options, name)
+    if summary := finished_summary(run, "epoch", options.epochs):
+        return summary
+    learner = Learner(workspace, options, run.folder)
+    flat, scale = learner.flat, learner.loss_scale
+    tensors = {"theta": flat.theta, "loss_scale": scale.state}
+    if learner.momentum is not None:
+        tensors["momentum"] = learner.momentum
+
+    def draw(epoch: int) -> torch.Tensor:
+        draws = data.draw_epoch(
+            workspace.train_index, options.batch_size, seed=options.seed, epoch=epoch
+        )
+        return draws.to(workspace.device)
+
+    def train_batch(draws: torch.Tensor, at: float) -> torch.Tensor:
+        schedule = dict(total=options.epochs, lr=options.lr, warmup=options.warmup)
+        lr = centralized.learning_rate(options.schedule, at, **schedule)
+
+        def backward(loss_scale: float) -> torch.Tensor:
+            return fedavg.local_sgd([draws], learner.loss, flat.grad, lambda j: None, loss_scale)
+
+        def overflowed() -> bool:
+            return not torch.isfinite(flat.grad).all().item()
+
+        loss, used = scale.attempt(backward, overflowed)
+        learner.step(lr, first=at == 0, loss_scale=used)
+        scale.next_round()
+        return loss[0]
+
+    process = centralized.Centralized(draw, train_batch, tensors, flat.refresh)
+    return drive_to_summary(run, process, "epoch", options.epochs, learner)
+
+
+def search_then_train(
+    options: argparse.Namespace, length: str, train: Callable[[argparse.Namespace, str], dict]
+) -> None:
+    """Train once; with --search, first short runs over the grid, the best by validation chosen."""
+    name = options.name or default_name(options)
+    if not options.search:
+        train(options, name)
+        return
+    results = []
+    for lr in options.search_lr:
+        for weight_decay in options.search_weight_decay:
+            cell = copy.copy(options)
+            cell.search, cell.lr, cell.weight_decay = False, lr, weight_decay
+            setattr(cell, length, options.search_length or getattr(options, length))
+            print(f"search: lr {lr:g}, weight decay {weight_decay:g}")
+            summary = train(cell, f"{name}/search/lr{lr:g}-wd{weight_decay:g}")
+            val_acc = summary["final"]["val_acc"]
+            results.append({"lr": lr, "weight_decay": weight_decay, "val_acc": val_acc})
+    best = max(results, key=lambda r: r["val_acc"])
+    runs.write_json(Path(options.runs_dir) / name / "search.json", {"cells": results, "best": best})
+    chosen = copy.copy(options)
+    chosen.lr, chosen.weight_decay = best["lr"], best["weight_decay"]
+    print(f"search: chose lr {best['lr']:g}, weight decay {best['weight_decay']:g} by validation")
+    train(chosen, name)
+
+
+def default_name(options: argparse.Namespace) -> str:
+    """Name a run after what it does, with a short hash of everything that defines it."""
+    parts = [
+        options.command,
+        options.data,
+        sharding_name(options) if "clients" in options else None,
+    ]
+    parts += [f"J{options.J}" if "J" in options else None, f"seed{options.seed}"]
+    digest = hashlib.sha256(json.dumps(defining(options), sort_keys=True).encode()).hexdigest()
+    return "-".join(p for p in [*parts, digest[:6]] if p)
+
+
+def sharding_name(options: argparse.Namespace) -> str:
+    """Return iid, nc5 or dir0.3."""
+    if options.nc is not None:
+        return f"nc{options.nc}"
+    return f"dir{options.dirichlet:g}" if options.dirichlet is not None else "iid"
+
+
+def defining(options: argparse.Namespace) -> dict:
+    """Return the options that define an experiment; a constant schedule can be extended."""
+    extendable = (
+        {"rounds", "epochs"} if getattr(options, "schedule", "constant") == "constant" else set()
+    )
+    free = FREE | extendable | {"run"}
+    return {name: value for name, value in sorted(vars(options).items()) if name not in free}
+
+
+def open_run(
+    workspace: Workspace, options: argparse.Namespace, name: str, shards: list | None = None
+) -> runs.Run:
+    """Open the run's folder, refusing one made by other options; notes a changed environment."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"--name {name} must stay below --runs-dir")
+    run = runs.Run(Path(options.runs_dir) / name)
+    split = [workspace.val_index, *(shards or [])]
+    stored = {k: v for k, v in vars(options).items() if k != "run"}
+    stored["split_sha256"] = hashlib.sha256(b"".join(part.tobytes() for part in split)).hexdigest()
+    extra = {
+        "environment": workspace.environment(),
+        "python": platform.python_version(),
+        "commit": git_commit(),
+    }
+    if shards:
+        sizes = [len(shard) for shard in shards]
+        extra["shards"] = {"clients": len(sizes), "smallest": min(sizes), "largest": max(sizes)}
+    free = set(stored) - set(defining(options)) - {"split_sha256"}
+    run.open(stored, extra, free)
+    if shards and not (run.folder / "shards.npz").exists():
+        ends = np.cumsum([len(shard) for shard in shards])
+        arrays = dict(validation=workspace.val_index, clients=np.concatenate(shards), ends=ends)
+        runs.write_atomically(run.folder / "shards.npz", lambda p: save_arrays(p, arrays))
+    return run
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """np.savez_compressed to exactly this path."""
+    with open(path, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def git_commit() -> str | None:
+    """Return the commit of this code, or None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def finished_summary(run: runs.Run, unit: str, total: int) -> dict | None:
+    """Return the summary of a run that has already reached `total`, after saying so."""
+    path = run.folder / "summary.json"
+    if not path.exists():
+        return None
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    if summary.get(unit, -1) < total:
+        return None
+    print(f"{run.folder} is finished: {unit} {summary[unit]}. {headline(summary)}")
+    return summary
+
+
+def headline(summary: dict) -> str:
+    """Return the final figures in one line."""
+    final = summary.get("final", {})
+    named = (("validation", "val_acc"), ("test", "test_acc"))
+    shown = [f"{label} accuracy {100 * final[key]:.2f} %" for label, key in named if key in final]
+    return ", ".join(shown)
+
+
+def drive_to_summary(
+    run: runs.Run,
+    process: fedavg.FedAvg | centralized.Centralized,
+    unit: str,
+    total: int,
+    learner: Learner,
+) -> dict:
+    """Drive the process to `total` rounds or epochs, then write summary and curves."""
+    print(f"{run.folder}: {learner.flat.size:,} parameters train on {learner.workspace.device}")
+
+    evaluated = Evaluated(learner, unit, total, learner.options.eval_every)
+    environment = learner.workspace.environment()
+    try:
+        wall = runs.drive(run, process, unit, total, complete=evaluated, environment=environment)
+    except runs.Interrupted as stop:
+        print(
+            f"{stop}: saved at {unit} {getattr(process, unit)}; the same command goes on from there"
+        )
+        raise
+    summary = run.summarise(**{unit: getattr(process, unit), "wall_seconds": wall})
+    try:
+        plots.plot_curves({run.folder.name: run.records()}, run.folder / "curves.png")
+    except ValueError as error:
+        print(f"no curves.png: {error}", file=sys.stderr)
+    print(f"{unit} {total} reached in {duration(wall)}. {headline(summary)}. See {run.folder}")
+    return summary
