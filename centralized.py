@@ -1,7 +1,9 @@
 """Centralised training, one batch per call, and the learning-rate schedules.
 
-from centralized import learning_rate
-[learning_rate("cosine", t, total=10, lr=0.1, warmup=2) for t in range(10)]
+Source: SGD with momentum; cosine decay of Loshchilov 2017 (arXiv:1608.03983) without restarts.
+
+    from centralized import learning_rate
+    [learning_rate("cosine", t, total=10, lr=0.1, warmup=2) for t in range(10)]
 """
 
 from __future__ import annotations

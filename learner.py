@@ -30,12 +30,18 @@ class Learner:
     With --train head the inputs are the backbone's features, computed once; else the images.
 
     Args:
+        model: with its backbone weights; its head is filled in here.
         folder: where the fitted head is kept, so that a resumed run need not fit it again.
     """
 
-    def __init__(self, workspace: Workspace, options: argparse.Namespace, folder: Path):
+    def __init__(
+        self,
+        workspace: Workspace,
+        model: vit.VisionTransformer,
+        options: argparse.Namespace,
+        folder: Path,
+    ):
         self.workspace, self.options = workspace, options
-        model = workspace.build_model()
         if options.head != "linear":
             self._set_fitted_head(model, folder / "head.pt")
         names = vit.trained_names(model, options.train, options.freeze_head)
@@ -81,15 +87,8 @@ class Learner:
     def step(self, lr: float, first: bool, loss_scale: float = 1.0) -> None:
         """Take one optimiser step from the flat gradient."""
         flat = self.flat
-        self.step_flat(
-            flat.theta,
-            flat.grad,
-            self.momentum,
-            flat.compute,
-            lr=lr,
-            first=first,
-            grad_scale=loss_scale,
-        )
+        tensors = (flat.theta, flat.grad, self.momentum, None, flat.compute)
+        self.step_flat(*tensors, lr=lr, first=first, grad_scale=loss_scale)
 
     def step_flat(self, *tensors: Tensor | None, **changing) -> None:
         """Call `sparse_sgdm_` with the run's constants."""

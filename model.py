@@ -280,21 +280,25 @@ def load_weights(model: VisionTransformer, path: str | Path) -> None:
         parameter.copy_(tensors[key])
 
 
+def check_train(train: str, depth: int) -> None:
+    """Raise ValueError unless `train` is "all", "head" or a block of a model of this depth."""
+    if train not in ("all", "head", *(f"blocks.{i}" for i in range(depth))):
+        raise ValueError(
+            f"--train {train}: choose all, head, or one of blocks.0 to blocks.{depth - 1}"
+        )
+
+
 def trained_names(model: VisionTransformer, train: str, freeze_head: bool) -> list[str]:
     """Return the parameters that train: "all", "head", or from a block on ("blocks.8").
 
     Raises:
         ValueError: no such block, or nothing left to train.
     """
+    check_train(train, model.shape.depth)
     names = [name for name, _ in model.named_parameters() if not name.startswith("head.")]
     if train == "head":
         names = []
     elif train != "all":
-        blocks = [f"blocks.{i}" for i in range(model.shape.depth)]
-        if train not in blocks:
-            raise ValueError(
-                f"--train {train}: choose all, head, or one of {blocks[0]} to {blocks[-1]}"
-            )
         first = next(i for i, name in enumerate(names) if name.startswith(train + "."))
         names = names[first:]
     names += [] if freeze_head else ["head.weight", "head.bias"]

@@ -1,4 +1,10 @@
-"""Figures from log files: curves of one or several runs, and who holds how many of which class."""
+"""Figures from log files: curves of one or several runs, and who holds how many of which class.
+
+Nothing here needs a display; matplotlib is imported only when something is drawn.
+
+    from plots import plot_curves
+    plot_curves({"run": [{"round": 1, "train_loss": 2.0}, {"round": 2, "train_loss": 1}]}, "a.png")
+"""
 
 from __future__ import annotations
 

@@ -21,10 +21,11 @@ import torch
 import centralized
 import data
 import fedavg
+import model as vit
 import plots
 import runs
 from learner import ClientTraining, Evaluated, Learner
-from workspace import Workspace, duration
+from workspace import Workspace, duration, fingerprint
 
 FREE = {"name", "runs_dir", "data_dir", "device", "threads", "eval_every", "eval_batch"}
 
@@ -33,10 +34,11 @@ def train_federated(
     workspace: Workspace, shards: list, options: argparse.Namespace, name: str
 ) -> dict:
     """Run one federated training in its folder; returns its summary."""
-    run = open_run(workspace, options, name, shards)
+    model = workspace.build_model()
+    run = open_run(workspace, model, options, name, shards)
     if summary := finished_summary(run, "round", options.rounds):
         return summary
-    learner = Learner(workspace, options, run.folder)
+    learner = Learner(workspace, model, options, run.folder)
     training = ClientTraining(learner, shards)
     federation = fedavg.FedAvg(
         learner.flat.theta,
@@ -56,10 +58,11 @@ def train_federated(
 
 def train_centralized(workspace: Workspace, options: argparse.Namespace, name: str) -> dict:
     """Run one centralised training in its folder; returns its summary."""
-    run = open_run(workspace, options, name)
+    model = workspace.build_model()
+    run = open_run(workspace, model, options, name)
     if summary := finished_summary(run, "epoch", options.epochs):
         return summary
-    learner = Learner(workspace, options, run.folder)
+    learner = Learner(workspace, model, options, run.folder)
     flat, scale = learner.flat, learner.loss_scale
     tensors = {"theta": flat.theta, "loss_scale": scale.state}
     if learner.momentum is not None:
@@ -145,15 +148,19 @@ def defining(options: argparse.Namespace) -> dict:
 
 
 def open_run(
-    workspace: Workspace, options: argparse.Namespace, name: str, shards: list | None = None
+    workspace: Workspace,
+    model: vit.VisionTransformer,
+    options: argparse.Namespace,
+    name: str,
+    shards: list[np.ndarray] | None = None,
 ) -> runs.Run:
-    """Open the run's folder, refusing one made by other options; notes a changed environment."""
+    """Open the run's folder; one made by other options, splits or weights is refused."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"--name {name} must stay below --runs-dir")
     run = runs.Run(Path(options.runs_dir) / name)
-    split = [workspace.val_index, *(shards or [])]
-    stored = {k: v for k, v in vars(options).items() if k != "run"}
-    stored["split_sha256"] = hashlib.sha256(b"".join(part.tobytes() for part in split)).hexdigest()
+    split = hashlib.sha256(b"".join(x.tobytes() for x in [workspace.val_index, *(shards or [])]))
+    made_from = {"split_sha256": split.hexdigest(), "weights_sha256": fingerprint(model)}
+    stored = {k: v for k, v in vars(options).items() if k != "run"} | made_from
     extra = {
         "environment": workspace.environment(),
         "python": platform.python_version(),
@@ -162,8 +169,7 @@ def open_run(
     if shards:
         sizes = [len(shard) for shard in shards]
         extra["shards"] = {"clients": len(sizes), "smallest": min(sizes), "largest": max(sizes)}
-    free = set(stored) - set(defining(options)) - {"split_sha256"}
-    run.open(stored, extra, free)
+    run.open(stored, extra, free=set(stored) - {*defining(options), *made_from})
     if shards and not (run.folder / "shards.npz").exists():
         ends = np.cumsum([len(shard) for shard in shards])
         arrays = dict(validation=workspace.val_index, clients=np.concatenate(shards), ends=ends)

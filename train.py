@@ -93,9 +93,9 @@ def run_centralized(options: argparse.Namespace) -> None:
 def run_ridge(options: argparse.Namespace) -> None:
     """Solve the ridge head centrally and from the clients' sums, and compare the two."""
     workspace = Workspace(options)
-    shards = workspace.shards()
-    run = open_run(workspace, options, options.name or default_name(options), shards)
-    model = workspace.build_model()
+    shards, model = workspace.shards(), workspace.build_model()
+    name = options.name or default_name(options)
+    run = open_run(workspace, model, options, name, shards)
     features, test_features = (workspace.features(model, part) for part in ("train", "test"))
     labels, test_labels = (workspace.sets[part].labels for part in ("train", "test"))
     central = workspace.fit_head(features, "ridge")
@@ -159,7 +159,7 @@ def run_eval(options: argparse.Namespace) -> None:
     if checkpoint is None:
         raise ValueError(f"{run.folder} holds no checkpoint yet")
     workspace = Workspace(stored)
-    learner = Learner(workspace, stored, run.folder)
+    learner = Learner(workspace, workspace.build_model(), stored, run.folder)
     process = checkpoint["state"]["process"]
     learner.flat.reset(process["theta"] if "theta" in process else process["tensors"]["theta"])
     unit = "round" if "round" in process else "epoch"
@@ -187,7 +187,10 @@ def print_figures(figures: dict) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are ValueErrors, one line each."""
+    """An argument parser whose errors are ValueErrors, one line each, and names are whole."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str):
         raise ValueError(f"{message} ({self.prog} --help lists the options)")
@@ -458,6 +461,8 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
         vit.check_image_size([o.image_size], vit.MODELS[o.model].patch)
         if o.weights == "dino" and o.model != "vit_s16":
             raise ValueError(f"--weights dino is a vit_s16, not {o.model}: --weights FILE or none")
+    if getattr(o, "head", "ridge") != "linear" and "val_fraction" in o and not o.val_fraction:
+        raise ValueError("a ridge or probe head needs validation data: --val-fraction above 0")
     if hasattr(o, "train"):
         resolve_training(o)
     return o
@@ -466,6 +471,7 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
 def resolve_training(o: argparse.Namespace) -> None:
     """The part of `resolve` for the commands that train."""
     unit, total = ("rounds", o.rounds) if hasattr(o, "rounds") else ("epochs", o.epochs)
+    vit.check_train(o.train, vit.MODELS[o.model].depth)
     if o.freeze_head is None:  # a fitted head is kept, unless it is all that trains
         o.freeze_head = o.head != "linear" and o.train != "head"
     if o.freeze_head and o.head == "linear":

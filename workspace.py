@@ -116,8 +116,6 @@ class Workspace:
         train, val = (
             torch.from_numpy(i).to(self.device) for i in (self.train_index, self.val_index)
         )
-        if len(val) == 0:
-            raise ValueError(f"--head {kind} needs validation data: --val-fraction above 0")
         held_out = features[val], labels[val]
         if kind == "probe":
             return head.train_probe(features[train], labels[train], self.classes, *held_out)

@@ -1,10 +1,15 @@
 """What all tests share: Triton's interpreter where there is no GPU, and where the real data is."""
 
+import functools
 import os
 from pathlib import Path
 
 import pytest
 import torch
+
+import data
+
+SYNTHETIC_DATASET = data.synthetic_dataset
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before a file with kernels is imported
@@ -15,8 +20,34 @@ REAL_DATA = Path(os.environ.get("CIFAR_DIR", ROOT / "data"))
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder with cifar-100-python and vit_tiny_patch16_224.pth; the test skips without it."""
+    """The folder with cifar-100-python and vit_tiny_patch16_224.pth; skips the test without it."""
     for name in ("cifar-100-python", "vit_tiny_patch16_224.pth"):
         if not (REAL_DATA / name).exists():
             pytest.skip(f"real data: no {name} in {REAL_DATA} (CIFAR_DIR names another folder)")
     return REAL_DATA
+
+
+@functools.cache
+def small_synthetic() -> data.Dataset:
+    """A fifth of the synthetic data set."""
+    return SYNTHETIC_DATASET(samples_per_class=40)
+
+
+@pytest.fixture
+def small_data(monkeypatch, tmp_path):
+    """Less synthetic data, and an empty working directory, for commands run in-process."""
+    monkeypatch.setattr(data, "synthetic_dataset", small_synthetic)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def cli(small_data, capsys):
+    """Run train.py's command line in-process: cli("fedavg", ...) -> (status, stdout, stderr)."""
+    import train
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = train.main([str(a) for a in arguments])
+        return status, *capsys.readouterr()
+
+    return run

@@ -1,0 +1,71 @@
+"""kill -9 at any moment, then the same command: the bits of the uninterrupted run."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+# One process imports everything once and forks: a start costs seconds, a fork costs milliseconds.
+# It must not run a parallel operation before it forks, hence the single thread.
+ZYGOTE = """
+import os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+import data, runs, train
+small = data.synthetic_dataset(samples_per_class=20)
+data.synthetic_dataset = lambda: small
+runs.drive.__kwdefaults__["save_seconds"] = 0.05
+
+def run(name, kill_after=None, signum=signal.SIGKILL):
+    child = os.fork()
+    if child == 0:
+        status = train.main([*sys.argv[1:], "--name", name, "--threads", "1"])
+        sys.stdout.flush()
+        os._exit(status)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signum)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+started = time.monotonic()
+assert run("whole") == 0
+whole = time.monotonic() - started
+moments = random.Random(0)
+deaths = [run("killed", moments.uniform(0.05, 1) * whole / 7) for _ in range(10)]
+print("deaths", deaths, file=sys.stderr)
+assert run("killed") == 0
+stops = [run("signalled", whole / n, s) for n, s in ((2, signal.SIGINT), (4, signal.SIGTERM))]
+print("stops", stops, file=sys.stderr)
+assert run("signalled") == 0
+"""
+
+COMMANDS = {
+    "fedavg": "fedavg --data synthetic --rounds 40 --eval-every 5 --clients 20 --nc 10 --J 3",
+    "heads": "fedavg --data synthetic --rounds 300 --eval-every 30 --train head --nc 1",
+    "centralized": "centralized --data synthetic --epochs 3 --schedule cosine --warmup 1",
+}
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_run_killed_ten_times_ends_in_the_same_bits(name, tmp_path):
+    command = [sys.executable, "-c", ZYGOTE, *COMMANDS[name].split()]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("-9") >= 8, done.stderr  # a kill may come after the end
+    assert "stops [130, 143]" in done.stderr
+    whole = tmp_path / "runs" / "whole"
+    for other in ("killed", "signalled"):
+        folder = tmp_path / "runs" / other
+        assert theta_and_log(folder) == theta_and_log(whole), done.stdout
+
+
+def theta_and_log(folder):
+    process = torch.load(folder / "checkpoint.pt", weights_only=True)["state"]["process"]
+    theta = process["theta"] if "theta" in process else process["tensors"]["theta"]
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return theta.numpy().tobytes(), [{**record, "seconds": None} for record in records]

@@ -1,0 +1,175 @@
+"""A run's folder: what is written is what is read, and damage never passes for data."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+import runs
+from runs import DamagedFile, Interrupted, Run, drive, load_checked, save_checked
+
+
+class Walk:
+    """A process whose state depends on every step since the start."""
+
+    def __init__(self):
+        self.round, self.value = 0, torch.zeros(3, dtype=torch.float64)
+
+    def advance(self):
+        self.round += 1
+        self.value = torch.cos(self.value * 3 + self.round)
+        return {"round": self.round, "value": self.value[0].item()}
+
+    def state_dict(self):
+        return {"round": self.round, "value": self.value}
+
+    def load_state_dict(self, state):
+        self.round, self.value = state["round"], state["value"].clone()
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run(tmp_path / "run")
+    run.open({"rounds": 9})
+    return run
+
+
+def test_a_checked_file_comes_back(tmp_path):
+    value = {"theta": torch.randn(7), "n": 3, "names": ["a"], "none": None}
+    save_checked(tmp_path / "x.pt", value)
+    back = load_checked(tmp_path / "x.pt")
+    assert torch.equal(back.pop("theta"), value.pop("theta")) and back == value
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_every_flipped_bit_and_every_truncation_is_found(tmp_path):
+    path = tmp_path / "x.pt"
+    save_checked(path, {"theta": torch.arange(5.0)})
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 13):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedFile, match="x.pt is damaged"):
+            load_checked(path)
+    for length in range(0, len(whole), 29):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DamagedFile, match="x.pt is damaged"):
+            load_checked(path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.json"
+    runs.write_json(path, {"a": 1})
+    with pytest.raises(OSError, match="disk full"):
+        runs.write_atomically(path, lambda aside: (_ for _ in ()).throw(OSError("disk full")))
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_other_options_are_refused_by_name_and_free_ones_pass(run):
+    before = run.config_path.read_bytes()
+    with pytest.raises(ValueError, match="rounds is 9 there and 10 here"):
+        Run(run.folder).open({"rounds": 10})
+    assert run.config_path.read_bytes() == before
+    Run(run.folder).open({"rounds": 10}, free={"rounds"})
+    assert run.config()["options"] == {"rounds": 10}
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    reference, broken = (Run(tmp_path / name) for name in ("reference", "broken"))
+    for run in (reference, broken):
+        run.open({})
+    drive(reference, Walk(), "round", 20)
+    for stop in (3, 4, 11, 20):
+        drive(broken, Walk(), "round", stop)
+        broken.log({"round": "a line after the last checkpoint"})
+        broken = Run(broken.folder)
+    broken.restore()
+    assert broken.log_path.read_bytes() == reference.log_path.read_bytes()
+    a, b = (run.load()["state"]["process"] for run in (reference, broken))
+    assert torch.equal(a["value"], b["value"])
+
+
+def test_a_kill_before_the_first_checkpoint_starts_over(run):
+    run.log({"round": 1})
+    drive(again := Run(run.folder), Walk(), "round", 2)
+    assert [r["round"] for r in again.records()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "gone"])
+def test_a_damaged_checkpoint_gives_way_to_its_predecessor(run, damage, capsys):
+    drive(run, Walk(), "round", 5)
+    drive(run, Walk(), "round", 7)
+    raw = bytearray(run.checkpoint_path.read_bytes())
+    if damage == "gone":
+        run.checkpoint_path.unlink()
+    else:
+        raw[len(raw) // 2] ^= 4
+        cut = {"truncate": raw[:-9], "flip": raw, "empty": b""}[damage]
+        run.checkpoint_path.write_bytes(cut)
+    state = (again := Run(run.folder)).restore()
+    assert state["process"]["round"] == 5
+    assert again.records()[-1]["round"] == 5
+    assert damage == "gone" or "checkpoint.pt is damaged" in capsys.readouterr().out
+
+
+def test_two_damaged_checkpoints_stop_the_run(run):
+    drive(run, Walk(), "round", 5)
+    drive(run, Walk(), "round", 7)
+    for path in (run.checkpoint_path, run.previous_path):
+        path.write_bytes(b"nothing")
+    with pytest.raises(DamagedFile, match=r"checkpoint.pt is damaged.*prev.pt is damaged"):
+        run.restore()
+
+
+def test_a_changed_log_is_found(run):
+    drive(run, Walk(), "round", 5)
+    raw = bytearray(run.log_path.read_bytes())
+    raw[20] ^= 1
+    run.log_path.write_bytes(raw)
+    with pytest.raises(DamagedFile, match="log.jsonl is damaged"):
+        Run(run.folder).restore()
+
+
+def test_another_environment_is_noted_with_the_round(run):
+    drive(run, Walk(), "round", 2, environment={"device": "cpu"})
+    drive(Run(run.folder), Walk(), "round", 3, environment={"device": "T4"})
+    notes = [r["note"] for r in run.records() if "note" in r]
+    assert notes == ["not bit-exact from round 3 on: device was cpu, is T4"]
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_stops(run, signum, status):
+    walk, handler = Walk(), signal.getsignal(signum)
+
+    def complete(record):
+        if record["round"] == 4:
+            os.kill(os.getpid(), signum)
+
+    with pytest.raises(Interrupted) as stop:
+        drive(run, walk, "round", 9, complete=complete)
+    assert stop.value.exit_status == status
+    assert Run(run.folder).restore()["process"]["round"] == 4
+    assert signal.getsignal(signum) is handler
+
+
+def test_the_summary_holds_the_last_and_the_best_evaluation(run):
+    for t, accuracy in enumerate([0.1, 0.5, 0.3]):
+        run.log({"round": t, "val_acc": accuracy})
+    run.log({"round": 3})
+    summary = run.summarise(round=3)
+    assert summary["final"]["round"] == 2 and summary["best_by_validation"]["round"] == 1
+
+
+def test_a_file_that_would_run_code_does_not(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    save_checked(tmp_path / "x.pt", {"state": Evil()})
+    with pytest.raises(DamagedFile, match="more than tensors"):
+        load_checked(tmp_path / "x.pt")
+    assert not (tmp_path / "owned").exists()

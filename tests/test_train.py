@@ -1,0 +1,242 @@
+"""The command line, in-process: what users type, and what they get for what they mistype."""
+
+import json
+import re
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+
+import model as vit
+import train
+
+FEDAVG = ("fedavg", "--data", "synthetic")
+TINY = (*FEDAVG, "--rounds", 2, "--clients", 10, "--fraction", 0.3, "--batch-size", 8)
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def without_seconds(folder):
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in records(folder)]
+
+
+def theta(folder):
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)["state"]["process"]
+    return state["theta"] if "theta" in state else state["tensors"]["theta"]
+
+
+def test_the_headline_command_means_what_the_readme_says():
+    o = train.resolve(train.build_parser().parse_args("fedavg --nc 1 --J 4 --rounds 2000".split()))
+    assert (o.data, o.model, o.weights, o.image_size) == ("cifar100", "vit_s16", "dino", 224)
+    assert (o.clients, o.fraction, o.batch_size, o.seed) == (100, 0.1, 64, 0)
+    assert (o.nc, o.J, o.rounds, o.head, o.freeze_head) == (1, 4, 2000, "ridge", True)
+
+
+def test_a_run_leaves_its_folder_and_the_same_command_again_says_so(cli, small_data):
+    status, out, _ = cli(*TINY, "--nc", 10)
+    (folder,) = (small_data / "runs").iterdir()
+    names = {"config.json", "log.jsonl", "checkpoint.pt", "summary.json", "shards.npz"}
+    assert status == 0 and names <= {p.name for p in folder.iterdir()}
+    assert folder.name.startswith("fedavg-synthetic-nc10-J4-seed0-")
+    first, *rounds = records(folder)
+    assert first["round"] == 0 and first["val_acc"] == 0.01
+    size = json.loads((folder / "config.json").read_text())
+    assert [r["round"] for r in rounds] == [1, 2]
+    assert all(len(r["clients"]) == 3 and r["bytes_up"] == 3 * 4 * 71668 for r in rounds)
+    assert size["shards"] == {"clients": 10, "smallest": 360, "largest": 360}
+    shards = np.load(folder / "shards.npz")
+    assert len(shards["clients"]) == 3600 and len(shards["validation"]) == 400
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    status, out, _ = cli(*TINY, "--nc", 10)
+    assert status == 0 and "is finished: round 2" in out
+    assert before == {p: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_more_rounds_extend_a_run_to_the_bits_of_a_longer_one(cli, small_data):
+    for name, rounds in (("a", 1), ("a", 3), ("b", 3)):
+        assert cli(*TINY, "--name", name, "--rounds", rounds, "--eval-every", 1)[0] == 0
+    a, b = small_data / "runs" / "a", small_data / "runs" / "b"
+    assert without_seconds(a) == without_seconds(b)
+    assert torch.equal(theta(a), theta(b))
+
+
+def test_a_schedule_fixes_the_number_of_rounds(cli):
+    cosine = (*TINY, "--schedule", "cosine", "--name", "c")
+    assert cli(*cosine)[0] == 0
+    status, _, err = cli(*cosine, "--rounds", 4)
+    assert status == 2 and "rounds is 2 there and 4 here" in err
+
+
+def test_another_seed_is_another_run(cli, small_data):
+    for seed in (0, 1):
+        cli(*TINY, "--name", f"s{seed}", "--seed", seed)
+    logs = [records(small_data / "runs" / f"s{seed}") for seed in (0, 1)]
+    assert logs[0][1]["clients"] != logs[1][1]["clients"]
+    assert logs[0][1]["train_loss"] != logs[1][1]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--head", "ridge"),
+        ("--head", "probe", "--no-freeze-head"),
+        ("--train", "blocks.1"),
+        ("--train", "head"),
+        ("--train", "head", "--head", "ridge", "--momentum", 0),
+        ("--dirichlet", 0.3, "--server-lr", 0.5, "--nesterov", "--weight-decay", 1e-3),
+        ("--augment", "--schedule", "exponential", "--warmup", 1),
+        ("--image-size", 48, "--normalisation", "imagenet"),
+        ("--precision", "bf16", "--head", "ridge"),
+        ("--precision", "fp16"),
+    ],
+    ids=lambda o: " ".join(str(x) for x in o),
+)
+def test_the_options_of_fedavg_run_and_resume(cli, small_data, options):
+    status, _, err = cli(*TINY, "--name", "x", *options)
+    assert status == 0, err
+    folder = small_data / "runs" / "x"
+    start, end = (records(folder)[i] for i in (0, -1))
+    assert np.isfinite(end["test_loss"]) and end["test_loss"] != start["test_loss"]
+    status, out, _ = cli("eval", folder)
+    assert status == 0 and f"{end['test_acc'] * 100:.2f} %" in out
+
+
+def test_from_a_block_on_only_what_follows_trains_and_is_sent(cli, small_data):
+    cli(*TINY, "--train", "blocks.1", "--name", "x")
+    block = 12 * 48 * 48 + 13 * 48  # two LayerNorms, qkv, projection, a 4x MLP, all with biases
+    trained = block + 2 * 48 + 100 * 48 + 100
+    assert records(small_data / "runs" / "x")[-1]["bytes_up"] == 3 * 4 * trained
+
+
+def test_centralized_training_resumes_within_an_epoch(cli, small_data, monkeypatch):
+    import runs
+    from centralized import Centralized
+
+    short = ("centralized", "--data", "synthetic", "--epochs", 2, "--schedule", "cosine")
+    assert cli(*short, "--name", "whole")[0] == 0
+    advance = Centralized.advance
+
+    def stopping(self):
+        if self.step == 50:
+            runs.signal.raise_signal(runs.signal.SIGTERM)
+        return advance(self)
+
+    monkeypatch.setattr(Centralized, "advance", stopping)
+    status, out, _ = cli(*short, "--name", "parts")
+    assert status == 143 and "the same command goes on" in out
+    monkeypatch.setattr(Centralized, "advance", advance)
+    assert cli(*short, "--name", "parts")[0] == 0
+    whole, parts = (small_data / "runs" / name for name in ("whole", "parts"))
+    assert without_seconds(whole) == without_seconds(parts)
+    assert torch.equal(theta(whole), theta(parts))
+
+
+def test_search_takes_the_best_by_validation(cli, small_data):
+    grid = ("--search", "--search-lr", 0.0, 0.2, "--search-weight-decay", 0.0)
+    status, out, _ = cli("centralized", "--data", "synthetic", "--epochs", 2, *grid, "--name", "s")
+    best = json.loads((small_data / "runs" / "s" / "search.json").read_text())["best"]
+    config = json.loads((small_data / "runs" / "s" / "config.json").read_text())
+    assert status == 0 and best["lr"] == 0.2 == config["options"]["lr"]
+
+
+def test_ridge_is_the_same_from_the_clients_sums(cli, small_data):
+    for sharding in ((), ("--nc", 1), ("--nc", 50), ("--dirichlet", 0.1)):
+        assert cli("ridge", "--data", "synthetic", "--name", "r", *sharding)[0] in (0, 2)
+    status, out, _ = cli("ridge", "--data", "synthetic", "--name", "n", "--nc", 1)
+    summary = json.loads((small_data / "runs" / "n" / "summary.json").read_text())
+    assert status == 0 and summary["difference_to_central"] < 1e-6
+
+
+def test_shards_prints_and_plots(cli, small_data):
+    status, out, _ = cli("shards", "--data", "synthetic", "--nc", 2, "--show", 3)
+    assert status == 0
+    assert re.search(r"classes per client +min 2  median 2  max 2", out)
+    assert len(re.findall(r"^ +\d+ +\d+  pattern", out, re.M)) == 3
+    pytest.importorskip("matplotlib")
+    assert cli("shards", "--data", "synthetic", "--nc", 2, "--out", "s.png")[0] == 0
+    assert (small_data / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_draws_several_runs(cli, small_data):
+    pytest.importorskip("matplotlib")
+    for name in "ab":
+        cli(*TINY, "--name", name)
+    status, out, _ = cli("plot", "runs/a", "runs/b", "--out", "ab.png")
+    assert status == 0 and (small_data / "ab.png").read_bytes().startswith(b"\x89PNG")
+
+
+BAD = {
+    "--clients above": (*FEDAVG, "--clients", 3601),
+    "5 clients of 3 classes cannot cover 100": (*FEDAVG, "--clients", 5, "--nc", 3),
+    "N_c must lie in 1..100": (*FEDAVG, "--nc", 101),
+    "argument --nc: 0 must be at least 1": (*FEDAVG, "--nc", 0),
+    "need 5000 parts": (*FEDAVG, "--clients", 1000, "--nc", 5),
+    "not allowed with argument --nc": (*FEDAVG, "--nc", 5, "--dirichlet", 1),
+    "argument --dirichlet: 0 must be above 0": (*FEDAVG, "--dirichlet", 0),
+    "argument --J/--local-steps: 0 must be at least 1": (*FEDAVG, "--J", 0),
+    "--J/--local-steps: '1.5' is not a whole number": (*FEDAVG, "--J", 1.5),
+    "argument --fraction/--C: 0 must be above 0": (*FEDAVG, "--fraction", 0),
+    "argument --fraction/--C: 1.1 must be above 0 and at most 1": (*FEDAVG, "--fraction", 1.1),
+    "--lr: nan must be at least 0": (*FEDAVG, "--lr", "nan"),
+    "--lr: -1 must be at least 0": (*FEDAVG, "--lr", -1),
+    "image size 36 is no multiple of the patch size 8": (*FEDAVG, "--image-size", 36),
+    "--train block.3: choose all, head, or one of blocks.0 to": (*FEDAVG, "--train", "block.3"),
+    "nothing to train": (*FEDAVG, "--train", "head", "--head", "ridge", "--freeze-head"),
+    "a head of zeros": (*FEDAVG, "--freeze-head"),
+    "nesterov needs a momentum": (*FEDAVG, "--nesterov", "--momentum", 0),
+    "--warmup 100 must be shorter than --rounds 100": (*FEDAVG, "--warmup", 100),
+    "needs validation data": (*FEDAVG, "--head", "ridge", "--val-fraction", 0),
+    "weights nowhere.pth: no such file": (*FEDAVG, "--weights", "nowhere.pth"),
+    "--weights dino is a vit_s16": (*FEDAVG, "--weights", "dino"),
+    "must stay below --runs-dir": (*FEDAVG, "--name", "../x"),
+    "cannot write the run folder": (*FEDAVG, "--runs-dir", "occupied"),
+    "invalid choice: 'vit_xl'": (*FEDAVG, "--model", "vit_xl"),
+    "unrecognized arguments: --round": (*FEDAVG, "--round", 5),
+    "is no run folder": ("eval", "runs/none"),
+    "no run folder": ("plot", "runs/none"),
+    "chooses on validation data": (*FEDAVG, "--search", "--val-fraction", 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_gets_one_line_and_status_2_and_writes_nothing(cli, small_data, message):
+    (small_data / "occupied").write_text("a file")
+    status, out, err = cli(*BAD[message])
+    if message == "--clients above":
+        message = "the number of clients must lie in 1..3600 (the samples), not 3601"
+    assert status == 2 and message in err and err.count("\n") == 1, err
+    assert [p.name for p in small_data.iterdir()] == ["occupied"]
+
+
+def test_a_checkpoint_of_another_architecture_names_the_first_bad_key(cli, small_data):
+    torch.save(vit.build_vit("vit_demo", 5).state_dict(), "demo.pth")
+    state = torch.load("demo.pth", weights_only=True)
+    state["blocks.0.attn.qkv.weight"] = torch.zeros(3, 48)
+    torch.save(state, "demo.pth")
+    status, _, err = cli(*FEDAVG, "--weights", "demo.pth")
+    assert status == 2 and "blocks.0.attn.qkv.weight is (3, 48) in the file" in err
+
+
+def test_offline_the_message_says_where_to_put_which_file(cli, small_data, monkeypatch):
+    pytest.importorskip("torchvision")
+    import torchvision
+
+    def offline(*arguments, **options):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torchvision.datasets.utils, "urlretrieve", offline, raising=False)
+    monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", offline, raising=False)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    status, _, err = cli("fedavg", "--nc", 1, "--J", 4, "--rounds", 2000)
+    assert status == 2 and err.count("\n") == 1
+    assert "data/cifar-100-python" in err and "--data synthetic" in err
+
+
+def test_a_diverging_client_is_named_and_the_last_checkpoint_kept(cli, small_data):
+    status, _, err = cli(*TINY, "--lr", 1e30, "--momentum", 0, "--name", "d")
+    assert status == 2 and re.search(r"round 1, client \d+, local step \d: the loss is", err)
+    assert not (small_data / "runs" / "d" / "checkpoint.pt").exists()
+    assert not (small_data / "runs" / "d" / "summary.json").exists()
