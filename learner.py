@@ -41,7 +41,7 @@ class Learner:
         options: argparse.Namespace,
         folder: Path,
     ):
-        self.workspace, self.options = workspace, options
+        self.workspace, self.options, self.model = workspace, options, model
         if options.head != "linear":
             self._set_fitted_head(model, folder / "head.pt")
         names = vit.trained_names(model, options.train, options.freeze_head)

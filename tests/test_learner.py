@@ -1,0 +1,124 @@
+"""What trains: clients one by one and all at once agree, and what is frozen stays."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_synthetic
+
+import fedavg
+import model as vit
+import train
+from learner import ClientTraining, Learner
+from workspace import Workspace
+
+
+def build(tmp_path, *arguments):
+    """Return the learner and the training of clients for a command line."""
+    command = ["fedavg", "--data", "synthetic", "--data-dir", str(tmp_path), *arguments]
+    options = train.resolve(train.build_parser().parse_args(command))
+    workspace = Workspace(options)
+    learner = Learner(workspace, workspace.build_model(), options, tmp_path)
+    return learner, ClientTraining(learner, workspace.shards())
+
+
+def test_heads_trained_together_equal_heads_trained_alone(small_data):
+    learner, training = build(small_data, "--train", "head", "--weight-decay", "0.01", "--nc", "3")
+    start, clients = torch.randn(learner.flat.theta.shape) * 0.1, np.array([3, 0, 77])
+    together = list(training.heads(start, clients, round=2))
+    for client, (theta, losses) in zip(clients, together, strict=True):
+        learner.flat.reset(start)
+        alone = training.one(client, round=2)
+        # fp32 sums of 48 features and 32 samples in another order
+        torch.testing.assert_close(losses, alone, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(theta, learner.flat.theta, rtol=1e-5, atol=1e-6)
+
+
+def test_a_frozen_head_and_frozen_blocks_keep_their_bits(small_data):
+    learner, training = build(small_data, "--train", "blocks.1", "--head", "ridge")
+    model = learner.model
+    trained = set(vit.trained_names(model, "blocks.1", freeze_head=True))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    training.one(5, round=1)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name not in trained), name
+
+
+def test_a_client_depends_on_seed_round_and_client_alone(small_data):
+    learner, training = build(small_data)
+    start = learner.flat.theta.clone()
+
+    def result(client, round):
+        learner.flat.reset(start)
+        training.one(client, round)
+        return learner.flat.theta.clone()
+
+    first = result(4, 1)
+    for other in ((4, 2), (5, 1)):
+        assert not torch.equal(first, result(*other))
+    assert torch.equal(first, result(4, 1))
+
+
+def test_half_precision_follows_fp32(small_data):
+    losses = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        learner, training = build(
+            small_data, "--precision", precision, "--head", "ridge", "--lr", "0.01"
+        )
+        losses[precision] = training.one(4, round=1)
+        assert learner.flat.theta.dtype == torch.float32
+        assert learner.overflowed() is False
+    # half precision keeps 8 (bf16) or 11 (fp16) bits of every activation
+    torch.testing.assert_close(losses["bf16"], losses["fp32"], rtol=0.03, atol=0)
+    torch.testing.assert_close(losses["fp16"], losses["fp32"], rtol=0.01, atol=0)
+
+
+def test_an_fp16_overflow_is_redone_at_a_lower_scale(small_data):
+    learner, training = build(small_data, "--precision", "fp16", "--head", "ridge", "--lr", "0.01")
+    start = learner.flat.theta.clone()
+    training.one(4, round=1)
+    usual = learner.flat.theta.clone()
+    learner.flat.reset(start)
+    learner.loss_scale.state[:] = torch.tensor([2.0**30, 2.0**30, 0.0])
+    training.one(4, round=1)
+    assert learner.loss_scale.state[1] < 2.0**30
+    assert not learner.overflowed()
+    moved = (usual - start).norm()
+    assert (learner.flat.theta - usual).norm() < 0.1 * moved
+    learner.loss_scale.next_round()
+    assert learner.loss_scale.state[0] == learner.loss_scale.state[1] < 2.0**30
+
+
+def test_evaluation_does_not_depend_on_its_batch(small_data):
+    learner, _ = build(small_data, "--head", "ridge")
+    whole = learner.evaluate()
+    learner.options.eval_batch = 37
+    parts = learner.evaluate()
+    assert whole["test_acc"] == parts["test_acc"]
+    assert whole["test_loss"] == pytest.approx(parts["test_loss"], rel=1e-6)
+
+
+def test_the_validation_split_is_never_trained_on(small_data):
+    learner, training = build(small_data)
+    seen = np.concatenate([training.draws(k, 1)[..., 0].flatten().numpy() for k in range(100)])
+    assert not np.isin(seen, learner.workspace.val_index).any()
+    assert len(small_synthetic().train.labels) == 4000 == 10 * len(learner.workspace.val_index)
+
+
+def test_two_rounds_average_what_the_clients_did(small_data):
+    learner, training = build(small_data, "--clients", "10")
+    sizes = [len(shard) for shard in training.shards]
+    federation = fedavg.FedAvg(learner.flat.theta, sizes, training.one, fraction=0.3)
+    start = learner.flat.theta.clone()
+    clients = fedavg.sample_clients(10, 0.3, seed=0, round=1)
+    expected = torch.zeros_like(start, dtype=torch.float64)
+    for client in clients:
+        learner.flat.reset(start)
+        training.one(int(client), 1)
+        share = sizes[client] / sum(sizes[k] for k in clients)
+        expected += share * (learner.flat.theta - start).double()
+    learner.flat.reset(start)
+    while federation.advance() is None:
+        pass
+    # the fixed point's half unit per client, then one rounding to fp32
+    average = (start.double() + expected).float()
+    torch.testing.assert_close(federation.theta_global, average, rtol=2e-7, atol=1e-9)
