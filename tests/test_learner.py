@@ -58,34 +58,31 @@ def test_a_client_depends_on_seed_round_and_client_alone(small_data):
     assert torch.equal(first, result(4, 1))
 
 
-def test_half_precision_follows_fp32(small_data):
-    losses = {}
-    for precision in ("fp32", "bf16", "fp16"):
-        learner, training = build(
-            small_data, "--precision", precision, "--head", "ridge", "--lr", "0.01"
-        )
-        losses[precision] = training.one(4, round=1)
-        assert learner.flat.theta.dtype == torch.float32
-        assert learner.overflowed() is False
-    # half precision keeps 8 (bf16) or 11 (fp16) bits of every activation
-    torch.testing.assert_close(losses["bf16"], losses["fp32"], rtol=0.03, atol=0)
-    torch.testing.assert_close(losses["fp16"], losses["fp32"], rtol=0.01, atol=0)
+@pytest.mark.parametrize(("precision", "error"), [("bf16", 0.04), ("fp16", 0.003)])
+def test_half_precision_moves_the_parameters_as_fp32_does(small_data, precision, error):
+    moved = {}
+    for name in ("fp32", precision):
+        learner, training = build(small_data, "--precision", name)
+        start = learner.flat.theta.clone()
+        training.one(4, round=1)
+        moved[name] = learner.flat.theta - start
+        assert moved[name].dtype == torch.float32
+    # a gradient carries 8 (bf16) or 11 (fp16) bits; single errors average out in the norm
+    assert (moved[precision] - moved["fp32"]).norm() < error * moved["fp32"].norm()
 
 
 def test_an_fp16_overflow_is_redone_at_a_lower_scale(small_data):
-    learner, training = build(small_data, "--precision", "fp16", "--head", "ridge", "--lr", "0.01")
+    learner, training = build(small_data, "--precision", "fp16")
     start = learner.flat.theta.clone()
     training.one(4, round=1)
-    usual = learner.flat.theta.clone()
+    usual = learner.flat.theta - start
     learner.flat.reset(start)
-    learner.loss_scale.state[:] = torch.tensor([2.0**30, 2.0**30, 0.0])
+    learner.loss_scale.state[:] = torch.tensor([2.0**22, 2.0**22, 0.0])
     training.one(4, round=1)
-    assert learner.loss_scale.state[1] < 2.0**30
-    assert not learner.overflowed()
-    moved = (usual - start).norm()
-    assert (learner.flat.theta - usual).norm() < 0.1 * moved
+    assert learner.loss_scale.state[0] == 2.0**22 > learner.loss_scale.state[1]
+    assert (learner.flat.theta - start - usual).norm() < 0.003 * usual.norm()
     learner.loss_scale.next_round()
-    assert learner.loss_scale.state[0] == learner.loss_scale.state[1] < 2.0**30
+    assert learner.loss_scale.state[0] == learner.loss_scale.state[1] < 2.0**22
 
 
 def test_evaluation_does_not_depend_on_its_batch(small_data):
