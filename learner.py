@@ -196,9 +196,9 @@ class Evaluated:
     def __call__(self, record: dict) -> None:
         """Evaluate where it is due, adding val_* and test_* to the record; show progress."""
         at = record[self.unit]
-        if self.status is None:
-            self.status = Status(self.unit, self.total, at - 1)
-        self.status.show(at, self.note)
+        if at:
+            self.status = self.status or Status(self.unit, self.total, at - 1)
+            self.status.show(at, self.note)
         if at % self.every == 0 or at >= self.total:
             record |= self.learner.evaluate()
             figures = ", ".join(
@@ -208,5 +208,6 @@ class Evaluated:
             )
             loss = f"train loss {record['train_loss']:.4f}, " if "train_loss" in record else ""
             self.note = figures
-            self.status.close()
+            if self.status:
+                self.status.close()
             print(f"{self.unit} {at}/{self.total}: {loss}{figures}", flush=True)

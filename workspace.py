@@ -34,7 +34,9 @@ class Workspace:
         if options.threads:
             torch.set_num_threads(options.threads)
         if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
             torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, not free
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         synthetic = options.data == "synthetic"
         self.dataset = (
@@ -138,7 +140,10 @@ def choose_device(name: str) -> torch.device:
     """Return the device of --device; "auto" is a CUDA device where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: choose auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"--device {name}: PyTorch sees no CUDA device here; --device cpu runs anywhere"
