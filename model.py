@@ -52,19 +52,26 @@ MODELS = {
 }
 
 
+class PatchConv(nn.Conv2d):
+    """A convolution whose kernel equals its stride, as one matrix product."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        p = self.kernel_size[0]
+        n, c, h, w = images.shape
+        x = images.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
+        x = F.linear(x.reshape(n, h // p, w // p, c * p * p), self.weight.flatten(1), self.bias)
+        return x.permute(0, 3, 1, 2)  # (N, D, h/p, w/p)
+
+
 class PatchEmbed(nn.Module):
-    """Cut an image into patches and project each: a convolution whose kernel equals its stride."""
+    """Cut an image into patches and project each."""
 
     def __init__(self, patch: int, width: int):
         super().__init__()
-        self.proj = nn.Conv2d(3, width, patch, patch)
+        self.proj = PatchConv(3, width, patch, patch)
 
     def forward(self, images: Tensor) -> Tensor:
-        p = self.proj.kernel_size[0]
-        n, c, h, w = images.shape
-        x = images.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
-        x = x.reshape(n, (h // p) * (w // p), c * p * p)
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # (N, T, D)
+        return self.proj(images).flatten(2).transpose(1, 2)  # (N, T, D)
 
 
 class Attention(nn.Module):
@@ -127,8 +134,8 @@ class VisionTransformer(nn.Module):
         if key not in self._resamplers:
             matrix = position_matrix(grid, height, width)
             self._resamplers[key] = matrix.to(self.pos_embed.device, self.pos_embed.dtype)
-        patches = self._resamplers[key] @ self.pos_embed[0, 1:]
-        return torch.cat([self.pos_embed[:, :1], patches[None]], dim=1)
+        patches = self._resamplers[key] @ self.pos_embed[:, 1:]
+        return torch.cat([self.pos_embed[:, :1], patches], dim=1)
 
     def embed(self, images: Tensor) -> Tensor:
         """Turn images (N, 3, H, W) into the first block's input (N, 1 + T, D)."""
