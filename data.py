@@ -242,7 +242,7 @@ def shard_dirichlet(labels: np.ndarray, clients: int, alpha: float, seed: int) -
         raise ValueError(f"the Dirichlet concentration must be positive, not {alpha}")
     generator = random(seed, "Dirichlet shards")
     classes, left = np.unique(labels, return_counts=True)
-    mixture = generator.standard_gamma(alpha * left / left.sum(), (clients, len(classes)))
+    mixture = _log_gamma_draws(alpha * left / left.sum(), clients, generator)
     pools = [generator.permutation(np.flatnonzero(labels == c)) for c in classes]
     open_slots = generator.permutation(len(labels)) % clients  # the client of each unfilled slot
     indices, owners = [], []
@@ -259,13 +259,18 @@ def shard_dirichlet(labels: np.ndarray, clients: int, alpha: float, seed: int) -
     return _split_by_client(np.concatenate(indices), np.concatenate(owners), clients)
 
 
-def _draw_classes(mixture, clients, left, generator) -> np.ndarray:
+def _log_gamma_draws(shape: np.ndarray, clients: int, generator) -> np.ndarray:
+    """Return logs of Gamma(shape) draws (clients, C); the draws themselves may underflow."""
+    boosted = generator.standard_gamma(shape + 1.0, (clients, len(shape)))
+    return np.log(boosted) + np.log1p(-generator.random(boosted.shape)) / shape
+
+
+def _draw_classes(log_mixture, clients, left, generator) -> np.ndarray:
     """Draw one class per entry of `clients` from its mixture, among classes with samples left."""
     rows, row = np.unique(clients, return_inverse=True)
-    weights = mixture[rows] * (left > 0)
-    steps = np.cumsum(weights, axis=1, out=weights)
-    empty = steps[:, -1] <= np.finfo(np.float32).tiny
-    steps[empty] = np.cumsum(left)  # the mixture's classes are used up: take what there is
+    weights = np.where(left > 0, log_mixture[rows], -np.inf)
+    weights -= weights.max(axis=1, keepdims=True)
+    steps = np.cumsum(np.exp(weights, out=weights), axis=1, out=weights)
     point = generator.random(len(clients)) * steps[row, -1] * (1 - 1e-7)
     drawn = np.empty(len(clients), np.int64)
     for part in in_chunks(len(clients), 100_000):

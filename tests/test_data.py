@@ -1,0 +1,302 @@
+"""Splits, shards and batches: every sample counted, every draw a function of its counters."""
+
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+from data import (
+    PADDING,
+    Preprocess,
+    crop_and_flip,
+    draw_batches,
+    draw_epoch,
+    shard_by_class,
+    shard_dirichlet,
+    shard_iid,
+    split_validation,
+    synthetic_dataset,
+)
+
+
+def balanced(classes=100, each=450):
+    return np.random.default_rng(0).permutation(np.repeat(np.arange(classes), each))
+
+
+def skewed(classes=20, samples=3000):
+    shares = np.random.default_rng(1).dirichlet(np.full(classes, 2.0))
+    counts = np.maximum(np.random.default_rng(2).multinomial(samples, shares), 30)
+    return np.random.default_rng(3).permutation(np.repeat(np.arange(classes), counts))
+
+
+def holds_every_sample_once(shards, labels):
+    together = np.concatenate(shards)
+    assert all(s.dtype == np.int64 and len(s) for s in shards)
+    assert np.array_equal(np.sort(together), np.arange(len(labels)))
+    return True
+
+
+def class_counts(shards, labels):
+    """(K, C) samples of each class that each client holds."""
+    owner = np.repeat(np.arange(len(shards)), [len(s) for s in shards])
+    pairs = owner * (labels.max() + 1) + labels[np.concatenate(shards)]
+    return np.bincount(pairs, minlength=len(shards) * (labels.max() + 1)).reshape(len(shards), -1)
+
+
+# ---------------------------------------------------------------------------- splits and shards
+
+
+@pytest.mark.parametrize("labels", [balanced(), skewed()], ids=["balanced", "skewed"])
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5])
+def test_validation_takes_its_share_of_every_class(labels, fraction):
+    train, val = split_validation(labels, fraction, seed=3)
+    assert np.array_equal(np.sort(np.concatenate([train, val])), np.arange(len(labels)))
+    counts = np.bincount(labels)
+    held_out = np.bincount(labels[val], minlength=len(counts))
+    assert np.array_equal(held_out, np.round(fraction * counts))
+    again = split_validation(labels, fraction, seed=3)[1]
+    assert np.array_equal(val, again)
+    assert not fraction or not np.array_equal(val, split_validation(labels, fraction, seed=4)[1])
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0])
+def test_a_bad_validation_fraction_is_refused(fraction):
+    with pytest.raises(ValueError, match=f"not {fraction}"):
+        split_validation(balanced(), fraction, seed=0)
+
+
+@pytest.mark.parametrize("clients", [1, 7, 100, 45_000])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_iid_shards(clients, seed):
+    labels = balanced()
+    shards = shard_iid(labels, clients, seed)
+    assert len(shards) == clients and holds_every_sample_once(shards, labels)
+    sizes = [len(s) for s in shards]
+    assert max(sizes) - min(sizes) <= 1
+
+
+FEASIBLE = [(100, 1), (100, 2), (100, 5), (100, 10), (100, 50), (100, 100), (10, 10), (10, 23),
+            (1, 100), (33, 4), (450, 10), (45_000, 1), (37, 77), (2, 50)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("clients", "nc"), FEASIBLE)
+@pytest.mark.parametrize("seed", range(5))
+def test_class_shards(clients, nc, seed):
+    labels = balanced()
+    shards = shard_by_class(labels, clients, nc, seed)
+    assert len(shards) == clients and holds_every_sample_once(shards, labels)
+    counts = class_counts(shards, labels)
+    assert ((counts > 0).sum(axis=1) == nc).all()
+    sharing = (counts > 0).sum(axis=0)
+    assert sharing.min() >= 1 and sharing.max() - sharing.min() <= 1
+    if clients * nc % 100 == 0:
+        sizes = counts.sum(axis=1)
+        assert sizes.max() - sizes.min() <= nc
+
+
+@pytest.mark.parametrize(("clients", "nc"), [(20, 1), (7, 3), (60, 5), (100, 10), (1, 20)])
+def test_class_shards_of_unequal_classes(clients, nc):
+    labels = skewed()
+    shards = shard_by_class(labels, clients, nc, seed=0)
+    assert holds_every_sample_once(shards, labels)
+    assert ((class_counts(shards, labels) > 0).sum(axis=1) == nc).all()
+
+
+def test_classes_meet_in_clients_at_random():
+    sets = {tuple(sorted(set(balanced()[s]))) for s in shard_by_class(balanced(), 100, 5, seed=0)}
+    assert len(sets) == 100
+
+
+@pytest.mark.parametrize("alpha", [0.01, 1.0, 1e4])
+@pytest.mark.parametrize("clients", [1, 10, 999])
+def test_dirichlet_shards(alpha, clients):
+    labels = skewed()
+    shards = shard_dirichlet(labels, clients, alpha, seed=0)
+    assert len(shards) == clients and holds_every_sample_once(shards, labels)
+    sizes = [len(s) for s in shards]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_alpha_goes_from_one_class_a_client_to_the_prior():
+    labels = balanced()
+    held = [
+        (class_counts(shard_dirichlet(labels, 50, alpha, seed=0), labels) > 0).sum(axis=1)
+        for alpha in (1e-3, 1.0, 1e5)
+    ]
+    iid = (class_counts(shard_iid(labels, 50, seed=0), labels) > 0).sum(axis=1)
+    assert np.median(held[0]) <= 5 < np.median(held[1]) < np.median(held[2])
+    assert abs(held[2].mean() - iid.mean()) < 3
+
+
+@pytest.mark.parametrize("make", [
+    lambda labels, seed: shard_iid(labels, 100_000, seed),
+    lambda labels, seed: shard_by_class(labels, 100_000, 3, seed),
+    lambda labels, seed: shard_dirichlet(labels, 100_000, 0.5, seed),
+], ids=["iid", "class", "dirichlet"])  # fmt: skip
+def test_a_hundred_thousand_clients(make):
+    labels = np.random.default_rng(0).integers(0, 100, 1_000_000)
+    shards = make(labels, 0)
+    assert len(shards) == 100_000 and holds_every_sample_once(shards, labels)
+
+
+@pytest.mark.parametrize("make", [
+    lambda seed: shard_iid(balanced(), 10, seed),
+    lambda seed: shard_by_class(balanced(), 50, 4, seed),
+    lambda seed: shard_dirichlet(balanced(), 10, 0.5, seed),
+], ids=["iid", "class", "dirichlet"])  # fmt: skip
+def test_shards_are_a_function_of_the_seed(make):
+    first, again, other = make(0), make(0), make(1)
+    assert all(map(np.array_equal, first, again))
+    assert not all(map(np.array_equal, first, other))
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda y: shard_iid(y, 0, 0), "not 0"),
+    (lambda y: shard_iid(y, 45_001, 0), r"1..45000 \(the samples\), not 45001"),
+    (lambda y: shard_by_class(y, 33, 3, 0), "33 clients of 3 classes cannot cover 100"),
+    (lambda y: shard_by_class(y, 10, 101, 0), "not 101"),
+    (lambda y: shard_by_class(y, 10, 0, 0), "not 0"),
+    (lambda y: shard_by_class(y, 4500, 11, 0), "need 49500 parts"),
+    (lambda y: shard_dirichlet(y, 10, 0.0, 0), "not 0.0"),
+    (lambda y: shard_dirichlet(y, 10, float("nan"), 0), "not nan"),
+])  # fmt: skip
+def test_what_cannot_be_sharded_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(balanced())
+
+
+# ---------------------------------------------------------------------------- data sets
+
+
+@pytest.fixture(scope="module")
+def synthetic():
+    return synthetic_dataset()
+
+
+def test_the_synthetic_set_is_what_it_says(synthetic):
+    assert synthetic.train.images.shape == (20_000, 3, 32, 32)
+    assert synthetic.test.images.shape == (5000, 3, 32, 32)
+    assert synthetic.train.images.dtype == torch.uint8
+    assert synthetic.train.labels.bincount().tolist() == [200] * 100
+    assert len(synthetic.classes) == 100 and len(synthetic.superclasses) == 20
+    assert np.bincount(synthetic.superclass_of).tolist() == [5] * 20
+    small = [synthetic_dataset(samples_per_class=4) for _ in range(2)]
+    assert torch.equal(small[0].train.images, small[1].train.images)
+
+
+def test_a_linear_classifier_on_raw_pixels_fails_on_it(synthetic):
+    def pixels(images):
+        x = images[:, :, ::2, ::2].flatten(1).double() / 255  # each second pixel: 768 features
+        return torch.cat([x, torch.ones(len(x), 1)], dim=1)
+
+    x, y = pixels(synthetic.train.images), F.one_hot(synthetic.train.labels).double()
+    weight = torch.linalg.solve(x.T @ x + 1e-3 * torch.eye(x.shape[1]), x.T @ y)
+    guess = (pixels(synthetic.test.images) @ weight).argmax(1)
+    assert (guess == synthetic.test.labels).double().mean() < 0.2
+
+
+def test_real_cifar100_has_its_classes_and_superclasses(real_data):
+    pytest.importorskip("torchvision")
+    cifar = data.load_cifar100(real_data)
+    assert cifar.train.images.shape == (50_000, 3, 32, 32)
+    assert cifar.train.labels.bincount().tolist() == [500] * 100
+    assert cifar.test.labels.bincount().tolist() == [100] * 100
+    assert np.bincount(cifar.superclass_of).tolist() == [5] * 20
+    apple = cifar.superclass_of[cifar.classes.index("apple")]
+    assert cifar.superclasses[apple] == "fruit_and_vegetables"
+
+
+def test_a_corrupt_cifar_folder_is_named_and_left_alone(tmp_path):
+    pytest.importorskip("torchvision")
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for name in ("train", "test", "meta"):
+        (folder / name).write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="cifar-100-python/train is damaged"):
+        data.load_cifar100(tmp_path)
+    (folder / "train").unlink()
+    with pytest.raises(ValueError, match="cifar-100-python/train is missing"):
+        data.load_cifar100(tmp_path)
+    assert {p.read_bytes() for p in folder.iterdir()} == {b"garbage"}
+
+
+def test_offline_the_folder_and_the_way_out_are_named(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("torchvision").datasets
+
+    def offline(self):
+        raise URLError("no network")
+
+    monkeypatch.setattr(datasets.CIFAR100, "download", offline)
+    with pytest.raises(ValueError, match=r"cifar-100-python.tar.gz.*--data synthetic") as error:
+        data.load_cifar100(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+# ---------------------------------------------------------------------------- batches
+
+
+def test_draws_are_a_function_of_seed_round_and_client():
+    shard = np.arange(100, 200)
+    base = dict(seed=1, round=2, client=3)
+    first = draw_batches(shard, 8, 5, **base)
+    assert first.shape == (5, 8, 4) and first.dtype == torch.int64
+    assert torch.equal(first, draw_batches(shard, 8, 5, **base))
+    for changed in (dict(seed=2), dict(round=3), dict(client=2)):
+        assert not torch.equal(first, draw_batches(shard, 8, 5, **base | changed))
+    assert torch.equal(first[:2, :, 0], draw_batches(shard, 8, 2, **base)[..., 0])
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 50])
+def test_a_local_epoch_is_a_permutation_and_small_shards_repeat(size):
+    shard = np.arange(1000, 1000 + size)
+    draws = draw_batches(shard, 8, 25, seed=0, round=1).flatten(0, 1)
+    for start in range(0, 200 - size, size):
+        assert sorted(draws[start : start + size, 0].tolist()) == shard.tolist()
+    assert set(draws[:, 1:3].flatten().tolist()) == set(range(2 * PADDING + 1))
+    assert set(draws[:, 3].tolist()) == {0, 1}
+
+
+def test_an_epoch_covers_all_that_fills_batches():
+    train = np.arange(50, 153)
+    seen = draw_epoch(train, 10, seed=0, epoch=0)
+    assert seen.shape == (10, 10, 4)
+    assert len(set(seen[..., 0].flatten().tolist())) == 100
+    assert draw_epoch(train, 500, seed=0, epoch=0).shape == (1, 103, 4)
+    assert not torch.equal(seen, draw_epoch(train, 10, seed=0, epoch=1))
+
+
+def test_crop_and_flip_equal_a_plain_loop():
+    images = torch.randint(0, 256, (20, 3, 12, 10), dtype=torch.uint8)
+    draws = draw_batches(np.arange(20), 64, 1, seed=0, round=0)[0]
+    padded = F.pad(images.float(), (PADDING,) * 4, mode="replicate").to(torch.uint8)
+    for out, (i, row, column, flip) in zip(crop_and_flip(images, draws), draws, strict=True):
+        window = padded[i, :, row : row + 12, column : column + 10]
+        assert torch.equal(out, window.flip(2) if flip else window)
+    centre = torch.tensor([[7, PADDING, PADDING, 0]])
+    assert torch.equal(crop_and_flip(images, centre)[0], images[7])
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 96, 224])
+def test_resizing_equals_interpolates_antialiased_bicubic(size):
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    ours = Preprocess(size, mean, std, "cpu", torch.float32)(images)
+    theirs = F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True)
+    theirs = theirs.clamp(0, 255) / 255
+    theirs = (theirs - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    # pixels of 255 carry 24 bits; their sums and the normalisation round a few times
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-6)
+
+
+def test_resizing_agrees_with_pil_to_a_grey_level():
+    image = pytest.importorskip("PIL.Image")
+    noise = torch.rand(1, 3, 36, 36) * 255
+    pixels = F.avg_pool2d(noise, 5, 1).to(torch.uint8)  # smooth: PIL also clips between its passes
+    ours = Preprocess(64, (0, 0, 0), (1 / 255,) * 3, "cpu", torch.float32)(pixels)[0]
+    picture = image.fromarray(pixels[0].permute(1, 2, 0).numpy()).resize((64, 64), image.BICUBIC)
+    theirs = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()
+    # PIL rounds after each pass, and the second pass weighs the first rounding by up to 1.3
+    assert (ours - theirs).abs().max() <= 1.15
