@@ -97,13 +97,16 @@ class Centralized:
         return record
 
     def _checked_losses(self) -> list[float]:
-        losses = (
-            torch.stack([torch.as_tensor(x) for x in self.losses]).tolist() if self.losses else []
-        )
-        for step, loss in enumerate(losses):
+        """Bring the epoch's losses to the CPU, in one transfer, and refuse those of a divergence."""
+        fresh = [loss for loss in self.losses if isinstance(loss, Tensor)]
+        known = self.losses[: len(self.losses) - len(fresh)]
+        self.losses = known + (torch.stack(fresh).tolist() if fresh else [])
+        for step, loss in enumerate(self.losses):
             if not math.isfinite(loss):
-                raise ValueError(f"epoch {self.epoch + 1}, step {step + 1}: the loss is {loss}")
-        return losses
+                raise ValueError(
+                    f"epoch {self.epoch + 1}, step {step + 1}: the loss is {loss}; try a lower --lr"
+                )
+        return list(self.losses)
 
     def state_dict(self) -> dict:
         """Return all that the rest of the run depends on; refuses to save a diverged state."""

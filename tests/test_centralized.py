@@ -1,0 +1,82 @@
+"""Schedules have their shapes; the loop stops at any batch and goes on to the same bits."""
+
+import math
+
+import pytest
+import torch
+
+from centralized import SCHEDULES, Centralized, learning_rate
+
+
+def rates(schedule, warmup=0, total=100):
+    return [learning_rate(schedule, t, total=total, lr=0.1, warmup=warmup) for t in range(total)]
+
+
+def test_the_schedules_have_their_shapes():
+    assert rates("constant") == [0.1] * 100
+    step = rates("step")
+    assert step[49] == 0.1 and step[50] == pytest.approx(0.01) and step[75] == pytest.approx(1e-3)
+    exponential = rates("exponential")
+    ratios = {round(b / a, 9) for a, b in zip(exponential, exponential[1:], strict=False)}
+    assert ratios == {round(0.01 ** (1 / 100), 9)}
+    cosine = rates("cosine")
+    assert cosine[50] == pytest.approx(0.05) and 0 < cosine[99] < 1e-4
+    assert cosine == sorted(cosine, reverse=True)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_warm_up_rises_linearly_to_the_full_rate(schedule):
+    warm = rates(schedule, warmup=9)
+    assert warm[:9] == pytest.approx([0.1 * (t + 1) / 10 for t in range(9)])
+    assert warm[9] == 0.1 == max(warm)
+
+
+@pytest.mark.parametrize("warmup", [-1, 100, 200, math.nan])
+def test_bad_schedules_are_refused(warmup):
+    with pytest.raises(ValueError, match="warm-up"):
+        learning_rate("cosine", 0, total=100, lr=0.1, warmup=warmup)
+    with pytest.raises(ValueError, match="unknown schedule 'linear'"):
+        learning_rate("linear", 0, total=100, lr=0.1)
+
+
+def loop(fail_at=None):
+    theta = torch.ones(2, dtype=torch.float64)
+    calls = []
+
+    def train(batch, at):
+        calls.append(at)
+        loss = (theta * batch).sum()
+        theta.sub_(0.1 * torch.cos(theta * batch))
+        return loss * (math.nan if len(calls) == fail_at else 1)
+
+    def draw(epoch):
+        generator = torch.Generator().manual_seed(epoch)
+        return torch.randn(4, 2, generator=generator, dtype=torch.float64)
+
+    return Centralized(draw, train, {"theta": theta}), theta, calls
+
+
+@pytest.mark.parametrize("stop", range(1, 9))
+def test_it_stops_at_any_batch_and_goes_on_to_the_same_bits(stop):
+    whole, expected, times = loop()
+    records = [whole.advance() for _ in range(8)]
+    assert times == [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75]
+    assert [r and r["epoch"] for r in records] == [None, None, None, 1, None, None, None, 2]
+    first, _, _ = loop()
+    for _ in range(stop):
+        first.advance()
+    state = first.state_dict()
+    second, theta, _ = loop()
+    second.load_state_dict(state)
+    rest = [second.advance() for _ in range(8 - stop)]
+    assert torch.equal(theta, expected)
+    for mine, theirs in zip(rest, records[stop:], strict=True):
+        assert (mine and mine["train_loss"]) == (theirs and theirs["train_loss"])
+
+
+def test_a_diverged_state_is_named_and_not_saved():
+    process, _, _ = loop(fail_at=6)
+    for _ in range(6):
+        process.advance()
+    with pytest.raises(ValueError, match="epoch 2, step 2: the loss is nan"):
+        process.state_dict()

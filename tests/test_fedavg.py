@@ -1,0 +1,238 @@
+"""The round is McMahan's, its sum does not know the order of clients, and it stops anywhere."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fedavg import (
+    ClientError,
+    FedAvg,
+    LossScale,
+    add_delta_,
+    apply_total_,
+    local_sgd,
+    sample_clients,
+)
+
+TARGETS = torch.linspace(-1, 2, 60, dtype=torch.float64).view(12, 5)
+SIZES = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
+
+
+def quadratic(theta, steps=3, lr=0.3):
+    """Clients whose loss is |theta - target|^2 / 2, trained by `steps` plain steps on `theta`."""
+
+    def train(client, round):
+        losses = []
+        for _ in range(steps):
+            error = theta - TARGETS[client].to(theta.dtype)
+            losses.append(error.square().sum() / 2)
+            theta.sub_(lr * error)
+        return torch.stack(losses)
+
+    return train
+
+
+def federation(dtype=torch.float64, **options):
+    theta = torch.zeros(5, dtype=dtype)
+    return FedAvg(theta, SIZES, quadratic(theta), **dict(fraction=0.4, seed=3) | options)
+
+
+def run(process, rounds):
+    records = []
+    while process.round < rounds:
+        if (record := process.advance()) is not None:
+            records.append({k: v for k, v in record.items() if k != "seconds"})
+    return records
+
+
+@pytest.mark.parametrize(
+    ("clients", "fraction", "m"), [(100, 0.1, 10), (100, 1.0, 100), (5, 0.1, 1), (7, 0.5, 4)]
+)
+def test_the_sample_is_a_function_of_seed_and_round(clients, fraction, m):
+    draws = [sample_clients(clients, fraction, seed=0, round=t) for t in range(30)]
+    assert all(len(set(d.tolist())) == m and d.max() < clients for d in draws)
+    assert np.array_equal(draws[4], sample_clients(clients, fraction, seed=0, round=4))
+    if m < clients:
+        assert len({tuple(d) for d in draws}) > 1
+        other = [sample_clients(clients, fraction, seed=1, round=t) for t in range(30)]
+        assert not all(map(np.array_equal, draws, other))
+
+
+def test_every_client_gets_its_share_of_rounds():
+    seen = np.bincount(
+        np.concatenate([sample_clients(50, 0.2, seed=0, round=t) for t in range(2000)])
+    )
+    assert abs(seen - 400).max() < 5 * math.sqrt(2000 * 0.2 * 0.8)
+
+
+@pytest.mark.parametrize("server_lr", [1.0, 0.5])
+def test_rounds_are_the_update_written_by_hand(server_lr):
+    process, theta = federation(server_lr=server_lr), torch.zeros(5, dtype=torch.float64)
+    for t in range(1, 5):
+        (record,) = run(process, t)
+        clients = sample_clients(12, 0.4, seed=3, round=t)
+        n = sum(SIZES[k] for k in clients)
+        # three steps of 0.3 towards the target leave (1 - 0.3)^3 of the distance
+        change = sum(SIZES[k] / n * (1 - 0.7**3) * (TARGETS[k] - theta) for k in clients)
+        loss = sum(
+            SIZES[k]
+            / n
+            * np.mean([0.49**j for j in range(3)])
+            * (theta - TARGETS[k]).square().sum()
+            for k in clients
+        )
+        assert record["train_loss"] == pytest.approx(loss.item() / 2, rel=1e-12)
+        assert record["clients"] == clients.tolist()
+        theta = theta + server_lr * change
+        # the fixed point's unit is 2^-48, and each of five clients rounds once
+        torch.testing.assert_close(process.theta_global, theta, rtol=0, atol=1e-13)
+
+
+def test_the_sum_knows_neither_order_nor_grouping():
+    start = torch.randn(70_001)
+    results = start + torch.randn(6, 70_001) * 10.0 ** torch.arange(-6, 0).view(6, 1)
+    weights = [0.1, 0.25, 0.05, 0.3, 0.2, 0.1]
+
+    def total(order):
+        acc = torch.zeros(70_001, dtype=torch.int64)
+        for k in order:
+            add_delta_(acc, results[k], start, weights[k])
+        return acc
+
+    whole = total(range(6))
+    assert torch.equal(whole, total([5, 3, 1, 0, 2, 4]))
+    assert torch.equal(whole, total([0, 1]) + total([5]) + total([4, 3, 2]))
+    theta = start.clone()
+    apply_total_(theta, whole)
+    shares = torch.tensor(weights, dtype=torch.float64).view(6, 1)
+    exact = start.double() + (shares * (results - start).double()).sum(0)
+    torch.testing.assert_close(theta, exact.float(), rtol=1.2e-7, atol=1e-13)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e5])
+def test_an_unusable_update_names_round_and_client(bad):
+    theta = torch.zeros(3)
+
+    def train(client, round):
+        if client == 7:
+            theta[1] = bad
+        return torch.ones(2)
+
+    process = FedAvg(theta, SIZES, train, fraction=1.0)
+    with pytest.raises(ClientError, match="round 1, client 7: its update is"):
+        run(process, 1)
+
+
+def test_a_loss_that_is_not_finite_names_its_step():
+    theta = torch.zeros(3)
+    process = FedAvg(theta, SIZES, lambda k, t: torch.tensor([1.0, math.inf]), fraction=0.1)
+    with pytest.raises(ClientError, match=r"round 1, client \d+, local step 2: the loss is inf"):
+        process.advance()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("stop", range(1, 12))
+def test_a_round_in_hand_can_be_saved_at_every_client(stop, dtype):
+    whole = federation(dtype)
+    records = run(whole, 3)
+    first = federation(dtype)
+    found = [r for r in (first.advance() for _ in range(stop)) if r is not None]
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = federation(dtype)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    found = [{k: v for k, v in r.items() if k != "seconds"} for r in found] + run(second, 3)
+    assert torch.equal(second.theta_global, whole.theta_global)
+    assert found == records
+
+
+def test_clients_trained_together_give_the_bits_of_clients_trained_alone():
+    alone = federation()
+
+    def together(theta_global, clients, round):
+        for client in clients:
+            theta = theta_global.clone()
+            losses = quadratic(theta)(int(client), round)
+            yield theta, losses
+
+    theta = torch.zeros(5, dtype=torch.float64)
+    batched = FedAvg(theta, SIZES, fraction=0.4, seed=3, train_clients=together)
+    assert run(alone, 3) == run(batched, 3)
+    assert torch.equal(alone.theta_global, batched.theta_global)
+
+
+def test_one_client_is_local_training():
+    theta, local = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    process = FedAvg(theta, [4], quadratic(theta), fraction=1.0)
+    run(process, 3)
+    for t in range(3):
+        quadratic(local)(0, t)
+    torch.testing.assert_close(process.theta_global, local, rtol=0, atol=3 * 2.0**-48)
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.1, math.nan])
+def test_a_fraction_outside_its_range_is_refused(fraction):
+    with pytest.raises(ValueError, match=f"not {fraction}"):
+        federation(fraction=fraction)
+
+
+def test_bytes_count_every_sampled_client():
+    record = run(federation(value_bytes=20), 1)[0]
+    assert record["bytes_up"] == record["bytes_down"] == 20 * len(record["clients"]) == 100
+
+
+def test_local_sgd_zeroes_scales_and_reports_the_loss_before_each_step():
+    w = torch.nn.Parameter(torch.tensor([4.0]))
+    w.grad = torch.tensor([99.0])
+    seen = []
+
+    def step(j):
+        seen.append((j, w.grad.item()))
+        w.data -= 0.25 * w.grad / 8
+
+    losses = local_sgd([1.0, 2.0], lambda b: (b * w**2).sum(), w.grad, step, loss_scale=8.0)
+    assert losses.tolist() == [16.0, 8.0]
+    assert seen == [(0, 64.0), (1, 64.0)]
+
+
+# ---------------------------------------------------------------------------- the loss scale
+
+
+def needs(limit):
+    """A client that overflows above `limit`: (train, overflowed) for LossScale.attempt."""
+    last = []
+    return last.append, lambda: last[-1] > limit
+
+
+def test_an_overflowing_client_is_redone_whatever_the_others_did():
+    for order in ([64.0, 4.0, 1e9], [1e9, 64.0, 4.0], [4.0, 1e9, 64.0]):
+        scale = LossScale(256.0)
+        used = {limit: scale.attempt(*needs(limit))[1] for limit in order}
+        assert used == {64.0: 64.0, 4.0: 4.0, 1e9: 256.0}
+        scale.next_round()
+        assert scale.state.tolist() == [4.0, 4.0, 0.0]
+
+
+def test_the_scale_doubles_after_quiet_rounds_and_sleeps_at_one():
+    scale = LossScale(8.0, patience=3)
+    for expected in (8.0, 8.0, 16.0, 16.0, 16.0, 32.0):
+        scale.attempt(*needs(1e9))
+        scale.next_round()
+        assert scale.state[0] == expected
+    off = LossScale(1.0, patience=1)
+    assert not off.active and off.attempt(*needs(0.1))[1] == 1.0
+    off.next_round()
+    assert off.state.tolist() == [1.0, 1.0, 0.0]
+
+
+def test_the_scale_is_all_in_its_state():
+    a, b = LossScale(64.0, patience=2), LossScale(1024.0, patience=2)
+    a.attempt(*needs(16.0))
+    b.state.copy_(a.state)
+    for scale in (a, b):
+        scale.next_round(), scale.next_round(), scale.next_round()
+    assert torch.equal(a.state, b.state) and a.state[0] == 32.0
