@@ -97,7 +97,7 @@ class Centralized:
         return record
 
     def _checked_losses(self) -> list[float]:
-        """Bring the epoch's losses to the CPU, in one transfer, and refuse those of a divergence."""
+        """Bring the losses to the CPU, in one transfer, and refuse those of a divergence."""
         fresh = [loss for loss in self.losses if isinstance(loss, Tensor)]
         known = self.losses[: len(self.losses) - len(fresh)]
         self.losses = known + (torch.stack(fresh).tolist() if fresh else [])
