@@ -348,6 +348,7 @@ def calibrate(
     total = budget(theta.numel(), sparsity)
     everything = [torch.arange(theta.numel(), device=theta.device)]
     groups = everything if groups is None else list(groups)
+    final = split_budget(total, groups)
     original = theta.clone()
     alive = torch.ones_like(theta, dtype=torch.bool)
     try:
@@ -358,9 +359,9 @@ def calibrate(
                 raise ValueError(f"calibration round {r}: a score is not finite")
             keys = ranking(rule, original, scores, seed).masked_fill(~alive, math.inf)
             share = (1 - sparsity) ** (r / rounds)
-            count = total if r == rounds else max(total, round(theta.numel() * share))
             alive = torch.zeros_like(alive)
-            for group, kept in zip(groups, split_budget(count, groups), strict=True):
+            for group, last in zip(groups, final, strict=True):
+                kept = last if r == rounds else max(last, math.ceil(share * len(group)))
                 alive[group] = keep_lowest(keys[group], kept)
     finally:
         theta.copy_(original)

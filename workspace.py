@@ -108,8 +108,11 @@ class Workspace:
             status.show(chunk.stop)
         status.close()
         features = torch.cat(rows)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        runs.save_checked(path, features.cpu())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            runs.save_checked(path, features.cpu())
+        except OSError as error:
+            print(f"warning: the features are not kept: {error}", file=sys.stderr)
         return features
 
     def fit_head(self, features: Tensor, kind: str) -> head.FittedHead:
