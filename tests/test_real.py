@@ -42,7 +42,8 @@ def test_head_only_rounds_improve_the_ridge_heads_loss(real, sharding, tmp_path)
 
 
 def test_a_round_on_real_images_improves_validation(real, tmp_path):
-    summary = real("fedavg", "--rounds", 2, "--J", 2, "--batch-size", 32, "--eval-every", 2)
+    options = ["--rounds", 2, "--J", 2, "--batch-size", 32, "--eval-every", 2, "--lr", 0.001]
+    summary = real("fedavg", *options)
     start = json.loads((tmp_path / "runs" / "x" / "log.jsonl").read_text().splitlines()[0])
     assert summary["final"]["val_loss"] < start["val_loss"]
     shards = np.load(tmp_path / "runs" / "x" / "shards.npz")

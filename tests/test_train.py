@@ -35,6 +35,25 @@ def test_the_headline_command_means_what_the_readme_says():
     assert (o.nc, o.J, o.rounds, o.head, o.freeze_head) == (1, 4, 2000, "ridge", True)
 
 
+@pytest.mark.parametrize(
+    ("options", "lr"),
+    [
+        ("", 0.01),
+        ("--nc 50", 0.01),
+        ("--nc 5", 0.001),
+        ("--nc 1", 0.0001),
+        ("--nc 1 --train blocks.8", 0.0001),
+        ("--nc 1 --train head", 0.0003),
+        ("--nc 10 --train head", 0.003),
+        ("--nc 1 --lr 0.5", 0.5),
+        ("--data synthetic --nc 1", 0.2),
+    ],
+)
+def test_the_default_step_follows_what_clients_hold(options, lr):
+    parsed = train.build_parser().parse_args(["fedavg", *options.split()])
+    assert train.resolve(parsed).lr == lr
+
+
 def test_a_run_leaves_its_folder_and_the_same_command_again_says_so(cli, small_data):
     status, out, _ = cli(*TINY, "--nc", 10)
     (folder,) = (small_data / "runs").iterdir()
