@@ -480,7 +480,8 @@ def default_lr(o: argparse.Namespace) -> float:
         return 0.2
     head_only = o.train == "head" and o.head != "linear"
     table = LR_OF_FITTED_HEAD if head_only else LR_OF_BACKBONE
-    return next(lr for most, lr in table if (getattr(o, "nc", None) or most) <= most)
+    held = getattr(o, "nc", None) or math.inf
+    return next(lr for most, lr in table if held <= most)
 
 
 def resolve_training(o: argparse.Namespace) -> None:
