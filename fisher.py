@@ -1,4 +1,4 @@
-"""Sensitivity of every weight, and the masks it makes: the diagonal Fisher, exactly, in batches.
+"""Sensitivity of every weight: the diagonal of the Fisher information, exactly, in batches.
 
     F_i = mean over x of (d log p(y|x) / d theta_i)^2,  y drawn from the model's own p(y|x)
 
@@ -6,17 +6,17 @@ The square is of each sample's gradient; the mean gradient's square is another q
 linear layer with inputs A (N, T, I) and gradients G (N, T, O) of the summed log-likelihood
     F[o, i] = 1/N * sum over n of (sum over t of G[n, t, o] A[n, t, i])^2
 so one batched forward and backward pass gives every sample's squared gradient.
-Calibration over rounds with damping as in TaLoS (Iurada 2025, arXiv:2504.02620).
+Source: Goodfellow 2015, arXiv:1510.01799, with its sums over tokens; the Fisher as in Kunstner
+2019, arXiv:1905.12558.
 
-    import torch; from fisher import fisher_diagonal, mask_from_scores
+    import torch; from fisher import fisher_diagonal
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 3))
     scores = fisher_diagonal(model, [torch.randn(32, 4)])  # {"0.weight": (8, 4), ...}
-    masks = mask_from_scores(scores, sparsity=0.9)         # the 10 % least sensitive train
 """
 
 from __future__ import annotations
 
-import math
+import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -26,33 +26,156 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-RULES = (
-    "least-sensitive",
-    "most-sensitive",
-    "lowest-magnitude",
-    "highest-magnitude",
-    "random",
-)
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS and Windows have no Triton; the reference serves there
+    triton = None
+
 CPU_CHUNK = 2_000_000  # elements of per-sample gradients held at a time: they stay in cache
+GPU_CHUNK = 1 << 27  # the same on a GPU: half a gigabyte of fp32
+TILE = dict(BLOCK_O=64, BLOCK_I=64, BLOCK_T=32)
+SQUARES_BLOCK = 1024
+HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 # ---------------------------------------------------------------------------- squares of sums
 
 
-def square_accumulate_(total: Tensor, grads: Tensor, inputs: Tensor) -> None:
-    """Add sum over n of (grads[n]' inputs[n])^2 to `total` (O, I) in place.
-
-    Args:
-        grads: (N, T, O) gradients by a linear layer's outputs.
-        inputs: (N, T, I) its inputs.
-    """
+def square_accumulate_reference_(total: Tensor, grads: Tensor, inputs: Tensor) -> None:
+    """Add the squares with plain PyTorch operations; arguments as in `square_accumulate_`."""
     samples, _, width = grads.shape
-    per_sample = width * inputs.shape[2]
-    chunk = max(1, CPU_CHUNK // per_sample) if total.device.type == "cpu" else samples
+    chunk = max(1, (CPU_CHUNK if total.is_cpu else GPU_CHUNK) // (width * inputs.shape[2]))
     for start in range(0, samples, chunk):
         part = slice(start, start + chunk)
         products = torch.bmm(grads[part].transpose(1, 2), inputs[part])  # (n, O, I)
-        total += products.square_().sum(dim=0)
+        total += products.to(total.dtype).square_().sum(dim=0)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _square_of_sum_kernel(
+        total_ptr,
+        grads_ptr,
+        inputs_ptr,
+        samples,
+        tokens,
+        width_out,
+        width_in,
+        PRECISION: tl.constexpr,
+        BLOCK_O: tl.constexpr,
+        BLOCK_I: tl.constexpr,
+        BLOCK_T: tl.constexpr,
+    ):
+        o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+        i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+        t = tl.arange(0, BLOCK_T)
+        squares = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
+        for n in range(samples):
+            product = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
+            for start in range(0, tokens, BLOCK_T):
+                row = (n * tokens + start + t).to(tl.int64)
+                live = start + t < tokens
+                g_at = row[None, :] * width_out + o[:, None]
+                g = tl.load(grads_ptr + g_at, (o[:, None] < width_out) & live[None, :], other=0.0)
+                a_at = row[:, None] * width_in + i[None, :]
+                a = tl.load(inputs_ptr + a_at, live[:, None] & (i[None, :] < width_in), other=0.0)
+                product = tl.dot(g, a, product, input_precision=PRECISION)
+            squares += product * product
+        at = total_ptr + o[:, None].to(tl.int64) * width_in + i[None, :]
+        inside = (o[:, None] < width_out) & (i[None, :] < width_in)
+        tl.store(at, tl.load(at, inside, other=0.0) + squares, inside)
+
+    @triton.jit
+    def _add_squares_kernel(total_ptr, products_ptr, samples, size, BLOCK: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        live = at < size
+        squares = tl.zeros((BLOCK,), dtype=tl.float32)
+        source = products_ptr + at
+        for _ in range(samples):
+            product = tl.load(source, live, other=0.0).to(tl.float32)
+            squares += product * product
+            source += size
+        tl.store(total_ptr + at, tl.load(total_ptr + at, live, other=0.0) + squares, live)
+
+
+def square_accumulate_triton_(
+    total: Tensor, grads: Tensor, inputs: Tensor, *, tensor_cores: bool | None = None
+) -> None:
+    """Add the squares with Triton; arguments as in `square_accumulate_`.
+
+    Args:
+        tensor_cores: True multiplies and squares in one kernel, so that no per-sample matrix is
+            ever written; False leaves the product to cuBLAS and squares in one fused pass. None
+            chooses by the device: tl.dot uses no tensor cores below compute capability 8.0.
+    """
+    if triton is None:
+        raise ValueError("backend 'triton': the triton package is not installed here")
+    if total.is_cpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            "backend 'triton' needs CUDA tensors; on a CPU it runs only in Triton's interpreter "
+            "(set TRITON_INTERPRET=1 before this file is imported)"
+        )
+    if total.dtype != torch.float32 or grads.dtype not in HALF_OR_SINGLE:
+        raise ValueError(f"backend 'triton' sums in fp32, not {grads.dtype} into {total.dtype}")
+    samples, tokens, width_out = grads.shape
+    width_in = inputs.shape[2]
+    if tensor_cores is None:
+        tensor_cores = torch.cuda.get_device_capability(total.device) >= (8, 0)
+    if tensor_cores:
+        tiles = (triton.cdiv(width_out, TILE["BLOCK_O"]), triton.cdiv(width_in, TILE["BLOCK_I"]))
+        tf32 = torch.backends.cuda.matmul.allow_tf32 and grads.dtype == torch.float32
+        shape = (samples, tokens, width_out, width_in)
+        operands = (total, grads.contiguous(), inputs.contiguous())
+        _square_of_sum_kernel[tiles](
+            *operands, *shape, PRECISION="tf32" if tf32 else "ieee", **TILE
+        )
+        return
+    chunk = max(1, GPU_CHUNK // total.numel())
+    blocks = (triton.cdiv(total.numel(), SQUARES_BLOCK),)
+    for start in range(0, samples, chunk):
+        part = slice(start, start + chunk)
+        products = torch.bmm(grads[part].transpose(1, 2), inputs[part])
+        _add_squares_kernel[blocks](
+            total, products, len(products), total.numel(), BLOCK=SQUARES_BLOCK
+        )
+
+
+_devices_without_triton: set[torch.device] = set()
+
+
+def square_accumulate_(
+    total: Tensor, grads: Tensor, inputs: Tensor, *, backend: str = "auto"
+) -> None:
+    """Add sum over n of (grads[n]' inputs[n])^2 to `total` in place.
+
+    Args:
+        total: (O, I) contiguous.
+        grads: (N, T, O) gradients by a linear layer's outputs.
+        inputs: (N, T, I) its inputs.
+        backend: "auto" takes Triton for fp32 sums on CUDA devices and PyTorch elsewhere;
+            "reference" and "triton" force one of them.
+
+    Raises:
+        ValueError: backend "triton" where it cannot run.
+    """
+    if backend not in ("auto", "triton", "reference"):
+        raise ValueError(f"backend must be auto, triton or reference, not {backend!r}")
+    serves = triton is not None and total.is_cuda and total.dtype == torch.float32
+    serves = serves and total.device not in _devices_without_triton
+    if backend == "reference" or (backend == "auto" and not serves):
+        return square_accumulate_reference_(total, grads, inputs)
+    try:
+        return square_accumulate_triton_(total, grads, inputs)
+    except Exception as error:  # compilers fail in many ways, all of them before the first launch
+        if backend == "triton" or isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        warnings.warn(
+            f"Triton does not run on {total.device}, using PyTorch: {error}", stacklevel=2
+        )
+        _devices_without_triton.add(total.device)
+        return square_accumulate_reference_(total, grads, inputs)
 
 
 # ---------------------------------------------------------------------------- sensitivity
@@ -75,10 +198,11 @@ def fisher_diagonal(
     Any other parameter falls back to per-sample gradients by torch.func, which is said once.
 
     Args:
-        batches: inputs (N, ...), or pairs (inputs, labels (N,) int64); logits (N, C) come out.
+        batches: inputs (N, ...), or pairs (inputs, given (N,)); logits (N, C) come out.
         parameters: names to score; None scores all.
         labels: "sampled" draws y from the model's own p(y|x), by `seed` and the sample's place in
-            the stream, whatever the batch size; "true" takes the given ones (empirical Fisher).
+            the stream, or by the uniform numbers in [0, 1) that are `given`; "true" takes the int64
+            labels that are `given` (empirical Fisher).
         score: "log-prob" differentiates log p(y|x), "logit" the logit of y (TaLoS's release).
         dtype: of the sums.
 
@@ -102,9 +226,12 @@ def fisher_diagonal(
         model.requires_grad_(False)
         for batch in batches:
             inputs, given = batch if isinstance(batch, tuple | list) else (batch, None)
-            scorer = scorer or _Scorer(model, sums, inputs[:2])
-            draw = _sampled_labels(generator) if labels == "sampled" else lambda _, y=given: y
-            scorer.add(inputs, draw, score)
+            scorer = scorer or _Scorer(model, sums, torch.cat([inputs[:1], inputs[:1]]))
+            if labels == "sampled" and (given is None or not given.is_floating_point()):
+                given = torch.from_numpy(generator.random(len(inputs)))
+            elif given is None or (labels == "true" and given.is_floating_point()):
+                raise ValueError("labels 'true' needs batches of (inputs, labels)")
+            scorer.add(inputs, given, score)
             count += len(inputs)
     finally:
         if scorer is not None:
@@ -120,15 +247,10 @@ def fisher_diagonal(
     return sums
 
 
-def _sampled_labels(generator: np.random.Generator) -> Callable[[Tensor], Tensor]:
-    """Return logits (N, C) -> labels (N,) drawn from their softmax, by inversion of the CDF."""
-
-    def draw(logits: Tensor) -> Tensor:
-        cdf = logits.detach().double().softmax(dim=1).cumsum(dim=1)
-        u = torch.from_numpy(generator.random((len(logits), 1))).to(cdf.device)
-        return (cdf < u * cdf[:, -1:]).sum(dim=1)
-
-    return draw
+def _sampled_labels(logits: Tensor, u: Tensor) -> Tensor:
+    """Return labels (N,) drawn from the softmax of `logits` by inversion of its CDF at u (N,)."""
+    cdf = logits.detach().double().softmax(dim=1).cumsum(dim=1)
+    return (cdf < u.to(cdf)[:, None] * cdf[:, -1:]).sum(dim=1)
 
 
 def _summed_score(logits: Tensor, labels: Tensor, score: str) -> Tensor:
@@ -158,29 +280,28 @@ class _Scorer:
 
     @torch.no_grad()
     def _broadcasts(self, name: str, probe: Tensor) -> bool:
-        """Whether a copy of the parameter per sample, along its first axis, changes nothing."""
+        """Whether a sample reads its own copy of the parameter, along the first axis, alone."""
         parameter = self.parameters[name]
-        if parameter.dim() == 0 or parameter.shape[0] != 1 or len(probe) < 2:
+        if parameter.dim() == 0 or parameter.shape[0] != 1:
             return False
-        copies = parameter.expand(len(probe), *parameter.shape[1:]) * torch.ones(
-            len(probe), *[1] * (parameter.dim() - 1), device=parameter.device, dtype=parameter.dtype
-        )
+        copies = torch.cat([parameter, parameter + 1])
         try:
             out = torch.func.functional_call(self.model, {name: copies}, (probe,))
         except (RuntimeError, IndexError):
             return False
-        return torch.allclose(out, self.model(probe), rtol=1e-4, atol=1e-5)
+        return torch.allclose(out[0], self.model(probe)[0], rtol=1e-4, atol=1e-5)
 
-    def add(self, inputs: Tensor, draw: Callable[[Tensor], Tensor], score: str) -> None:
-        """Add the squared per-sample gradients of one batch."""
+    def add(self, inputs: Tensor, given: Tensor, score: str) -> None:
+        """Add the squared per-sample gradients of one batch; floats `given` stand for draws."""
         copies = {}
         for name in self.broadcast:
             p = self.parameters[name].detach()
             copies[name] = p.expand(len(inputs), *p.shape[1:]).clone().requires_grad_()
         with torch.enable_grad():
             logits = torch.func.functional_call(self.model, copies, (inputs,))
-            labels = draw(logits)
-            _summed_score(logits, labels, score).backward()
+            labels = _sampled_labels(logits, given) if given.is_floating_point() else given
+            if logits.requires_grad:  # something is hooked or copied
+                _summed_score(logits, labels, score).backward()
         for name, copy in copies.items():
             self.sums[name] += copy.grad.square().sum(dim=0, keepdim=True)
         if self.single:
@@ -271,116 +392,3 @@ def _add_squares(module: nn.Module, sums: dict[str, Tensor], x: Tensor, grad: Te
         square_accumulate_(sums["weight"].view(sums["weight"].shape[0], -1), grad, x)
     if "bias" in sums:
         sums["bias"] += grad.sum(dim=1).square_().sum(dim=0)
-
-
-# ---------------------------------------------------------------------------- masks
-
-
-def budget(size: int, sparsity: float) -> int:
-    """Return how many of `size` entries a mask of this sparsity (the FROZEN share) keeps.
-
-    Raises:
-        ValueError: sparsity is not in [0, 1).
-    """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"the sparsity must lie in [0, 1), not {sparsity}")
-    return math.floor((1 - sparsity) * size + 0.5)
-
-
-def keep_lowest(keys: Tensor, count: int) -> Tensor:
-    """Return the bool mask (P,) of the `count` lowest keys; among equal keys the first ones win."""
-    if count <= 0:
-        return torch.zeros_like(keys, dtype=torch.bool)
-    bar = keys.kthvalue(count).values
-    mask = keys < bar
-    ties = (keys == bar).nonzero()[:, 0]
-    mask[ties[: count - int(mask.sum())]] = True
-    return mask
-
-
-def ranking(rule: str, theta: Tensor, scores: Tensor | None, seed: int = 0) -> Tensor:
-    """Return the keys (P,) by which a rule ranks entries; the lowest are kept.
-
-    Args:
-        scores: (P,) sensitivities; only the two sensitivity rules need them.
-    """
-    if rule == "least-sensitive":
-        return scores
-    if rule == "most-sensitive":
-        return -scores
-    if rule == "lowest-magnitude":
-        return theta.abs()
-    if rule == "highest-magnitude":
-        return -theta.abs()
-    if rule == "random":
-        generator = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(b"random mask")]))
-        return torch.from_numpy(generator.random(theta.numel())).to(theta.device)
-    raise ValueError(f"unknown mask rule {rule!r}: choose from {', '.join(RULES)}")
-
-
-def calibrate(
-    theta: Tensor,
-    score: Callable[[], Tensor],
-    *,
-    sparsity: float,
-    rounds: int = 4,
-    damp: float = 0.1,
-    rule: str = "least-sensitive",
-    groups: Sequence[Tensor] | None = None,
-    seed: int = 0,
-) -> Tensor:
-    """Return the mask (P,) of the entries that stay trainable, True = trainable.
-
-    In round r the network is scored with its dropped weights multiplied by `damp`, and of those
-    alive the share density^(r/rounds) that ranks lowest is kept; what is dropped never returns.
-
-    Args:
-        theta: (P,) parameters; damped in place while scoring, restored to the bit in any case.
-        score: callable that returns the sensitivities (P,) of the network as theta stands.
-        groups: index tensors that split range(P); each keeps the same share by itself (a threshold
-            per tensor, budgets by largest remainder). None ranks all entries together.
-
-    Raises:
-        ValueError: sparsity outside [0, 1), rounds below 1, an unknown rule, or a non-finite score.
-    """
-    if rounds < 1:
-        raise ValueError(f"calibration needs at least one round, not {rounds}")
-    total = budget(theta.numel(), sparsity)
-    everything = [torch.arange(theta.numel(), device=theta.device)]
-    groups = everything if groups is None else list(groups)
-    final = split_budget(total, groups)
-    original = theta.clone()
-    alive = torch.ones_like(theta, dtype=torch.bool)
-    try:
-        for r in range(1, rounds + 1):
-            theta.copy_(torch.where(alive, original, original * damp))
-            scores = score() if rule.endswith("sensitive") else None
-            if scores is not None and not torch.isfinite(scores).all():
-                raise ValueError(f"calibration round {r}: a score is not finite")
-            keys = ranking(rule, original, scores, seed).masked_fill(~alive, math.inf)
-            share = (1 - sparsity) ** (r / rounds)
-            alive = torch.zeros_like(alive)
-            for group, last in zip(groups, final, strict=True):
-                kept = last if r == rounds else max(last, math.ceil(share * len(group)))
-                alive[group] = keep_lowest(keys[group], kept)
-    finally:
-        theta.copy_(original)
-    return alive
-
-
-def split_budget(count: int, groups: Sequence[Tensor]) -> list[int]:
-    """Split `count` over groups in proportion to their sizes, by largest remainder."""
-    sizes = np.array([len(group) for group in groups], dtype=np.int64)
-    exact = count * sizes / sizes.sum()
-    counts = np.floor(exact).astype(np.int64)
-    order = np.argsort(-(exact - counts), kind="stable")
-    counts[order[: count - counts.sum()]] += 1
-    return counts.tolist()
-
-
-def mask_from_scores(scores: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-    """Return bool masks that keep the least sensitive entries of all tensors together."""
-    flat = torch.cat([s.flatten() for s in scores.values()])
-    mask = keep_lowest(flat, budget(len(flat), sparsity))
-    parts = mask.split([s.numel() for s in scores.values()])
-    return {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}

@@ -51,6 +51,7 @@ def sparse_sgdm_reference_(
     """Step `theta` with plain PyTorch operations; arguments as in `sparse_sgdm_`."""
     chunk = CPU_CHUNK if theta.device.type == "cpu" else max(theta.numel(), 1)
     operands = (theta, grad, momentum_buffer, mask, compute_copy)
+    zero = theta.new_zeros(())  # a tensor: torch.where is twice as fast with it as with 0.0
     for start in range(0, theta.numel(), chunk):
         part, g, b, m, copy = (x if x is None else x[start : start + chunk] for x in operands)
         g = g.to(part.dtype)
@@ -59,7 +60,7 @@ def sparse_sgdm_reference_(
         if weight_decay:
             g = g.add(part, alpha=weight_decay)
         if m is not None:
-            g = torch.where(m, g, 0.0)
+            g = torch.where(m, g, zero)
         if b is None:
             d = g
         else:
@@ -68,7 +69,7 @@ def sparse_sgdm_reference_(
             else:
                 b.mul_(momentum).add_(g, alpha=1 - dampening)
                 if m is not None:  # a mask that grew tighter between steps leaves no stale momentum
-                    b.masked_fill_(~m, 0.0)
+                    torch.where(m, b, zero, out=b)
             d = g.add(b, alpha=momentum) if nesterov else b
         part.add_(d, alpha=-lr)
         if copy is not None:

@@ -1,15 +1,25 @@
-"""Batched sensitivity equals the per-sample definition, and masks keep exactly their budget."""
+"""Batched sensitivity equals the per-sample definition, on every path."""
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 import fisher
-from fisher import budget, calibrate, fisher_diagonal, keep_lowest, split_budget, square_accumulate_
+from fisher import fisher_diagonal, square_accumulate_
 from model import build_vit
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(
+    fisher.triton is None or not (DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"),
+    reason="no Triton, or neither a GPU nor TRITON_INTERPRET=1",
+)
 
 
 class Odd(nn.Module):
@@ -108,6 +118,33 @@ def test_sampled_labels_follow_the_models_distribution_and_the_seed():
     assert not torch.allclose(found[0], fisher_diagonal(model, [x], seed=4)["bias"], rtol=1e-5)
 
 
+def test_uniform_numbers_given_with_the_samples_decide_the_draws(odd):
+    model, x, _ = odd
+    u = torch.rand(7, dtype=torch.float64)
+    order = torch.randperm(7)
+    with pytest.warns(UserWarning):
+        scores = [fisher_diagonal(model, [(x[at], u[at])]) for at in (torch.arange(7), order)]
+        others = fisher_diagonal(model, [(x, torch.rand(7, dtype=torch.float64))])
+    for name in scores[0]:
+        torch.testing.assert_close(scores[0][name], scores[1][name], rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(scores[0]["head.weight"], others["head.weight"], rtol=1e-3)
+
+
+def test_a_parameter_that_mixes_samples_is_no_broadcast():
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(1, 3))
+
+        def forward(self, x):  # copies of `bias` would all act on every sample
+            return x * self.bias.mean(dim=0)
+
+    model, x, y = Mean(), torch.randn(5, 3), torch.randint(3, (5,))
+    with pytest.warns(UserWarning, match="one by one for bias"):
+        found = fisher_diagonal(model, [(x, y)], labels="true")
+    torch.testing.assert_close(found["bias"].double(), reference(model, x, y)["bias"])
+
+
 def test_the_model_is_left_as_it_was(odd):
     model, x, y = odd
     model.mix.weight.requires_grad_(False)
@@ -131,6 +168,63 @@ def test_square_accumulate_equals_its_definition_at_odd_sizes(monkeypatch):
         torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
 
 
+@needs_triton
+@pytest.mark.parametrize("tensor_cores", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_kernels_equal_the_reference_at_odd_sizes(tensor_cores, dtype):
+    for n, t, o, i in [(1, 1, 1, 1), (3, 33, 65, 17), (2, 5, 7, 131), (4, 64, 64, 64)]:
+        g, a = (torch.randn(n, t, k, device=DEVICE).to(dtype) for k in (o, i))
+        found = torch.ones(o, i, device=DEVICE)
+        fisher.square_accumulate_triton_(found, g, a, tensor_cores=tensor_cores)
+        exact = 1 + torch.einsum("nto,nti->noi", g.double(), a.double()).square().sum(0)
+        # half products are rounded to half before the square where cuBLAS makes them
+        tolerance = 1e-5 if dtype == torch.float32 or tensor_cores else 5e-3
+        torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_backends_are_dispatched_as_promised(monkeypatch):
+    total, g, a = torch.zeros(2, 3), torch.ones(1, 4, 2), torch.ones(1, 4, 3)
+    with pytest.raises(ValueError, match="backend must be auto, triton or reference, not 'cuda'"):
+        square_accumulate_(total, g, a, backend="cuda")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="triton"):
+        square_accumulate_(total, g, a, backend="triton")
+    assert torch.equal(total, torch.zeros(2, 3))
+
+
+COMPILE = """
+import fisher, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+dot, squares = fisher._square_of_sum_kernel, fisher._add_squares_kernel
+sizes = dict.fromkeys(["samples", "tokens", "width_out", "width_in", "size"], "i32")
+for capability, half in ((75, "fp16"), (80, "bf16"), (90, "bf16")):
+    operands = dict.fromkeys(["grads_ptr", "inputs_ptr", "products_ptr"], "*" + half)
+    types = sizes | operands | dict(total_ptr="*fp32")
+    for kernel, constants in (
+        (dot, fisher.TILE | dict(PRECISION="ieee")),
+        (squares, dict(BLOCK=fisher.SQUARES_BLOCK)),
+    ):
+        signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert f".target sm_{capability}" in built.asm["ptx"], built.asm["ptx"][:400]
+        if kernel is dot and capability >= 80:
+            assert "mma" in built.asm["ptx"], "no tensor cores"
+        print("built", kernel.fn.__name__, capability)
+"""
+
+
+@pytest.mark.skipif(fisher.triton is None, reason="no Triton")
+def test_the_kernels_compile_for_turing_ampere_and_hopper_without_a_gpu(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.count("built") == 6, done.stderr
+
+
 def test_what_cannot_be_scored_is_refused(odd):
     model, x, _ = odd
     with pytest.raises(ValueError, match="no parameters"):
@@ -139,87 +233,8 @@ def test_what_cannot_be_scored_is_refused(odd):
         fisher_diagonal(model, [])
     with pytest.raises(ValueError, match="unknown labels 'false'"):
         fisher_diagonal(model, [x], labels="false")
+    for batch in (x, (x, torch.rand(7))):
+        with pytest.raises(ValueError, match="needs batches of"), pytest.warns(UserWarning):
+            fisher_diagonal(model, [batch], labels="true")
     with pytest.raises(ValueError, match="is not finite"), pytest.warns(UserWarning):
         fisher_diagonal(model, [x * math.inf], labels="sampled")
-
-
-# ---------------------------------------------------------------------------- masks
-
-
-@pytest.mark.parametrize("rule", fisher.RULES)
-@pytest.mark.parametrize(("size", "sparsity"), [(1, 0.0), (1023, 0.5), (1000, 0.999), (997, 0.1)])
-def test_every_rule_keeps_exactly_its_budget(rule, size, sparsity):
-    theta = torch.randn(size)
-    mask = calibrate(theta, lambda: theta.square(), sparsity=sparsity, rule=rule)
-    assert mask.sum() == budget(size, sparsity) == math.floor((1 - sparsity) * size + 0.5)
-
-
-def test_equal_keys_fall_to_the_first():
-    assert keep_lowest(torch.tensor([1.0, 0, 1, 0, 1, 1]), 4).tolist() == [1, 1, 1, 1, 0, 0]
-
-
-def test_the_rules_keep_what_they_say():
-    theta, scores = torch.randn(500), torch.rand(500)
-    masks = {
-        rule: calibrate(theta, lambda: scores, sparsity=0.8, rounds=1, rule=rule, seed=1)
-        for rule in fisher.RULES
-    }
-    for rule, keys in (("sensitive", scores), ("magnitude", theta.abs())):
-        low, high = ("least-", "most-") if rule == "sensitive" else ("lowest-", "highest-")
-        assert keys[masks[low + rule]].max() <= keys[~masks[low + rule]].min()
-        assert keys[masks[high + rule]].min() >= keys[~masks[high + rule]].max()
-    again = calibrate(theta, lambda: scores, sparsity=0.8, rule="random", seed=2)
-    assert not torch.equal(masks["random"], again)
-
-
-def quadratic_scores(theta):
-    """Scores that depend on the weights, as a network's do."""
-    mix = torch.randn(len(theta), len(theta), generator=torch.Generator().manual_seed(5))
-    return lambda: (mix @ theta).square() + 0.1 * theta.square()
-
-
-def test_without_damping_rounds_change_nothing_and_with_it_they_do():
-    theta = torch.randn(300, generator=torch.Generator().manual_seed(1))
-    options = dict(sparsity=0.9)
-    once = calibrate(theta, quadratic_scores(theta), rounds=1, **options)
-    for rounds in (2, 4, 8):
-        same = calibrate(theta, quadratic_scores(theta), rounds=rounds, damp=1.0, **options)
-        assert torch.equal(once, same)
-        damped = calibrate(theta, quadratic_scores(theta), rounds=rounds, damp=0.1, **options)
-        assert not torch.equal(once, damped)
-
-
-def test_damped_weights_come_back_to_the_bit_also_when_scoring_fails():
-    theta = torch.randn(100)
-    before, calls = theta.clone(), []
-
-    def failing():
-        calls.append(theta.clone())
-        if len(calls) == 3:
-            raise RuntimeError("midway")
-        return theta.square()
-
-    with pytest.raises(RuntimeError, match="midway"):
-        calibrate(theta, failing, sparsity=0.9)
-    assert torch.equal(theta, before) and not torch.equal(calls[2], before)
-    with pytest.raises(ValueError, match="round 1: a score is not finite"):
-        calibrate(theta, lambda: theta * math.nan, sparsity=0.9)
-    assert torch.equal(theta, before)
-
-
-def test_groups_keep_the_same_share_each():
-    theta = torch.randn(100)
-    groups = list(torch.arange(100).split([50, 33, 17]))
-    mask = calibrate(theta, lambda: theta.square(), sparsity=0.77, groups=groups)
-    assert [int(mask[g].sum()) for g in groups] == split_budget(23, groups) == [11, 8, 4]
-
-
-@pytest.mark.parametrize("sparsity", [-0.1, 1.0, math.nan])
-def test_bad_masks_are_refused(sparsity):
-    theta = torch.randn(10)
-    with pytest.raises(ValueError, match="sparsity must lie in"):
-        calibrate(theta, lambda: theta, sparsity=sparsity)
-    with pytest.raises(ValueError, match="at least one round, not 0"):
-        calibrate(theta, lambda: theta, sparsity=0.5, rounds=0)
-    with pytest.raises(ValueError, match="unknown mask rule 'best'"):
-        calibrate(theta, lambda: theta, sparsity=0.5, rule="best")

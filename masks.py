@@ -1,0 +1,254 @@
+"""Which weights stay trainable: rules, exact budgets, calibration in rounds, consensus of clients.
+
+A rule ranks entries by a key; the lowest keys are kept, and `sparsity` is the FROZEN share:
+    least-sensitive   F_i          most-sensitive    -F_i
+    lowest-magnitude  |theta_i|    highest-magnitude -|theta_i|    random
+In calibration round r of R the network is scored with its dropped weights multiplied by `damp`, and
+of those alive the share density^(r/R) is kept; what is dropped never returns. With damp = 1 and the
+same scores R rounds give the one-round mask: damping is what makes rounds matter.
+Source: TaLoS, Iurada 2025, arXiv:2504.02620.
+
+    import torch; from masks import calibrate, ranking
+    theta = torch.randn(1000)  # the network reads it
+    def keys(alive, keep): return ranking("least-sensitive", theta, scores=theta ** 2)
+    mask = calibrate(theta, keys, sparsity=0.9)  # (1000,) bool, 100 True
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RULES = {  # rule -> (what it ranks by, the sign of the key)
+    "least-sensitive": ("sensitivity", 1),
+    "most-sensitive": ("sensitivity", -1),
+    "lowest-magnitude": ("magnitude", 1),
+    "highest-magnitude": ("magnitude", -1),
+    "random": ("random", 1),
+}
+CONSENSUS = ("mean", "max", "median-rank", "vote")
+CHUNK = 1 << 18  # entries; bounds the temporaries that hold every client's value of an entry
+
+
+# ---------------------------------------------------------------------------- keys and budgets
+
+
+def ranking(rule: str, theta: Tensor, scores: Tensor | None = None, seed: int = 0) -> Tensor:
+    """Return the keys (P,) by which a rule ranks entries; the lowest are kept.
+
+    Args:
+        scores: (P,) sensitivities; only the two sensitivity rules need them.
+        seed: of the random rule.
+
+    Raises:
+        ValueError: an unknown rule.
+    """
+    if rule not in RULES:
+        raise ValueError(f"unknown mask rule {rule!r}: choose from {', '.join(RULES)}")
+    quantity, sign = RULES[rule]
+    if quantity == "random":
+        generator = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(b"random mask")]))
+        return torch.from_numpy(generator.random(theta.numel())).to(theta.device)
+    return sign * (scores if quantity == "sensitivity" else theta.abs())
+
+
+def budget(size: int, sparsity: float) -> int:
+    """Return how many of `size` entries a mask of this sparsity (the FROZEN share) keeps.
+
+    Raises:
+        ValueError: sparsity is not in [0, 1).
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"the sparsity must lie in [0, 1), not {sparsity}")
+    return math.floor((1 - sparsity) * size + 0.5)
+
+
+def split_budget(count: int, sizes: Sequence[int]) -> list[int]:
+    """Split `count` over groups in proportion to their sizes, by largest remainder."""
+    exact = count * np.asarray(sizes, dtype=np.int64) / sum(sizes)
+    counts = np.floor(exact).astype(np.int64)
+    order = np.argsort(-(exact - counts), kind="stable")
+    counts[order[: count - counts.sum()]] += 1
+    return counts.tolist()
+
+
+def keep_lowest(keys: Tensor, count: int) -> Tensor:
+    """Return the bool mask (P,) of the `count` lowest keys; among equal keys the first ones win."""
+    if count <= 0:
+        return torch.zeros_like(keys, dtype=torch.bool)
+    bar = keys.kthvalue(count).values
+    mask = keys < bar
+    ties = (keys == bar).nonzero()[:, 0]
+    mask[ties[: count - int(mask.sum())]] = True
+    return mask
+
+
+def mask_from_scores(scores: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+    """Return bool masks that keep the least sensitive entries of all tensors together."""
+    flat = torch.cat([s.flatten() for s in scores.values()])
+    mask = keep_lowest(flat, budget(len(flat), sparsity))
+    parts = mask.split([s.numel() for s in scores.values()])
+    return {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
+
+
+# ---------------------------------------------------------------------------- calibration
+
+
+def calibrate(
+    theta: Tensor,
+    keys: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor],
+    *,
+    sparsity: float | None = None,
+    threshold: float | None = None,
+    rounds: int = 4,
+    damp: float = 0.1,
+    group_sizes: Sequence[int] | None = None,
+) -> Tensor:
+    """Return the mask (P,) of the entries that stay trainable, True = trainable.
+
+    Args:
+        theta: (P,) parameters; damped in place while scoring, restored to the bit in any case.
+        keys: callable of (alive, keep) that returns the keys (P,) of the network as theta stands,
+            the lowest of which are kept. `alive` (P,) bool; keep(keys) -> the mask that this round
+            would make of those keys.
+        sparsity: the frozen share, met to the entry; or instead
+        threshold: keep the entries alive whose key is at most this.
+        group_sizes: sizes of consecutive groups that split theta; each keeps the same share by
+            itself (a budget per tensor). None ranks all entries together.
+
+    Raises:
+        ValueError: sparsity outside [0, 1), rounds below 1, a key that is not finite, or a
+            threshold that keeps nothing.
+    """
+    if rounds < 1:
+        raise ValueError(f"calibration needs at least one round, not {rounds}")
+    if (sparsity is None) == (threshold is None):
+        raise ValueError("a mask needs either a sparsity or a threshold")
+    sizes = [theta.numel()] if group_sizes is None else list(group_sizes)
+    if sparsity is not None:
+        final = split_budget(budget(theta.numel(), sparsity), sizes)
+    original, alive = theta.clone(), torch.ones_like(theta, dtype=torch.bool)
+    try:
+        for r in range(1, rounds + 1):
+
+            def keep(values: Tensor, alive: Tensor = alive, r: int = r) -> Tensor:
+                values = values.masked_fill(~alive, math.inf)
+                if threshold is not None:
+                    return values <= threshold
+                share = (1 - sparsity) ** (r / rounds)
+                counts = [
+                    last if r == rounds else max(last, math.ceil(share * size))
+                    for last, size in zip(final, sizes, strict=True)
+                ]
+                groups = zip(values.split(sizes), counts, strict=True)
+                return torch.cat([keep_lowest(group, count) for group, count in groups])
+
+            theta.copy_(torch.where(alive, original, original * damp))
+            values = keys(alive, keep)
+            if not torch.isfinite(values).all():
+                raise ValueError(f"calibration round {r}: a score is not finite")
+            alive = keep(values)
+            if threshold is not None and not alive.any():
+                low, high = values.min().item(), values.max().item()
+                raise ValueError(
+                    f"calibration round {r}: no key is at most {threshold:g}; "
+                    f"they lie between {low:.3g} and {high:.3g}"
+                )
+    finally:
+        theta.copy_(original)
+    return alive
+
+
+# ---------------------------------------------------------------------------- many clients
+
+
+def consensus(
+    keys: Iterable[Tensor],
+    weights: Sequence[float],
+    how: str = "mean",
+    *,
+    alive: Tensor,
+    keep: Callable[[Tensor], Tensor],
+    quorum: int | None = None,
+) -> Tensor:
+    """Combine the clients' keys (P,) each into the keys (P,) by which the server ranks.
+
+    Args:
+        keys: one tensor per client, in the order of `weights`; "mean" and "max" hold one at a time.
+        weights: samples per client.
+        how: "mean" weighted by samples; "max", an entry ranks as by the client that wants it least;
+            "median-rank" of the clients' own rankings of those alive; "vote", the entries that at
+            least `quorum` clients would keep come first, by weighted mean within and after.
+        alive, keep: as `calibrate` hands them on.
+        quorum: of the vote; None is the majority.
+    """
+    if how not in CONSENSUS:
+        raise ValueError(f"unknown consensus {how!r}: choose from {', '.join(CONSENSUS)}")
+    shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+    total, votes, ranks = None, 0, []
+    for share, client in zip(shares, keys, strict=True):
+        if how == "median-rank":
+            ranks.append(_ranks(client.masked_fill(~alive, math.inf)).cpu())
+            continue
+        value = client if how == "max" else client * share
+        if total is None:
+            total = value
+        else:
+            total = torch.maximum(total, value) if how == "max" else total + value
+        if how == "vote":
+            votes = votes + keep(client).int()
+    if how == "median-rank":
+        columns = zip(*(r.split(CHUNK) for r in ranks), strict=True)
+        medians = [torch.stack(column).median(dim=0).values for column in columns]
+        return torch.cat(medians).to(alive.device, torch.float64)
+    if how == "vote":
+        behind = votes < (len(shares) // 2 + 1 if quorum is None else quorum)
+        return _ranks(total).double() + behind * float(total.numel())
+    return total
+
+
+def _ranks(keys: Tensor) -> Tensor:
+    """Return the place of every key in the sorted order, (P,) int32; equal keys in their order."""
+    ranks = torch.empty_like(keys, dtype=torch.int32)
+    order = keys.argsort(stable=True)
+    ranks[order] = torch.arange(len(keys), dtype=torch.int32, device=keys.device)
+    return ranks
+
+
+def overlap(halves: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float | None]:
+    """Measure how far clients agree, from two masks (P,) bool each, made from halves of its data.
+
+    Returns:
+        iou: mean intersection over union of one client's first half and another's second half;
+            ceiling: of a client's own two halves, what the noise of sampling leaves;
+            chance: d / (2 - d), what random masks of this density d have.
+    """
+    first, second = (torch.stack(side) for side in zip(*halves, strict=True))  # (K, P) bool
+    both = torch.zeros(len(first), len(first), dtype=torch.float64)
+    for start in range(0, first.shape[1], CHUNK):
+        a, b = (side[:, start : start + CHUNK].float() for side in (first, second))
+        both += (a @ b.T).double().cpu()
+    sizes = [side.sum(dim=1).double().cpu() for side in (first, second)]
+    iou = both / (sizes[0][:, None] + sizes[1] - both)
+    clients, density = len(iou), (sum(sizes) / (2 * first.shape[1])).mean().item()
+    own = iou.trace().item()
+    others = (iou.sum().item() - own) / (clients * (clients - 1)) if clients > 1 else None
+    return {"iou": others, "ceiling": own / clients, "chance": density / (2 - density)}
+
+
+# ---------------------------------------------------------------------------- storage
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Return the mask (P,) as ceil(P / 8) bytes, uint8 on the CPU."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
+
+
+def unpack(bits: Tensor, size: int) -> Tensor:
+    """Return the (size,) bool mask that `pack` made into `bits`."""
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=size).astype(bool))
