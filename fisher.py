@@ -32,7 +32,7 @@ try:
 except ImportError:  # macOS and Windows have no Triton; the reference serves there
     triton = None
 
-CPU_CHUNK = 2_000_000  # elements of per-sample gradients held at a time: they stay in cache
+CPU_CHUNK = 500_000  # elements of per-sample gradients held at a time: they stay in cache
 GPU_CHUNK = 1 << 27  # the same on a GPU: half a gigabyte of fp32
 TILE = dict(BLOCK_O=64, BLOCK_I=64, BLOCK_T=32)
 SQUARES_BLOCK = 1024
@@ -44,12 +44,15 @@ HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 def square_accumulate_reference_(total: Tensor, grads: Tensor, inputs: Tensor) -> None:
     """Add the squares with plain PyTorch operations; arguments as in `square_accumulate_`."""
-    samples, _, width = grads.shape
-    chunk = max(1, (CPU_CHUNK if total.is_cpu else GPU_CHUNK) // (width * inputs.shape[2]))
-    for start in range(0, samples, chunk):
+    chunk = max(1, (CPU_CHUNK if total.is_cpu else GPU_CHUNK) // total.numel())
+    for start in range(0, len(grads), chunk):
         part = slice(start, start + chunk)
-        products = torch.bmm(grads[part].transpose(1, 2), inputs[part])  # (n, O, I)
-        total += products.to(total.dtype).square_().sum(dim=0)
+        products = torch.bmm(grads[part].transpose(1, 2), inputs[part]).to(total.dtype)  # (n, O, I)
+        if total.is_cpu:  # one pass over what is still in cache
+            for product in products:
+                total.addcmul_(product, product)
+        else:
+            total += products.square_().sum(dim=0)
 
 
 if triton is not None:
@@ -263,7 +266,7 @@ class _Scorer:
 
     def __init__(self, model: nn.Module, sums: dict[str, Tensor], probe: Tensor):
         self.model, self.sums, self.parameters = model, sums, dict(model.named_parameters())
-        hooked = _modules_called_once(model, probe)
+        hooked, out = _modules_called_once(model, probe)
         self.handles, covered, self.recording = [], set(), [True]
         for prefix, module in hooked.items():
             names = {k: f"{prefix}.{k}".lstrip(".") for k, _ in module.named_parameters()}
@@ -271,7 +274,7 @@ class _Scorer:
             covered |= {names[k] for k in mine}
             self.handles.append(module.register_forward_hook(_recorder(mine, self.recording)))
         rest = [name for name in sums if name not in covered]
-        self.broadcast = [n for n in rest if self._broadcasts(n, probe)]
+        self.broadcast = self._broadcasting(rest, probe, out)
         self.single = [n for n in rest if n not in self.broadcast]
         if self.single:
             warnings.warn(
@@ -279,17 +282,18 @@ class _Scorer:
             )
 
     @torch.no_grad()
-    def _broadcasts(self, name: str, probe: Tensor) -> bool:
-        """Whether a sample reads its own copy of the parameter, along the first axis, alone."""
-        parameter = self.parameters[name]
-        if parameter.dim() == 0 or parameter.shape[0] != 1:
-            return False
-        copies = torch.cat([parameter, parameter + 1])
+    def _broadcasting(self, names: list[str], probe: Tensor, out: Tensor) -> list[str]:
+        """Return the parameters of which each sample reads its own copy, along the first axis."""
+        names = [n for n in names if self.parameters[n].shape[:1] == (1,)]
+        copies = {n: torch.cat([self.parameters[n], self.parameters[n] + 1]) for n in names}
         try:
-            out = torch.func.functional_call(self.model, {name: copies}, (probe,))
+            changed = torch.func.functional_call(self.model, copies, (probe,))
+            alone = torch.allclose(changed[0], out[0], rtol=1e-4, atol=1e-5)
         except (RuntimeError, IndexError):
-            return False
-        return torch.allclose(out[0], self.model(probe)[0], rtol=1e-4, atol=1e-5)
+            alone = False
+        if alone or len(names) < 2:
+            return names if alone else []
+        return [n for name in names for n in self._broadcasting([name], probe, out)]
 
     def add(self, inputs: Tensor, given: Tensor, score: str) -> None:
         """Add the squared per-sample gradients of one batch; floats `given` stand for draws."""
@@ -328,8 +332,8 @@ class _Scorer:
             handle.remove()
 
 
-def _modules_called_once(model: nn.Module, probe: Tensor) -> dict[str, nn.Module]:
-    """Return the modules whose inputs and output gradients give their per-sample gradients."""
+def _modules_called_once(model: nn.Module, probe: Tensor) -> tuple[dict[str, nn.Module], Tensor]:
+    """Return the modules whose per-sample gradients can be had in a batch, and the logits."""
     owners: dict[nn.Parameter, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -348,11 +352,11 @@ def _modules_called_once(model: nn.Module, probe: Tensor) -> dict[str, nn.Module
     handles = [module.register_forward_hook(count) for module in known]
     try:
         with torch.no_grad():
-            model(probe)
+            out = model(probe)
     finally:
         for handle in handles:
             handle.remove()
-    return {known[module]: module for module, times in calls.items() if times == 1}
+    return {known[module]: module for module, times in calls.items() if times == 1}, out
 
 
 def _is_known(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,75 @@ import fedavg
 import head
 import model as vit
 import runs
+from calibration import Calibration, Mask, cached_mask, check_mask_options
 from centralized import learning_rate
 from sparse_sgdm import sparse_sgdm_
 from workspace import HEAD, Status, Workspace
+
+COMPACT_BELOW = 0.7  # density below which a CPU steps the unmasked entries alone (bench_compact.py)
+
+
+class Entries:
+    """The entries of a flat view that train, as one vector: all of them, or those of a mask.
+
+    Rounds, checkpoints and messages know `theta` and `momentum` alone. On a CPU, below a density of
+    COMPACT_BELOW, so does the optimiser; elsewhere the fused kernel steps the whole view under the
+    mask. The bits are the same.
+
+    Args:
+        kept: (P,) bool in the layout of the view, or None.
+    """
+
+    def __init__(self, flat: vit.FlatView, kept: Tensor | None, options: argparse.Namespace):
+        self.flat, self.options = flat, options
+        self.index = None if kept is None else kept.nonzero()[:, 0]
+        self.theta = flat.theta if kept is None else flat.theta[self.index]
+        few = kept is not None and len(self.index) < COMPACT_BELOW * flat.size
+        self.compact = few and flat.theta.is_cpu
+        self.kept = None if self.compact else kept
+        self.momentum = torch.zeros_like(self.theta) if options.momentum else None
+        self.stepped = [self.theta, self.momentum]  # what the optimiser works on
+        if not self.compact:
+            dense = self.momentum is not None and kept is not None
+            self.stepped = [flat.theta, torch.zeros_like(flat.theta) if dense else self.momentum]
+        self.size = flat.size if kept is None else len(self.index)
+
+    @torch.no_grad()
+    def scatter(self) -> None:
+        """Bring the model, and what the optimiser works on, up to date with theta and momentum."""
+        if self.index is not None:
+            self.flat.theta[self.index] = self.theta
+            if not self.compact and self.momentum is not None:
+                self.stepped[1][self.index] = self.momentum
+        self.flat.refresh()
+
+    def gather(self) -> None:
+        """Bring theta and momentum up to date with what the optimiser worked on."""
+        if self.index is not None and not self.compact:
+            for own, stepped in zip((self.theta, self.momentum), self.stepped, strict=True):
+                if own is not None:
+                    torch.index_select(stepped, 0, self.index, out=own)
+
+    def load(self, theta: Tensor) -> None:
+        """Set `theta`, and the model with it."""
+        self.theta.copy_(theta)
+        self.scatter()
+
+    def step(self, lr: float, first: bool, loss_scale: float = 1.0) -> None:
+        """Take one optimiser step from the flat gradient."""
+        flat, changing = self.flat, dict(lr=lr, first=first, grad_scale=loss_scale)
+        theta, momentum = self.stepped
+        if self.compact:
+            self.step_flat(theta, flat.grad[self.index], momentum, **changing)
+            self.scatter()
+        else:
+            self.step_flat(theta, flat.grad, momentum, self.kept, flat.compute, **changing)
+
+    def step_flat(self, *tensors: Tensor | None, **changing) -> None:
+        """Call `sparse_sgdm_` with the run's constants."""
+        options = self.options
+        constants = dict(momentum=options.momentum, weight_decay=options.weight_decay)
+        sparse_sgdm_(*tensors, nesterov=options.nesterov, **constants, **changing)
 
 
 class Learner:
@@ -31,7 +97,9 @@ class Learner:
 
     Args:
         model: with its backbone weights; its head is filled in here.
-        folder: where the fitted head is kept, so that a resumed run need not fit it again.
+        folder: where the fitted head and the mask are kept, so that a resumed run need not make
+            them again.
+        shards: whose data a mask is calibrated on.
     """
 
     def __init__(
@@ -40,14 +108,25 @@ class Learner:
         model: vit.VisionTransformer,
         options: argparse.Namespace,
         folder: Path,
+        shards: list[np.ndarray],
     ):
         self.workspace, self.options, self.model = workspace, options, model
         if options.head != "linear":
-            self._set_fitted_head(model, folder / "head.pt")
-        names = vit.trained_names(model, options.train, options.freeze_head)
-        model.requires_grad_(False)
-        trained = [(n, p) for n, p in model.named_parameters() if n in names]
+            set_fitted_head(workspace, model, options.head, folder / "head.pt")
         self.on_features = options.train == "head"
+        fresh = not (folder / "checkpoint.pt").exists()
+        self.start = None  # features of the untrained backbone, for the first evaluation
+        if fresh and options.head != "linear" and not self.on_features:
+            self.start = {part: workspace.features(model, part) for part in workspace.sets}
+        names = vit.trained_names(model, options.train, options.freeze_head)
+        parameters = dict(model.named_parameters())
+        self.dense_size = sum(parameters[name].numel() for name in names)
+        self.mask = find_mask(workspace, model, options, folder / "mask.pt", shards)
+        parts = self.mask.parts() if self.mask else {}
+        if self.mask:  # a tensor that is frozen throughout needs no gradient
+            names = [name for name in names if name in parts and parts[name].any()]
+        model.requires_grad_(False)
+        trained = [(n, parameters[n]) for n in names]
         self.labels = {part: images.labels for part, images in workspace.sets.items()}
         if self.on_features:
             self.inputs = {part: workspace.features(model, part) for part in workspace.sets}
@@ -61,21 +140,13 @@ class Learner:
                     parameter.data = parameter.data.to(workspace.dtype)
             preprocess = workspace.preprocess()
             self.logits_of = lambda images: model(preprocess(images))
-        self.momentum = torch.zeros_like(self.flat.theta) if options.momentum else None
+        kept = torch.zeros_like(self.flat.theta, dtype=torch.bool) if self.mask else None
+        for name in names if self.mask else ():
+            self.flat.view(kept, name).copy_(parts[name])
+        self.entries = Entries(self.flat, kept, options)
         self.loss_scale = fedavg.LossScale(
             2.0**14 if self.flat.grad.dtype == torch.float16 else 1.0
         )
-
-    @torch.no_grad()
-    def _set_fitted_head(self, model: vit.VisionTransformer, path: Path) -> None:
-        if path.exists():
-            fitted = head.FittedHead(**runs.load_checked(path))
-        else:
-            features = self.workspace.features(model, "train")
-            fitted = self.workspace.fit_head(features, self.options.head).to("cpu")
-            runs.save_checked(path, vars(fitted))
-        model.head.weight.copy_(fitted.weight)
-        model.head.bias.copy_(fitted.bias)
 
     def loss(self, draws: Tensor) -> Tensor:
         """Return the mean cross-entropy of the training samples that `draws` (B, 4) names."""
@@ -84,47 +155,77 @@ class Learner:
         batch = data.crop_and_flip(inputs, draws) if augment else inputs[at]
         return F.cross_entropy(self.logits_of(batch), self.labels["train"][at])
 
-    def step(self, lr: float, first: bool, loss_scale: float = 1.0) -> None:
-        """Take one optimiser step from the flat gradient."""
-        flat = self.flat
-        tensors = (flat.theta, flat.grad, self.momentum, None, flat.compute)
-        self.step_flat(*tensors, lr=lr, first=first, grad_scale=loss_scale)
-
-    def step_flat(self, *tensors: Tensor | None, **changing) -> None:
-        """Call `sparse_sgdm_` with the run's constants."""
-        options = self.options
-        constants = dict(momentum=options.momentum, weight_decay=options.weight_decay)
-        sparse_sgdm_(*tensors, nesterov=options.nesterov, **constants, **changing)
-
     def overflowed(self) -> bool:
         """Tell whether a parameter is Inf or NaN."""
         return not torch.isfinite(self.flat.theta).all().item()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return loss and accuracy on the validation and the test set."""
+        """Return loss and accuracy on the validation and the test set.
+
+        A fresh run's first evaluation is of the backbone whose features the head was fitted to.
+        """
         result = {}
+        inputs, logits_of = self.inputs, self.logits_of
+        if self.start:
+            inputs, logits_of, self.start = self.start, self.model.head, None
         test_index = np.arange(len(self.labels["test"]))
         for name, part, index in (
             ("val", "train", self.workspace.val_index),
             ("test", "test", test_index),
         ):
             if len(index):
-                loss, accuracy = self._evaluate_part(part, torch.from_numpy(index))
-                result |= {f"{name}_loss": loss, f"{name}_acc": accuracy}
+                at = torch.from_numpy(index).to(self.labels[part].device)
+                figures = self._evaluate_part(inputs[part], self.labels[part], at, logits_of)
+                result |= dict(zip((f"{name}_loss", f"{name}_acc"), figures, strict=True))
         return result
 
-    def _evaluate_part(self, part: str, index: Tensor) -> tuple[float, float]:
-        inputs, labels = self.inputs[part], self.labels[part]
-        index = index.to(labels.device)
+    def _evaluate_part(
+        self, inputs: Tensor, labels: Tensor, index: Tensor, logits_of: Callable[[Tensor], Tensor]
+    ) -> list[float]:
         totals = torch.zeros(2, dtype=torch.float64, device=labels.device)
         for chunk in data.in_chunks(len(index), self.options.eval_batch):
             at = index[chunk]
-            logits = self.logits_of(inputs[at])
+            logits = logits_of(inputs[at])
             totals[0] += F.cross_entropy(logits, labels[at], reduction="sum")
             totals[1] += (logits.argmax(1) == labels[at]).sum()
-        loss, accuracy = (totals / len(index)).tolist()
-        return loss, accuracy
+        return (totals / len(index)).tolist()
+
+
+@torch.no_grad()
+def set_fitted_head(
+    workspace: Workspace, model: vit.VisionTransformer, kind: str, path: Path | None = None
+) -> None:
+    """Fill in the model's head, from `path` where it was kept."""
+    if path is not None and path.exists():
+        fitted = head.FittedHead(**runs.load_checked(path))
+    else:
+        fitted = workspace.fit_head(workspace.features(model, "train"), kind).to("cpu")
+        if path is not None:
+            runs.save_checked(path, vars(fitted))
+    model.head.weight.copy_(fitted.weight)
+    model.head.bias.copy_(fitted.bias)
+
+
+def find_mask(
+    workspace: Workspace,
+    model: vit.VisionTransformer,
+    options: argparse.Namespace,
+    path: Path,
+    shards: list[np.ndarray],
+) -> Mask | None:
+    """Return the run's mask, kept at `path`: --mask's, or one made by --mask-rule; else None."""
+    if not (options.mask or options.mask_rule):
+        return None
+    if path.exists():
+        check_mask_options(options, model, path)
+        return Mask.load(path, model)
+    if options.mask:
+        mask = Mask.load(Path(options.mask), model)
+    else:
+        mask = cached_mask(Calibration(workspace, model, options, shards))
+    mask.save(path)
+    return mask
 
 
 class ClientTraining:
@@ -148,20 +249,22 @@ class ClientTraining:
 
     def one(self, client: int, round: int) -> Tensor:
         """Take the client's J local steps on the learner's parameters; returns the (J,) losses."""
-        learner, flat, lr = self.learner, self.learner.flat, self.lr(round)
-        draws = self.draws(client, round).to(flat.theta.device, non_blocking=True)
-        start = flat.theta.clone() if learner.loss_scale.active else None
+        learner, entries, lr = self.learner, self.learner.entries, self.lr(round)
+        draws = self.draws(client, round).to(entries.theta.device, non_blocking=True)
+        start = entries.theta.clone() if learner.loss_scale.active else None
 
         def attempt(scale: float) -> Tensor:
             if start is not None:
-                flat.reset(start)
+                entries.load(start)
 
             def step(j: int) -> None:
-                learner.step(lr, first=j == 0, loss_scale=scale)
+                entries.step(lr, first=j == 0, loss_scale=scale)
 
-            return fedavg.local_sgd(draws, learner.loss, flat.grad, step, scale)
+            return fedavg.local_sgd(draws, learner.loss, learner.flat.grad, step, scale)
 
-        return learner.loss_scale.attempt(attempt, learner.overflowed)[0]
+        losses, _ = learner.loss_scale.attempt(attempt, learner.overflowed)
+        entries.gather()
+        return losses
 
     def heads(self, theta_global: Tensor, clients: np.ndarray, round: int) -> Iterator:
         """Train the heads of all `clients` together on features; yields each (theta_k, losses)."""
@@ -172,7 +275,7 @@ class ClientTraining:
         flattened = [x if x is None else x.view(-1) for x in (theta, grad, momentum)]
 
         def step(j: int) -> None:
-            learner.step_flat(*flattened, lr=lr, first=j == 0)
+            learner.entries.step_flat(*flattened, lr=lr, first=j == 0)
 
         indices = torch.stack([self.draws(k, round)[..., 0] for k in clients]).to(theta.device)
         losses = head.train_heads(
@@ -187,10 +290,15 @@ class ClientTraining:
 
 
 class Evaluated:
-    """Completes the records of a loop: evaluation every so often, and a word to whoever watches."""
+    """Completes the records of a loop: evaluation every so often, and a word to whoever watches.
 
-    def __init__(self, learner: Learner, unit: str, total: int, every: int):
+    Args:
+        opening: figures of the first record, which stands for the start.
+    """
+
+    def __init__(self, learner: Learner, unit: str, total: int, every: int, opening: dict):
         self.learner, self.unit, self.total, self.every = learner, unit, total, every
+        self.opening = opening
         self.status, self.note = None, ""
 
     def __call__(self, record: dict) -> None:
@@ -199,6 +307,8 @@ class Evaluated:
         if at:
             self.status = self.status or Status(self.unit, self.total, at - 1)
             self.status.show(at, self.note)
+        else:
+            record |= self.opening
         if at % self.every == 0 or at >= self.total:
             record |= self.learner.evaluate()
             figures = ", ".join(

@@ -54,7 +54,8 @@ def ranking(rule: str, theta: Tensor, scores: Tensor | None = None, seed: int = 
     if quantity == "random":
         generator = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(b"random mask")]))
         return torch.from_numpy(generator.random(theta.numel())).to(theta.device)
-    return sign * (scores if quantity == "sensitivity" else theta.abs())
+    values = scores if quantity == "sensitivity" else theta.abs()
+    return values if sign > 0 else -values
 
 
 def budget(size: int, sparsity: float) -> int:
@@ -195,11 +196,12 @@ def consensus(
         if how == "median-rank":
             ranks.append(_ranks(client.masked_fill(~alive, math.inf)).cpu())
             continue
-        value = client if how == "max" else client * share
         if total is None:
-            total = value
+            total = client.clone() if how == "max" else client * share
+        elif how == "max":
+            torch.maximum(total, client, out=total)
         else:
-            total = torch.maximum(total, value) if how == "max" else total + value
+            total.add_(client, alpha=share)
         if how == "vote":
             votes = votes + keep(client).int()
     if how == "median-rank":

@@ -92,3 +92,34 @@ def plot_shards(counts: np.ndarray, path: str | Path, title: str = "") -> None:
     axes.set(xlabel="class", ylabel="client", title=title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def plot_density(
+    kinds: Sequence[str],
+    layers: Sequence[str],
+    density: np.ndarray,
+    path: str | Path,
+    title: str = "",
+) -> None:
+    """Draw what share of each kind of parameter (rows) in each layer (columns) stays trainable.
+
+    Args:
+        density: (kinds, layers) in [0, 1]; NaN where a layer has no such parameter.
+    """
+    plt = pyplot()
+    size = (2 + 0.45 * len(layers), 1.2 + 0.27 * len(kinds))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    percent = np.ma.masked_invalid(100 * density)
+    top = max(percent.max(), 1e-9)
+    image = axes.imshow(percent, aspect="auto", cmap="viridis", vmin=0, vmax=top)
+    for (row, column), value in np.ndenumerate(percent):
+        if not np.ma.is_masked(value):
+            colour = "white" if value < 0.6 * top else "black"
+            place = dict(ha="center", va="center", fontsize=6.5, color=colour)
+            axes.text(column, row, f"{value:.0f}" if value >= 10 else f"{value:.1f}", **place)
+    axes.set_xticks(range(len(layers)), layers)
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set(xlabel="layer", title=title)
+    figure.colorbar(image, ax=axes, label="trainable (%)")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

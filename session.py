@@ -24,6 +24,7 @@ import fedavg
 import model as vit
 import plots
 import runs
+from calibration import check_mask_options
 from learner import ClientTraining, Evaluated, Learner
 from workspace import Workspace, duration, fingerprint
 
@@ -38,22 +39,46 @@ def train_federated(
     run = open_run(workspace, model, options, name, shards)
     if summary := finished_summary(run, "round", options.rounds):
         return summary
-    learner = Learner(workspace, model, options, run.folder)
-    training = ClientTraining(learner, shards)
+    learner = Learner(workspace, model, options, run.folder, shards)
+    training, entries = ClientTraining(learner, shards), learner.entries
     federation = fedavg.FedAvg(
-        learner.flat.theta,
+        entries.theta,
         [len(shard) for shard in shards],
         training.one,
         train_clients=training.heads if learner.on_features else None,
         fraction=options.fraction,
         seed=options.seed,
         server_lr=options.server_lr,
-        value_bytes=4 * learner.flat.size,
-        on_reset=learner.flat.refresh,
+        value_bytes=4 * entries.size,
+        on_reset=entries.scatter,
         on_round_end=learner.loss_scale.next_round,
         tensors={"loss_scale": learner.loss_scale.state},
     )
-    return drive_to_summary(run, federation, "round", options.rounds, learner)
+    opening = opening_bytes(learner, len(shards))
+
+    def account() -> dict:
+        return communication(run.records(), learner.dense_size)
+
+    return drive_to_summary(run, federation, "round", options.rounds, learner, opening, account)
+
+
+def opening_bytes(learner: Learner, clients: int) -> dict[str, int]:
+    """Return what was sent before round 1: calibration, then the mask once to every client."""
+    if learner.mask is None:
+        return {}
+    made, broadcast = learner.mask.made, clients * learner.mask.bytes
+    return {"bytes_up": made["bytes_up"], "bytes_down": made["bytes_down"] + broadcast}
+
+
+def communication(records: list[dict], dense_size: int) -> dict[str, float]:
+    """Add up what a run has sent, and compare it with sending every parameter both ways.
+
+    Args:
+        dense_size: parameters that would train without a mask.
+    """
+    up, down = (sum(r.get(key, 0) for r in records) for key in ("bytes_up", "bytes_down"))
+    dense = 2 * 4 * dense_size * sum(len(r.get("clients", ())) for r in records)
+    return {"bytes_up": up, "bytes_down": down, "bytes_to_dense": (up + down) / dense}
 
 
 def train_centralized(workspace: Workspace, options: argparse.Namespace, name: str) -> dict:
@@ -62,11 +87,11 @@ def train_centralized(workspace: Workspace, options: argparse.Namespace, name: s
     run = open_run(workspace, model, options, name)
     if summary := finished_summary(run, "epoch", options.epochs):
         return summary
-    learner = Learner(workspace, model, options, run.folder)
-    flat, scale = learner.flat, learner.loss_scale
-    tensors = {"theta": flat.theta, "loss_scale": scale.state}
-    if learner.momentum is not None:
-        tensors["momentum"] = learner.momentum
+    learner = Learner(workspace, model, options, run.folder, [workspace.train_index])
+    entries, scale, grad = learner.entries, learner.loss_scale, learner.flat.grad
+    tensors = {"theta": entries.theta, "loss_scale": scale.state}
+    if entries.momentum is not None:
+        tensors["momentum"] = entries.momentum
 
     def draw(epoch: int) -> torch.Tensor:
         draws = data.draw_epoch(
@@ -79,17 +104,18 @@ def train_centralized(workspace: Workspace, options: argparse.Namespace, name: s
         lr = centralized.learning_rate(options.schedule, at, **schedule)
 
         def backward(loss_scale: float) -> torch.Tensor:
-            return fedavg.local_sgd([draws], learner.loss, flat.grad, lambda j: None, loss_scale)
+            return fedavg.local_sgd([draws], learner.loss, grad, lambda j: None, loss_scale)
 
         def overflowed() -> bool:
-            return not torch.isfinite(flat.grad).all().item()
+            return not torch.isfinite(grad).all().item()
 
         loss, used = scale.attempt(backward, overflowed)
-        learner.step(lr, first=at == 0, loss_scale=used)
+        entries.step(lr, first=at == 0, loss_scale=used)
+        entries.gather()
         scale.next_round()
         return loss[0]
 
-    process = centralized.Centralized(draw, train_batch, tensors, flat.refresh)
+    process = centralized.Centralized(draw, train_batch, tensors, entries.scatter)
     return drive_to_summary(run, process, "epoch", options.epochs, learner)
 
 
@@ -158,6 +184,7 @@ def open_run(
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"--name {name} must stay below --runs-dir")
     run = runs.Run(Path(options.runs_dir) / name)
+    check_mask_options(options, model, run.folder / "mask.pt")
     split = hashlib.sha256(b"".join(x.tobytes() for x in [workspace.val_index, *(shards or [])]))
     made_from = {"split_sha256": split.hexdigest(), "weights_sha256": fingerprint(model)}
     stored = {k: v for k, v in vars(options).items() if k != "run"} | made_from
@@ -218,11 +245,17 @@ def drive_to_summary(
     unit: str,
     total: int,
     learner: Learner,
+    opening: dict | None = None,
+    account: Callable[[], dict] = dict,
 ) -> dict:
-    """Drive the process to `total` rounds or epochs, then write summary and curves."""
-    print(f"{run.folder}: {learner.flat.size:,} parameters train on {learner.workspace.device}")
+    """Drive the process to `total` rounds or epochs, then write summary and curves.
 
-    evaluated = Evaluated(learner, unit, total, learner.options.eval_every)
+    Args:
+        opening: what the log's first record says beside its evaluation.
+        account: returns further figures of the summary, when the log is complete.
+    """
+    print(f"{run.folder}: {learner.entries.size:,} parameters train on {learner.workspace.device}")
+    evaluated = Evaluated(learner, unit, total, learner.options.eval_every, opening or {})
     environment = learner.workspace.environment()
     try:
         wall = runs.drive(run, process, unit, total, complete=evaluated, environment=environment)
@@ -231,10 +264,16 @@ def drive_to_summary(
             f"{stop}: saved at {unit} {getattr(process, unit)}; the same command goes on from there"
         )
         raise
-    summary = run.summarise(**{unit: getattr(process, unit), "wall_seconds": wall})
+    figures = account()
+    summary = run.summarise(**{unit: getattr(process, unit), "wall_seconds": wall}, **figures)
     try:
         plots.plot_curves({run.folder.name: run.records()}, run.folder / "curves.png")
     except ValueError as error:
         print(f"no curves.png: {error}", file=sys.stderr)
+    if figures:
+        print(
+            f"sent {figures['bytes_up'] / 1e6:,.1f} MB up, {figures['bytes_down'] / 1e6:,.1f} MB "
+            f"down: {figures['bytes_to_dense']:.4f} of dense FedAvg"
+        )
     print(f"{unit} {total} reached in {duration(wall)}. {headline(summary)}. See {run.folder}")
     return summary

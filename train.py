@@ -17,26 +17,12 @@ import math
 import sys
 from collections.abc import Callable
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-
 import centralized
-import head
+import commands
+import masks
 import model as vit
-import plots
 import runs
-from learner import Learner
-from session import (
-    default_name,
-    open_run,
-    search_then_train,
-    sharding_name,
-    train_centralized,
-    train_federated,
-)
 from sparse_sgdm import check_sgd_options
-from workspace import Workspace
 
 # Defaults that depend on the data set; the help of each option shows both.
 BY_DATA = {
@@ -69,124 +55,20 @@ LR_HELP = (
     "0.01, with --nc below 10: 0.001, below 5: 0.0001; a fitted head alone: 0.003, with --nc "
     "below 5: 0.0003; synthetic: 0.2"
 )
+# Of a mask that is made; without one these options stay None.
+MASK_DEFAULTS = dict(
+    sparsity=0.9,
+    mask_scope=["*"],
+    per_tensor=False,
+    calibration_rounds=4,
+    calibration_images=1000,
+    calibration_fraction=1.0,
+    damp=0.1,
+    fisher_labels="sampled",
+    fisher_score="log-prob",
+    consensus="mean",
+)
 EVALUATIONS = 20  # of a run, where --eval-every does not say otherwise
-
-
-# ---------------------------------------------------------------------------- commands
-
-
-def run_fedavg(options: argparse.Namespace) -> None:
-    """Train by FedAvg; with --search choose learning rate and weight decay first."""
-    workspace = Workspace(options)
-    shards = workspace.shards()
-
-    def train(chosen: argparse.Namespace, name: str) -> dict:
-        return train_federated(workspace, shards, chosen, name)
-
-    search_then_train(options, "rounds", train)
-
-
-def run_centralized(options: argparse.Namespace) -> None:
-    """Train on all training data; with --search choose learning rate and weight decay first."""
-    workspace = Workspace(options)
-
-    def train(chosen: argparse.Namespace, name: str) -> dict:
-        return train_centralized(workspace, chosen, name)
-
-    search_then_train(options, "epochs", train)
-
-
-def run_ridge(options: argparse.Namespace) -> None:
-    """Solve the ridge head centrally and from the clients' sums, and compare the two."""
-    workspace = Workspace(options)
-    shards, model = workspace.shards(), workspace.build_model()
-    name = options.name or default_name(options)
-    run = open_run(workspace, model, options, name, shards)
-    features, test_features = (workspace.features(model, part) for part in ("train", "test"))
-    labels, test_labels = (workspace.sets[part].labels for part in ("train", "test"))
-    central = workspace.fit_head(features, "ridge")
-    total = head.RidgeSums(features.shape[1], workspace.classes, workspace.device)
-    for shard in shards:
-        at = torch.from_numpy(shard).to(workspace.device)
-        sums = head.RidgeSums(features.shape[1], workspace.classes, workspace.device)
-        total = total + sums.update(features[at], labels[at])
-    weight, bias = (x / central.temperature for x in head.solve_ridge(total, central.strength))
-    logits = test_features.double() @ weight.T + bias
-    figures = {
-        "val_acc": central.val_acc,
-        "test_acc": (logits.argmax(1) == test_labels).double().mean().item(),
-        "test_loss": F.cross_entropy(logits, test_labels).item(),
-        "ridge": central.strength,
-        "temperature": central.temperature,
-        "train_images": len(workspace.train_index),
-        "clients": len(shards),
-        "difference_to_central": ((weight - central.weight).norm() / central.weight.norm()).item(),
-        "bytes_up": total.bytes * len(shards),
-    }
-    print_figures(figures)
-    runs.write_json(run.folder / "summary.json", figures)
-    print(f"written to {run.folder / 'summary.json'}")
-
-
-def run_shards(options: argparse.Namespace) -> None:
-    """Print and plot who holds how many samples of which class."""
-    workspace = Workspace(options)
-    shards = workspace.shards()
-    labels = workspace.dataset.train.labels.numpy()
-    counts = np.stack([np.bincount(labels[s], minlength=workspace.classes) for s in shards])
-    sizes, held = counts.sum(axis=1), (counts > 0).sum(axis=1)
-    sharing = (counts > 0).sum(axis=0)
-    print(f"{len(shards)} clients, {sizes.sum()} samples, {workspace.classes} classes")
-    for what, values in (
-        ("samples per client", sizes),
-        ("classes per client", held),
-        ("clients per class", sharing),
-    ):
-        print(f"{what:19} min {values.min()}  median {np.median(values):g}  max {values.max()}")
-    print("client  samples  classes: samples")
-    for k in range(min(len(shards), options.show)):
-        top = np.argsort(-counts[k], kind="stable")[: min(held[k], 6)]
-        parts = ", ".join(f"{workspace.dataset.classes[c]}: {counts[k, c]}" for c in top)
-        print(f"{k:6}  {sizes[k]:7}  {parts}{', ...' if held[k] > len(top) else ''}")
-    if len(shards) > options.show:
-        print(f"... and {len(shards) - options.show} more clients (--show)")
-    if options.out:
-        plots.plot_shards(counts, options.out, f"{sharding_name(options)}, seed {options.seed}")
-        print(f"written to {options.out}")
-
-
-def run_eval(options: argparse.Namespace) -> None:
-    """Evaluate a run's last checkpoint on the validation and the test set."""
-    run = runs.Run(options.run_folder)
-    stored = argparse.Namespace(**run.config()["options"])
-    for name in ("data_dir", "device", "threads", "eval_batch"):
-        setattr(stored, name, getattr(options, name))
-    checkpoint = run.load()
-    if checkpoint is None:
-        raise ValueError(f"{run.folder} holds no checkpoint yet")
-    workspace = Workspace(stored)
-    learner = Learner(workspace, workspace.build_model(), stored, run.folder)
-    process = checkpoint["state"]["process"]
-    learner.flat.reset(process["theta"] if "theta" in process else process["tensors"]["theta"])
-    unit = "round" if "round" in process else "epoch"
-    print_figures({unit: process[unit]} | learner.evaluate())
-
-
-def run_plot(options: argparse.Namespace) -> None:
-    """Draw the curves of one or several runs."""
-    folders = [runs.Run(folder) for folder in options.run_folders]
-    for run in folders:
-        run.config()
-    out = options.out or str(folders[0].folder / "curves.png")
-    plots.plot_curves({run.folder.name: run.records() for run in folders}, out)
-    print(f"written to {out}")
-
-
-def print_figures(figures: dict) -> None:
-    """Print one figure a line, accuracies in percent."""
-    for name, value in figures.items():
-        text = f"{100 * value:.2f} %" if name.endswith("_acc") else f"{value:.6g}"
-        print(f"{name:22} {text}")
 
 
 # ---------------------------------------------------------------------------- the command line
@@ -344,6 +226,90 @@ def add_training_options(parser: argparse.ArgumentParser, unit: str) -> None:
     )
 
 
+def add_mask_options(parser: argparse.ArgumentParser, *, files: bool = True) -> None:
+    group = parser.add_argument_group(
+        "mask: which weights train; the head is fitted first and frozen"
+    )
+    add = group.add_argument
+    if files:
+        add("--mask", metavar="FILE", help="a mask that `calibrate` wrote [everything trains]")
+    add(
+        "--mask-rule",
+        choices=tuple(masks.RULES),
+        help="what a mask keeps trainable " + ("[none]" if files else "[least-sensitive]"),
+    )
+    limit = group.add_mutually_exclusive_group()
+    limit.add_argument(
+        "--sparsity",
+        type=number(float, 0),
+        help=f"FROZEN share, below 1 {mask_default('sparsity')}",
+    )
+    limit.add_argument(
+        "--threshold",
+        type=number(float, 0),
+        help="instead of --sparsity: train entries whose score is at most this (rules least- and "
+        "lowest-), or at least this (most- and highest-)",
+    )
+    add(
+        "--per-tensor",
+        action="store_true",
+        default=None,
+        help="the same sparsity in every tensor [over all tensors together]",
+    )
+    add(
+        "--mask-scope",
+        nargs="+",
+        metavar="PATTERN",
+        help="names of the parameters that take part, others are frozen; 'blocks.*.weight' is one "
+        "[* : the whole backbone]",
+    )
+    add(
+        "--calibration-rounds",
+        type=number(int, 1),
+        help=f"rounds of scoring {mask_default('calibration_rounds')}",
+    )
+    add(
+        "--calibration-images",
+        type=number(int, 1),
+        help=f"images scored in a round, by all clients {mask_default('calibration_images')}",
+    )
+    add(
+        "--calibration-fraction",
+        type=number(float, 0, 1, above=True),
+        help=f"share of the clients that score {mask_default('calibration_fraction')}",
+    )
+    add(
+        "--damp",
+        type=number(float, 0, 1),
+        help=f"factor on dropped weights while the next round scores {mask_default('damp')}",
+    )
+    add(
+        "--fisher-labels",
+        choices=("sampled", "true"),
+        help=f"sampled from the model, or the data's {mask_default('fisher_labels')}",
+    )
+    add(
+        "--fisher-score",
+        choices=("log-prob", "logit"),
+        help=f"what is differentiated {mask_default('fisher_score')}",
+    )
+    add(
+        "--consensus",
+        choices=masks.CONSENSUS,
+        help=f"how clients' scores become one {mask_default('consensus')}",
+    )
+    add(
+        "--quorum",
+        type=number(int, 1),
+        help="clients that make a --consensus vote [more than half of those that score]",
+    )
+
+
+def mask_default(name: str) -> str:
+    """Return the default of a mask option, for its help."""
+    return f"[{MASK_DEFAULTS[name]}]"
+
+
 def add_run_options(parser: argparse.ArgumentParser, unit: str | None = None) -> None:
     group = parser.add_argument_group("run")
     add = group.add_argument
@@ -380,16 +346,16 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="train.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    commands = parser.add_subparsers(
+    subparsers = parser.add_subparsers(
         dest="command", required=True, parser_class=Parser, metavar="COMMAND"
     )
 
     def command(name: str, run: Callable) -> Parser:
-        sub = commands.add_parser(name, help=run.__doc__.splitlines()[0], description=run.__doc__)
+        sub = subparsers.add_parser(name, help=run.__doc__.splitlines()[0], description=run.__doc__)
         sub.set_defaults(run=run)
         return sub
 
-    sub = command("fedavg", run_fedavg)
+    sub = command("fedavg", commands.run_fedavg)
     add = sub.add_argument_group("federation").add_argument
     add("--rounds", type=number(int, 1), help=f"communication rounds {default_text('rounds')}")
     add(
@@ -414,26 +380,39 @@ def build_parser() -> Parser:
     )
     add_shard_options(sub)
     add_training_options(sub, "round")
+    add_mask_options(sub)
     add_data_options(sub)
     add_model_options(sub)
     add_run_options(sub, "round")
 
-    sub = command("centralized", run_centralized)
+    sub = command("centralized", commands.run_centralized)
     sub.add_argument(
         "--epochs", type=number(int, 1), help=f"passes over the data {default_text('epochs')}"
     )
     add_training_options(sub, "epoch")
+    add_mask_options(sub)
     add_data_options(sub)
     add_model_options(sub)
     add_run_options(sub, "epoch")
 
-    sub = command("ridge", run_ridge)
+    sub = command("ridge", commands.run_ridge)
     add_shard_options(sub)
     add_data_options(sub)
     add_model_options(sub)
     add_run_options(sub, "run")
 
-    sub = command("shards", run_shards)
+    sub = command("calibrate", commands.run_calibrate)
+    add_mask_options(sub, files=False)
+    sub.set_defaults(mask=None)
+    add_shard_options(sub)
+    add_data_options(sub)
+    add_model_options(sub)
+    sub.add_argument(
+        "--head", choices=("probe", "ridge"), default="ridge", help="head to score under [ridge]"
+    )
+    add_run_options(sub, "run")
+
+    sub = command("shards", commands.run_shards)
     sub.add_argument(
         "--show", type=number(int, 0), default=10, help="clients to list [%(default)s]"
     )
@@ -442,12 +421,12 @@ def build_parser() -> Parser:
     add_data_options(sub)
     add_run_options(sub)
 
-    sub = command("eval", run_eval)
+    sub = command("eval", commands.run_eval)
     sub.add_argument("run_folder", metavar="RUN", help="a run's folder, such as runs/NAME")
     sub.add_argument("--data-dir", default="data", help="folder of data and weights [%(default)s]")
     add_run_options(sub)
 
-    sub = command("plot", run_plot)
+    sub = command("plot", commands.run_plot)
     sub.add_argument("run_folders", metavar="RUN", nargs="+", help="run folders, one or several")
     sub.add_argument("--out", help="where the picture goes [curves.png in the first run]")
     return parser
@@ -469,9 +448,48 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
             raise ValueError(f"--weights dino is a vit_s16, not {o.model}: --weights FILE or none")
     if getattr(o, "head", "ridge") != "linear" and "val_fraction" in o and not o.val_fraction:
         raise ValueError("a ridge or probe head needs validation data: --val-fraction above 0")
+    if hasattr(o, "mask_rule"):
+        resolve_mask(o)
     if hasattr(o, "train"):
         resolve_training(o)
     return o
+
+
+def resolve_mask(o: argparse.Namespace) -> None:
+    """The part of `resolve` for the commands that make or take a mask."""
+    if o.command == "calibrate":
+        o.mask_rule = o.mask_rule or "least-sensitive"
+    making = [
+        name for name in (*MASK_DEFAULTS, "threshold", "quorum") if getattr(o, name) is not None
+    ]
+    if not o.mask_rule and making:
+        option = "--" + making[0].replace("_", "-")
+        raise ValueError(f"{option} makes a mask and needs --mask-rule {'|'.join(masks.RULES)}")
+    if o.mask and o.mask_rule:
+        raise ValueError("--mask takes a mask that is made: leave --mask-rule away, or --mask")
+    if not (o.mask or o.mask_rule):
+        return
+    if getattr(o, "train", "all") != "all":
+        raise ValueError(f"a mask says what trains: --mask-scope in place of --train {o.train}")
+    if o.head == "linear" or getattr(o, "freeze_head", True) is False:
+        raise ValueError("under a mask the head is fitted first and frozen: --head ridge or probe")
+    if o.mask_rule:
+        fill_mask_options(o)
+
+
+def fill_mask_options(o: argparse.Namespace) -> None:
+    """Fill in what decides how a mask is made, and refuse what contradicts itself."""
+    for name, value in MASK_DEFAULTS.items():
+        if getattr(o, name) is None and not (name == "sparsity" and o.threshold is not None):
+            setattr(o, name, value)
+    if o.sparsity is not None:
+        masks.budget(1, o.sparsity)
+    if o.threshold is not None and o.mask_rule == "random":
+        raise ValueError("--threshold has no meaning for --mask-rule random: --sparsity")
+    if o.threshold is not None and o.per_tensor:
+        raise ValueError("--per-tensor shares a --sparsity out; a --threshold is the same anyway")
+    if o.quorum is not None and o.consensus != "vote":
+        raise ValueError("--quorum belongs to --consensus vote")
 
 
 def default_lr(o: argparse.Namespace) -> float:

@@ -73,12 +73,13 @@ class Workspace:
             vit.load_weights(model, options.weights)
         return model.to(self.device)
 
-    def preprocess(self) -> data.Preprocess:
-        """Return the resize and normalisation that the weights expect."""
+    def preprocess(self, dtype: torch.dtype | None = None) -> data.Preprocess:
+        """Return the resize and normalisation that the weights expect; dtype: the precision's."""
         options = self.options
         known = {"imagenet": vit.IMAGENET, "half": vit.HALF}
         mean, std = known.get(options.normalisation) or vit.default_normalisation(options.weights)
-        return data.Preprocess(options.image_size, mean, std, self.device, self.dtype)
+        dtype = dtype or self.dtype
+        return data.Preprocess(options.image_size, mean, std, self.device, dtype)
 
     @torch.no_grad()
     def features(self, model: vit.VisionTransformer, part: str) -> Tensor:
@@ -88,7 +89,7 @@ class Workspace:
         """
         preprocess, images = self.preprocess(), self.sets[part].images
         settings = [
-            part,
+            hashlib.sha256(images.cpu().numpy()).hexdigest(),
             preprocess.scale.tolist(),
             preprocess.shift.tolist(),
             preprocess.image_size,

@@ -17,7 +17,7 @@ def build(tmp_path, *arguments):
     command = ["fedavg", "--data", "synthetic", "--data-dir", str(tmp_path), *arguments]
     options = train.resolve(train.build_parser().parse_args(command))
     workspace = Workspace(options)
-    learner = Learner(workspace, workspace.build_model(), options, tmp_path)
+    learner = Learner(workspace, workspace.build_model(), options, tmp_path, workspace.shards())
     return learner, ClientTraining(learner, workspace.shards())
 
 

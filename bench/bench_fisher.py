@@ -1,0 +1,118 @@
+"""Sensitivity scoring against a training step and against the per-sample loop, per image.
+
+    python bench/bench_fisher.py [--image-size 96] [--device cuda] [--threads 1] [--json FILE]
+
+training    one SGD step's forward, backward and update of ViT-Ti/16, a batch
+scoring     fisher_diagonal of all backbone parameters, a batch
+per-sample  one forward and backward an image, its gradient squared and added up
+Random weights and images: the time depends on neither. Interleaved repetitions, in one process; on
+a CPU the peak is that of the whole process, on a GPU that of each method's tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from fisher import fisher_diagonal
+from model import FlatView, build_vit, trained_names
+from sparse_sgdm import sparse_sgdm_
+
+
+def methods(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    """Return each method as a callable that works through one batch."""
+    device = options.device
+    model = build_vit(options.model, 100, seed=0).to(device)
+    names = trained_names(model, "all", freeze_head=True)
+    with torch.no_grad():
+        model.head.weight.normal_(std=0.1)
+    model.requires_grad_(False)
+    flat = FlatView([(n, p) for n, p in model.named_parameters() if n in names])
+    momentum, squares = torch.zeros_like(flat.theta), torch.zeros_like(flat.theta)
+    images = torch.randn(options.batch, 3, options.image_size, options.image_size).to(device)
+    labels = torch.randint(100, (options.batch,)).to(device)
+
+    def training() -> None:
+        flat.grad.zero_()
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        sparse_sgdm_(flat.theta, flat.grad, momentum, lr=1e-6, momentum=0.9)
+
+    def scoring() -> None:
+        fisher_diagonal(model, [(images, labels)], parameters=names, labels="true")
+
+    def per_sample() -> None:
+        for image, label in zip(images, labels, strict=True):
+            flat.grad.zero_()
+            model(image[None]).log_softmax(dim=1)[0, label].backward()
+            squares.addcmul_(flat.grad, flat.grad)
+
+    return {"training": training, "scoring": scoring, "per-sample": per_sample}
+
+
+def measure(method: Callable[[], None], device: str) -> tuple[float, float]:
+    """Return seconds and peak bytes of one call."""
+    if device == "cpu":
+        started = time.perf_counter()
+        method()
+        seconds = time.perf_counter() - started
+        return seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    method()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started, torch.cuda.max_memory_allocated()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="vit_ti16")
+    parser.add_argument("--image-size", type=int, default=96)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    rows, medians = [], {}
+    all_methods = methods(options)
+    results = {name: [] for name in all_methods}
+    for repetition in range(options.repetitions + 1):  # the first warms up
+        for name, method in all_methods.items():
+            result = measure(method, options.device)
+            if repetition:
+                results[name].append(result)
+    for name, values in results.items():
+        seconds, peaks = zip(*values, strict=True)
+        per_image = 1e3 * np.quantile(seconds, (0.5, 0.2, 0.8)) / options.batch
+        medians[name] = per_image[0]
+        rows.append({"method": name, "ms_per_image": per_image.round(4).tolist()})
+        rows[-1]["peak_mb"] = round(max(peaks) / 1e6, 1)
+        print(f"{name:11} {per_image[0]:8.3f} ms an image (p20 {per_image[1]:.3f}, ", end="")
+        print(f"p80 {per_image[2]:.3f}), peak {rows[-1]['peak_mb']:.0f} MB")
+    ratios = {
+        "scoring_to_training": round(medians["scoring"] / medians["training"], 3),
+        "per_sample_to_scoring": round(medians["per-sample"] / medians["scoring"], 3),
+    }
+    print(f"scoring / training   {ratios['scoring_to_training']:.2f}")
+    print(f"per-sample / scoring {ratios['per_sample_to_scoring']:.2f}")
+    if options.json:
+        made_by = {k: v for k, v in vars(options).items() if k != "json"}
+        made_by |= {"torch": str(torch.__version__)}
+        text = json.dumps({"made_by": made_by, "rows": rows, "ratios": ratios}, indent=2)
+        options.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""From options to a mask: what takes part, who scores it on which images, where masks are kept.
+
+`options` is the namespace of train.py's command line, its defaults resolved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import fedavg
+import fisher
+import masks
+import model as vit
+import runs
+from workspace import Status, Workspace, fingerprint
+
+FORMAT = 1  # of a mask file
+BATCH = 64  # images scored at a time; changes no score
+OVERLAP_CLIENTS = 10  # whose masks are compared
+MAKING = (  # the options that decide what a mask is
+    "mask_rule",
+    "sparsity",
+    "threshold",
+    "per_tensor",
+    "mask_scope",
+    "calibration_rounds",
+    "calibration_images",
+    "calibration_fraction",
+    "damp",
+    "fisher_labels",
+    "fisher_score",
+    "consensus",
+    "quorum",
+    "seed",
+)
+
+
+class Mask:
+    """Which entries of which parameters train; everything else is frozen.
+
+    Args:
+        shapes: name -> shape of the parameters that took part, in the order of `kept`.
+        kept: (P,) bool, their entries end to end, True = trainable.
+        made: plain values that say how it was made.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], kept: Tensor, made: dict):
+        self.shapes, self.kept, self.made = shapes, kept.cpu(), made
+
+    @property
+    def bytes(self) -> int:
+        """What sending it costs: a bit an entry."""
+        return math.ceil(len(self.kept) / 8)
+
+    def equals(self, other: Mask) -> bool:
+        """Tell whether the other mask keeps the same entries of the same parameters."""
+        return self.shapes == other.shapes and torch.equal(self.kept, other.kept)
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return name -> bool tensor of the parameter's shape."""
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        pairs = zip(self.shapes.items(), self.kept.split(sizes), strict=True)
+        return {name: part.view(shape) for (name, shape), part in pairs}
+
+    def save(self, path: Path) -> None:
+        """Write the mask file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shapes = {name: list(shape) for name, shape in self.shapes.items()}
+        content = {"mask_format": FORMAT, "shapes": shapes, "bits": masks.pack(self.kept)}
+        runs.save_checked(path, content | {"made": self.made})
+
+    @classmethod
+    def load(cls, path: Path, model: vit.VisionTransformer) -> Mask:
+        """Read a mask file.
+
+        Raises:
+            ValueError: no such file, no mask, damaged, or made for another model.
+        """
+        try:
+            content = runs.load_checked(path)
+        except FileNotFoundError:
+            raise ValueError(f"mask {path}: no such file") from None
+        if not isinstance(content, dict) or content.get("mask_format") != FORMAT:
+            raise ValueError(f"mask {path}: not a mask of format {FORMAT}")
+        shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
+        own = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        for name, shape in shapes.items():
+            if own.get(name) != shape:
+                raise ValueError(
+                    f"mask {path}: made for another model, {name} is {shape} in the mask and "
+                    f"{own.get(name, 'absent')} in the model"
+                )
+        size = sum(math.prod(shape) for shape in shapes.values())
+        return cls(shapes, masks.unpack(content["bits"], size), content["made"])
+
+
+def scoped_names(model: vit.VisionTransformer, patterns: list[str]) -> list[str]:
+    """Return the backbone's parameters that match one of the shell patterns.
+
+    Raises:
+        ValueError: there are none.
+    """
+    backbone = vit.trained_names(model, "all", freeze_head=True)
+    names = [name for name in backbone if any(fnmatchcase(name, p) for p in patterns)]
+    if not names:
+        raise ValueError(
+            f"--mask-scope {' '.join(patterns)}: no parameter of the backbone has such a name; "
+            f"there are {backbone[0]}, {backbone[-1]} and others"
+        )
+    return names
+
+
+def check_mask_options(
+    options: argparse.Namespace, model: vit.VisionTransformer, kept: Path
+) -> None:
+    """Refuse, before anything is written, a scope or a mask file that cannot serve.
+
+    Args:
+        kept: the run's own copy of its mask, which `--mask` must still equal where both exist.
+    """
+    if getattr(options, "mask_rule", None):
+        scoped_names(model, options.mask_scope)
+    if not getattr(options, "mask", None) or (kept.exists() and not Path(options.mask).exists()):
+        return
+    given = Mask.load(Path(options.mask), model)
+    if kept.exists() and not given.equals(Mask.load(kept, model)):
+        raise ValueError(f"--mask {options.mask} is not the mask that {kept.parent} was made with")
+
+
+# ---------------------------------------------------------------------------- making one
+
+
+class Calibration:
+    """Scores a model on the clients' own images; its head is fitted and frozen.
+
+    Args:
+        model: in fp32, restored to the bit when `make` returns or fails.
+        shards: each client's indices into the training images.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        model: vit.VisionTransformer,
+        options: argparse.Namespace,
+        shards: list[np.ndarray],
+    ):
+        self.workspace, self.model, self.options, self.shards = workspace, model, options, shards
+        self.names = scoped_names(model, options.mask_scope)
+        parameters = dict(model.named_parameters())
+        self.shapes = {name: tuple(parameters[name].shape) for name in self.names}
+        self.theta = torch.cat([parameters[name].detach().flatten() for name in self.names])
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        for (name, shape), part in zip(self.shapes.items(), self.theta.split(sizes), strict=True):
+            parameters[name].data = part.view(shape)  # scoring sees what happens to theta
+        self.clients = fedavg.sample_clients(
+            len(shards), options.calibration_fraction, seed=options.seed, round=0
+        )
+        self.scores = masks.RULES[options.mask_rule][0] == "sensitivity"
+        self.preprocess = workspace.preprocess(torch.float32)
+        draws = data.random(options.seed, "calibration labels")
+        self.uniform = torch.from_numpy(draws.random(len(workspace.dataset.train.labels)))
+        sign = masks.RULES[options.mask_rule][1]
+        self.limits = dict(
+            sparsity=options.sparsity,
+            threshold=None if options.threshold is None else sign * options.threshold,
+            group_sizes=sizes if options.per_tensor else None,
+        )
+
+    def images(self, client: int) -> np.ndarray:
+        """Draw the client's calibration images from its training shard, without replacement."""
+        share = max(1, self.options.calibration_images // len(self.clients))
+        draws = data.random(self.options.seed, "calibration images", int(client))
+        return draws.permutation(self.shards[client])[:share]
+
+    def sensitivity(self, index: np.ndarray) -> Tensor:
+        """Return the sensitivities (P,) on these training images of the model as it stands."""
+        options, train = self.options, self.workspace.sets["train"]
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for chunk in data.in_chunks(len(index), BATCH):
+                at = torch.from_numpy(index[chunk])
+                true = options.fisher_labels == "true"
+                at_device = at.to(train.labels.device)
+                given = train.labels[at_device] if true else self.uniform[at]
+                yield self.preprocess(train.images[at_device]), given
+
+        scores = fisher.fisher_diagonal(
+            self.model,
+            batches(),
+            parameters=self.names,
+            labels=options.fisher_labels,
+            score=options.fisher_score,
+        )
+        return torch.cat([scores[name].flatten() for name in self.names])
+
+    def client_keys(self, index: np.ndarray) -> Tensor:
+        """Return the keys (P,) by which a client that holds these images would rank alone."""
+        scores = self.sensitivity(index) if self.scores else None
+        return masks.ranking(self.options.mask_rule, self.theta, scores, self.options.seed)
+
+    def make(self) -> Mask:
+        """Calibrate; the bytes are those of the scores and of the masks they are taken under."""
+        options, started = self.options, time.monotonic()
+        images = {int(k): self.images(k) for k in self.clients}
+        weights = [len(self.shards[k]) for k in self.clients]
+        rounds = options.calibration_rounds if self.scores else 1  # other keys do not change
+        status, done = Status("calibration: client", rounds * len(images)), itertools.count(1)
+
+        def keys(alive: Tensor, keep: Callable[[Tensor], Tensor]) -> Tensor:
+            if not self.scores:
+                return self.client_keys(np.empty(0, dtype=np.int64))
+
+            def each() -> Iterator[Tensor]:
+                for index in images.values():
+                    yield self.client_keys(index)
+                    status.show(next(done))
+
+            how = dict(alive=alive, keep=keep, quorum=options.quorum)
+            return masks.consensus(each(), weights, options.consensus, **how)
+
+        kept = masks.calibrate(self.theta, keys, rounds=rounds, damp=options.damp, **self.limits)
+        status.close()
+        senders = len(images) if self.scores else 0
+        made = {name: getattr(options, name) for name in MAKING}
+        made |= {
+            "model": options.model,
+            "weights_sha256": fingerprint(self.model),
+            "entries": len(kept),
+            "kept": int(kept.sum()),
+            "clients": senders,
+            "images": sum(map(len, images.values())) if self.scores else 0,
+            "bytes_up": rounds * senders * 4 * len(kept),
+            "bytes_down": (rounds - 1) * senders * math.ceil(len(kept) / 8),
+            "seconds": float(f"{time.monotonic() - started:.3f}"),
+        }
+        return Mask(self.shapes, kept, made)
+
+    def agreement(self) -> dict:
+        """Compare the masks that clients would make alone, in one round on half of their images.
+
+        Returns:
+            what `masks.overlap` says, and of how many clients and images each.
+        """
+        clients = [k for k in self.clients if len(self.images(k)) > 1][:OVERLAP_CLIENTS]
+        if not self.scores or not clients:
+            return {}
+        halves = []
+        for k in clients:
+            parts = np.array_split(self.images(k), 2)
+            halves.append(
+                [
+                    masks.calibrate(
+                        self.theta,
+                        lambda alive, keep, part=part: self.client_keys(part),
+                        rounds=1,
+                        **self.limits,
+                    ).cpu()
+                    for part in parts
+                ]
+            )
+        return masks.overlap(halves) | {"clients": len(clients), "images": len(parts[0])}
+
+
+def cached_mask(calibration: Calibration) -> Mask:
+    """Return the calibration's mask, from <data-dir>/masks where it was made before."""
+    workspace, model, options = calibration.workspace, calibration.model, calibration.options
+    preprocess = calibration.preprocess
+    made_from = [getattr(options, name) for name in MAKING]
+    made_from += [preprocess.image_size, preprocess.scale.tolist(), preprocess.shift.tolist()]
+    made_from += [options.data, fingerprint(model), workspace.device.type]
+    digest = hashlib.sha256(repr(made_from).encode())
+    for tensor in (model.head.weight, model.head.bias):
+        digest.update(tensor.detach().cpu().numpy().tobytes())
+    for shard in calibration.shards:
+        digest.update(len(shard).to_bytes(8, "little") + shard.tobytes())
+    path = Path(options.data_dir) / "masks" / f"{digest.hexdigest()[:16]}.pt"
+    try:
+        return Mask.load(path, model)
+    except ValueError:  # absent, or damaged and made again
+        mask = calibration.make()
+        mask.save(path)
+        return mask
+
+
+# ---------------------------------------------------------------------------- looking at one
+
+
+def layer_and_kind(name: str) -> tuple[str, str]:
+    """Split a parameter's name into its layer ("embed", "0", ..., "norm") and kind ("qkv.bias")."""
+    parts = name.split(".")
+    if parts[0] == "blocks":
+        kind = ".".join(parts[-2:])
+        return parts[1], kind
+    if parts[0] == "norm":
+        return "norm", f"norm.{parts[1]}"
+    return "embed", name.replace("patch_embed.proj", "patch")
+
+
+def density_table(mask: Mask) -> tuple[list[str], list[str], np.ndarray]:
+    """Return kinds, layers and the kept share (kinds, layers) of their entries; NaN where none."""
+    layers, kinds = [], []
+    cells: dict[tuple[str, str], float] = {}
+    for name, part in mask.parts().items():
+        layer, kind = layer_and_kind(name)
+        layers += [layer] * (layer not in layers)
+        kinds += [kind] * (kind not in kinds)
+        cells[layer, kind] = part.double().mean().item()
+    table = np.array([[cells.get((layer, kind), np.nan) for layer in layers] for kind in kinds])
+    return kinds, layers, table

@@ -1,0 +1,193 @@
+"""What each sub-command does, printed and written; train.py declares their options.
+
+`options` is the namespace of train.py's command line, its defaults resolved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import head
+import plots
+import runs
+from calibration import Calibration, cached_mask, density_table
+from learner import Learner, set_fitted_head
+from session import (
+    default_name,
+    open_run,
+    search_then_train,
+    sharding_name,
+    train_centralized,
+    train_federated,
+)
+from workspace import Workspace
+
+
+def run_fedavg(options: argparse.Namespace) -> None:
+    """Train by FedAvg; with --search choose learning rate and weight decay first."""
+    workspace = Workspace(options)
+    shards = workspace.shards()
+
+    def train(chosen: argparse.Namespace, name: str) -> dict:
+        return train_federated(workspace, shards, chosen, name)
+
+    search_then_train(options, "rounds", train)
+
+
+def run_centralized(options: argparse.Namespace) -> None:
+    """Train on all training data; with --search choose learning rate and weight decay first."""
+    workspace = Workspace(options)
+
+    def train(chosen: argparse.Namespace, name: str) -> dict:
+        return train_centralized(workspace, chosen, name)
+
+    search_then_train(options, "epochs", train)
+
+
+def run_ridge(options: argparse.Namespace) -> None:
+    """Solve the ridge head centrally and from the clients' sums, and compare the two."""
+    workspace = Workspace(options)
+    shards, model = workspace.shards(), workspace.build_model()
+    name = options.name or default_name(options)
+    run = open_run(workspace, model, options, name, shards)
+    features, test_features = (workspace.features(model, part) for part in ("train", "test"))
+    labels, test_labels = (workspace.sets[part].labels for part in ("train", "test"))
+    central = workspace.fit_head(features, "ridge")
+    total = head.RidgeSums(features.shape[1], workspace.classes, workspace.device)
+    for shard in shards:
+        at = torch.from_numpy(shard).to(workspace.device)
+        sums = head.RidgeSums(features.shape[1], workspace.classes, workspace.device)
+        total = total + sums.update(features[at], labels[at])
+    weight, bias = (x / central.temperature for x in head.solve_ridge(total, central.strength))
+    logits = test_features.double() @ weight.T + bias
+    figures = {
+        "val_acc": central.val_acc,
+        "test_acc": (logits.argmax(1) == test_labels).double().mean().item(),
+        "test_loss": F.cross_entropy(logits, test_labels).item(),
+        "ridge": central.strength,
+        "temperature": central.temperature,
+        "train_images": len(workspace.train_index),
+        "clients": len(shards),
+        "difference_to_central": ((weight - central.weight).norm() / central.weight.norm()).item(),
+        "bytes_up": total.bytes * len(shards),
+    }
+    print_figures(figures)
+    runs.write_json(run.folder / "summary.json", figures)
+    print(f"written to {run.folder / 'summary.json'}")
+
+
+def run_calibrate(options: argparse.Namespace) -> None:
+    """Make a mask from the clients' data; write it, its density by layer, and a picture of that."""
+    workspace = Workspace(options)
+    shards, model = workspace.shards(), workspace.build_model()
+    name = options.name or default_name(options)
+    run = open_run(workspace, model, options, name, shards)
+    set_fitted_head(workspace, model, options.head)
+    calibration = Calibration(workspace, model, options, shards)
+    mask = cached_mask(calibration)
+    mask.save(run.folder / "mask.pt")
+    kinds, layers, density = density_table(mask)
+    print_density(kinds, layers, density)
+    shown = ("entries", "kept", "images", "clients", "bytes_up", "bytes_down", "seconds")
+    figures = {name: mask.made[name] for name in shown} | {"mask_bytes": mask.bytes}
+    figures["overlap"] = calibration.agreement()
+    print_figures({k: v for k, v in figures.items() if k != "overlap"})
+    print_overlap(figures["overlap"])
+    table = {
+        kind: dict(zip(layers, row, strict=True))
+        for kind, row in zip(kinds, density.tolist(), strict=True)
+    }
+    runs.write_json(run.folder / "summary.json", figures | {"density": table})
+    title = f"{options.mask_rule}, {100 * mask.kept.double().mean():.1f} % trainable"
+    try:
+        plots.plot_density(kinds, layers, density, run.folder / "density.png", title)
+    except ValueError as error:
+        print(f"no density.png: {error}", file=sys.stderr)
+    print(f"written to {run.folder / 'mask.pt'}; train it with --mask {run.folder / 'mask.pt'}")
+
+
+def run_shards(options: argparse.Namespace) -> None:
+    """Print and plot who holds how many samples of which class."""
+    workspace = Workspace(options)
+    shards = workspace.shards()
+    labels = workspace.dataset.train.labels.numpy()
+    counts = np.stack([np.bincount(labels[s], minlength=workspace.classes) for s in shards])
+    sizes, held = counts.sum(axis=1), (counts > 0).sum(axis=1)
+    sharing = (counts > 0).sum(axis=0)
+    print(f"{len(shards)} clients, {sizes.sum()} samples, {workspace.classes} classes")
+    for what, values in (
+        ("samples per client", sizes),
+        ("classes per client", held),
+        ("clients per class", sharing),
+    ):
+        print(f"{what:19} min {values.min()}  median {np.median(values):g}  max {values.max()}")
+    print("client  samples  classes: samples")
+    for k in range(min(len(shards), options.show)):
+        top = np.argsort(-counts[k], kind="stable")[: min(held[k], 6)]
+        parts = ", ".join(f"{workspace.dataset.classes[c]}: {counts[k, c]}" for c in top)
+        print(f"{k:6}  {sizes[k]:7}  {parts}{', ...' if held[k] > len(top) else ''}")
+    if len(shards) > options.show:
+        print(f"... and {len(shards) - options.show} more clients (--show)")
+    if options.out:
+        plots.plot_shards(counts, options.out, f"{sharding_name(options)}, seed {options.seed}")
+        print(f"written to {options.out}")
+
+
+def run_eval(options: argparse.Namespace) -> None:
+    """Evaluate a run's last checkpoint on the validation and the test set."""
+    run = runs.Run(options.run_folder)
+    stored = argparse.Namespace(**run.config()["options"])
+    for name in ("data_dir", "device", "threads", "eval_batch"):
+        setattr(stored, name, getattr(options, name))
+    checkpoint = run.load()
+    if checkpoint is None:
+        raise ValueError(f"{run.folder} holds no checkpoint yet")
+    workspace = Workspace(stored)
+    shards = workspace.shards() if "clients" in stored else [workspace.train_index]
+    learner = Learner(workspace, workspace.build_model(), stored, run.folder, shards)
+    process = checkpoint["state"]["process"]
+    learner.entries.load(process["theta"] if "theta" in process else process["tensors"]["theta"])
+    unit = "round" if "round" in process else "epoch"
+    print_figures({unit: process[unit]} | learner.evaluate())
+
+
+def run_plot(options: argparse.Namespace) -> None:
+    """Draw the curves of one or several runs."""
+    folders = [runs.Run(folder) for folder in options.run_folders]
+    for run in folders:
+        run.config()
+    out = options.out or str(folders[0].folder / "curves.png")
+    plots.plot_curves({run.folder.name: run.records() for run in folders}, out)
+    print(f"written to {out}")
+
+
+def print_density(kinds: list[str], layers: list[str], density: np.ndarray) -> None:
+    """Print the kept share of every kind (rows) in every layer (columns), in percent."""
+    print("trainable, %".ljust(16) + "".join(f"{layer:>6}" for layer in layers))
+    for kind, row in zip(kinds, density, strict=True):
+        print(f"{kind:16}" + "".join("     -" if x != x else f"{100 * x:6.1f}" for x in row))
+
+
+def print_overlap(overlap: dict) -> None:
+    """Print how far the clients' own masks agree, where that was measured."""
+    if overlap.get("iou") is not None:
+        print(
+            f"clients' own masks: IoU {overlap['iou']:.3f} between clients, "
+            f"{overlap['ceiling']:.3f} between halves of one client's images, "
+            f"{overlap['chance']:.3f} by chance "
+            f"({overlap['clients']} clients, {overlap['images']} images each)"
+        )
+
+
+def print_figures(figures: dict) -> None:
+    """Print one figure a line, accuracies in percent."""
+    for name, value in figures.items():
+        text = f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+        if name.endswith("_acc"):
+            text = f"{100 * value:.2f} %"
+        print(f"{name:22} {text}")
