@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import experiments
 import head
 import plots
 import runs
+import sweep
 from calibration import Calibration, cached_mask, density_table
 from learner import Learner, set_fitted_head
 from session import (
@@ -25,7 +28,7 @@ from session import (
     train_centralized,
     train_federated,
 )
-from workspace import Workspace
+from workspace import Workspace, duration
 
 
 def run_fedavg(options: argparse.Namespace) -> None:
@@ -136,6 +139,29 @@ def run_shards(options: argparse.Namespace) -> None:
     if options.out:
         plots.plot_shards(counts, options.out, f"{sharding_name(options)}, seed {options.seed}")
         print(f"written to {options.out}")
+
+
+def run_sweep(options: argparse.Namespace) -> None:
+    """Run what is missing of an experiment, several cells at a time, and write its table."""
+    folder = Path(options.results) / options.experiment
+    cells = list(experiments.EXPERIMENTS[options.experiment]())
+    found = {cell.name: experiments.summary(folder, cell) for cell in cells}
+    missing = [cell for cell in cells if found[cell.name] is None]
+    if options.list:
+        for cell in cells:
+            done = found[cell.name]
+            print(f"{cell.name:60} {'done in ' + duration(done['wall_seconds']) if done else '-'}")
+    walls = [done["wall_seconds"] for done in found.values() if done]
+    estimate = duration(np.mean(walls) * len(missing) / options.jobs) if walls else "unknown"
+    print(f"{len(cells) - len(missing)} of {len(cells)} cells done, time left: {estimate}")
+    if not options.list:
+        failed = sweep.run_cells(missing, folder, options.jobs)
+        if failed:
+            raise ValueError(f"{len(failed)} cells failed: {', '.join(failed)}")
+    if folder.exists():
+        text = experiments.table(folder, cells)
+        runs.write_atomically(folder / "table.md", lambda path: path.write_text(text))
+        print(f"written to {folder / 'table.md'}")
 
 
 def run_eval(options: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 import centralized
 import commands
+import experiments
 import masks
 import model as vit
 import runs
@@ -420,6 +421,12 @@ def build_parser() -> Parser:
     add_shard_options(sub)
     add_data_options(sub)
     add_run_options(sub)
+
+    sub = command("sweep", commands.run_sweep)
+    sub.add_argument("experiment", choices=tuple(experiments.EXPERIMENTS), help="which one")
+    sub.add_argument("--list", action="store_true", help="say what is done and what is missing")
+    sub.add_argument("--jobs", type=number(int, 1), default=1, help="runs at a time [%(default)s]")
+    sub.add_argument("--results", default="results", help="where runs and tables go [%(default)s]")
 
     sub = command("eval", commands.run_eval)
     sub.add_argument("run_folder", metavar="RUN", help="a run's folder, such as runs/NAME")
