@@ -298,15 +298,18 @@ def cached_mask(calibration: Calibration) -> Mask:
 # ---------------------------------------------------------------------------- looking at one
 
 
-def layer_and_kind(name: str) -> tuple[str, str]:
-    """Split a parameter's name into its layer ("embed", "0", ..., "norm") and kind ("qkv.bias")."""
+def layer_and_kinds(name: str) -> tuple[str, list[str]]:
+    """Split a parameter's name into its layer ("embed", "0", ..., "norm") and the kinds it holds.
+
+    A block's query, key and value weights are one tensor of three kinds.
+    """
     parts = name.split(".")
     if parts[0] == "blocks":
-        kind = ".".join(parts[-2:])
-        return parts[1], kind
-    if parts[0] == "norm":
-        return "norm", f"norm.{parts[1]}"
-    return "embed", name.replace("patch_embed.proj", "patch")
+        module, kind = parts[-2:]
+        modules = ("query", "key", "value") if module == "qkv" else (module,)
+        return parts[1], [f"{module}.{kind}" for module in modules]
+    layer = "norm" if parts[0] == "norm" else "embed"
+    return layer, [name.replace("patch_embed.proj", "patch")]
 
 
 def density_table(mask: Mask) -> tuple[list[str], list[str], np.ndarray]:
@@ -314,9 +317,10 @@ def density_table(mask: Mask) -> tuple[list[str], list[str], np.ndarray]:
     layers, kinds = [], []
     cells: dict[tuple[str, str], float] = {}
     for name, part in mask.parts().items():
-        layer, kind = layer_and_kind(name)
+        layer, held = layer_and_kinds(name)
         layers += [layer] * (layer not in layers)
-        kinds += [kind] * (kind not in kinds)
-        cells[layer, kind] = part.double().mean().item()
+        kinds += [kind for kind in held if kind not in kinds]
+        for kind, piece in zip(held, part.chunk(len(held)), strict=True):
+            cells[layer, kind] = piece.double().mean().item()
     table = np.array([[cells.get((layer, kind), np.nan) for layer in layers] for kind in kinds])
     return kinds, layers, table

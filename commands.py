@@ -142,26 +142,40 @@ def run_shards(options: argparse.Namespace) -> None:
 
 
 def run_sweep(options: argparse.Namespace) -> None:
-    """Run what is missing of an experiment, several cells at a time, and write its table."""
+    """Run what is missing of an experiment, several runs at a time, and write its table."""
+    experiment = experiments.EXPERIMENTS[options.experiment]
     folder = Path(options.results) / options.experiment
-    cells = list(experiments.EXPERIMENTS[options.experiment]())
-    found = {cell.name: experiments.summary(folder, cell) for cell in cells}
-    missing = [cell for cell in cells if found[cell.name] is None]
     if options.list:
-        for cell in cells:
-            done = found[cell.name]
-            print(f"{cell.name:60} {'done in ' + duration(done['wall_seconds']) if done else '-'}")
-    walls = [done["wall_seconds"] for done in found.values() if done]
-    estimate = duration(np.mean(walls) * len(missing) / options.jobs) if walls else "unknown"
-    print(f"{len(cells) - len(missing)} of {len(cells)} cells done, time left: {estimate}")
-    if not options.list:
-        failed = sweep.run_cells(missing, folder, options.jobs)
-        if failed:
-            raise ValueError(f"{len(failed)} cells failed: {', '.join(failed)}")
-    if folder.exists():
-        text = experiments.table(folder, cells)
-        runs.write_atomically(folder / "table.md", lambda path: path.write_text(text))
-        print(f"written to {folder / 'table.md'}")
+        list_runs(experiment, folder, options.jobs)
+        return
+    failed: set[str] = set()
+    try:
+        while missing := experiment.missing(folder, failed):
+            failed |= sweep.run_cells(missing, folder, options.jobs)
+    finally:
+        if folder.exists():
+            text = experiment.table(folder)
+            runs.write_atomically(folder / "table.md", lambda path: path.write_text(text))
+    if failed:
+        raise ValueError(f"{len(failed)} runs failed: {', '.join(sorted(failed))}")
+    list_runs(experiment, folder, options.jobs, details=False)
+    print(f"written to {folder / 'table.md'}")
+
+
+def list_runs(
+    experiment: experiments.Experiment, folder: Path, jobs: int, details: bool = True
+) -> None:
+    """Say which runs of an experiment are done, and how long the others will take."""
+    seconds = []
+    for cell in experiment.cells(folder):
+        found = experiments.summary(folder, cell)
+        if found:
+            seconds.append(found["wall_seconds"])
+        if details:
+            print(f"{cell.name:60} {'done in ' + duration(seconds[-1]) if found else '-'}")
+    left = experiment.size - len(seconds)
+    estimate = duration(np.mean(seconds) * left / jobs) if seconds else "unknown"
+    print(f"{len(seconds)} of {experiment.size} runs done, time left: {estimate}")
 
 
 def run_eval(options: argparse.Namespace) -> None:

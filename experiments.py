@@ -1,15 +1,15 @@
 """The experiments as data: which runs make which table, and the tables from their logs.
 
-A cell is one run: its name and the options of `train.py fedavg` that make it. A table row gathers
-the seeds of one configuration; where several learning rates were tried, the one with the best mean
-validation accuracy counts, and the others are listed. `train.py sweep NAME` runs what is missing.
+An experiment is rows of a table. A row tries its learning rates on the first seed; the one with the
+best validation accuracy is run on the other seeds too, so that every row is compared at its best.
+Rows share their seeds, hence splits, shards, clients and batches: differences are taken seed by
+seed. `train.py sweep NAME` runs what is missing.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,23 +44,99 @@ class Cell(NamedTuple):
         return [*self.options, "--lr", f"{self.lr:g}", "--seed", f"{self.seed}"]
 
 
-def rules_cells() -> Iterator[Cell]:
-    """Five mask rules at three sparsities against dense training, and calibration rounds 1 to 8."""
-    images = ("--calibration-images", "500")
-    rows: dict[tuple[str, ...], tuple[str, ...]] = {("dense", "0"): ()}
-    for rule, sparsity in itertools.product(RULES, ("0.5", "0.9", "0.99")):
-        rows[rule, sparsity] = ("--mask-rule", rule, "--sparsity", sparsity, *images)
-    least = ("--mask-rule", "least-sensitive", "--sparsity", "0.9", *images)
-    for rounds in ("1", "2", "8"):  # 4 is the default
-        rows["least-sensitive", f"0.9 R={rounds}"] = (*least, "--calibration-rounds", rounds)
-    rates = {"iid": (0.01, 0.1), "nc1": (0.001, 0.01)}
-    training = (*CPU, "--J", "4", "--rounds", "8", "--eval-every", "8")
-    for seed, (sharding, split) in itertools.product((0, 1), SHARDINGS.items()):
-        for (row, mask), lr in itertools.product(rows.items(), rates[sharding]):
-            yield Cell((sharding, *row), lr, seed, (*training, *split, *mask))
+class Row(NamedTuple):
+    """One line of a table: its first columns, the options of its runs, the learning rates to try."""
+
+    key: tuple[str, ...]
+    options: tuple[str, ...]
+    rates: tuple[float, ...]
+
+    def cell(self, lr: float, seed: int) -> Cell:
+        """Return the row's run at one learning rate on one seed."""
+        return Cell(self.key, lr, seed, self.options)
 
 
-EXPERIMENTS: dict[str, Callable[[], Iterator[Cell]]] = {"rules": rules_cells}
+class Experiment(NamedTuple):
+    """A table: its rows, the seeds of each, and the row that others of its kind are compared with.
+
+    columns: headings of the rows' keys; a row is compared with `baseline` of the same first column.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...]
+    baseline: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """How many runs make the table."""
+        return sum(len(row.rates) + len(self.seeds) - 1 for row in self.rows)
+
+    def tried(self, folder: Path, row: Row) -> dict[float, dict | None]:
+        """Return what each learning rate came to on the first seed, None where it is missing."""
+        return {lr: summary(folder, row.cell(lr, self.seeds[0])) for lr in row.rates}
+
+    def chosen(self, folder: Path, row: Row) -> float | None:
+        """Return the row's best learning rate by validation, None while some are not tried."""
+        tried = self.tried(folder, row)
+        if None in tried.values():
+            return None
+        return max(tried, key=lambda lr: tried[lr]["final"]["val_acc"])
+
+    def cells(self, folder: Path) -> list[Cell]:
+        """Return the runs that are known by what `folder` holds: the search first, then seeds."""
+        known = [row.cell(lr, self.seeds[0]) for row in self.rows for lr in row.rates]
+        for seed, row in itertools.product(self.seeds[1:], self.rows):
+            if (lr := self.chosen(folder, row)) is not None:
+                known.append(row.cell(lr, seed))
+        return known
+
+    def missing(self, folder: Path, failed: set[str]) -> list[Cell]:
+        """Return the known runs that are neither done nor named in `failed`."""
+        cells = self.cells(folder)
+        return [c for c in cells if c.name not in failed and summary(folder, c) is None]
+
+    def runs(self, folder: Path, row: Row) -> dict[int, dict]:
+        """Return the summaries at the chosen learning rate, by seed."""
+        lr = self.chosen(folder, row)
+        cells = {} if lr is None else {seed: row.cell(lr, seed) for seed in self.seeds}
+        found = {seed: summary(folder, cell) for seed, cell in cells.items()}
+        return {seed: figures for seed, figures in found.items() if figures}
+
+    def table(self, folder: Path) -> str:
+        """Return a Markdown table from the runs' summaries; accuracies in percent."""
+        runs = {row.key: self.runs(folder, row) for row in self.rows}
+        lines = [[*self.columns, *COLUMNS], ["---"] * (len(self.columns) + len(COLUMNS))]
+        for row in self.rows:
+            if found := runs[row.key]:
+                base = runs.get((row.key[0], *self.baseline), {})
+                lines.append([*row.key, *self.line(folder, row, found, base)])
+            else:
+                lines.append([*row.key, "not run", *[""] * (len(COLUMNS) - 1)])
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    def line(self, folder: Path, row: Row, found: dict[int, dict], base: dict) -> list[str]:
+        """Return a row's COLUMNS; `base` holds the baseline's summaries by seed."""
+        gains = [accuracy(found[s], "val") - accuracy(base[s], "val") for s in found if s in base]
+        chosen = self.chosen(folder, row)
+        others = [
+            f"{lr:g}: {100 * accuracy(figures, 'val'):.1f}"
+            for lr, figures in self.tried(folder, row).items()
+            if lr != chosen
+        ]
+        return [
+            f"{chosen:g}",
+            percent([accuracy(figures, "val") for figures in found.values()]),
+            percent([accuracy(figures, "test") for figures in found.values()]),
+            "" if found is base else percent(gains, sign="+"),
+            f"{len(found)}",
+            f"{np.mean([figures['bytes_to_dense'] for figures in found.values()]):.3f}",
+            ", ".join(others),
+        ]
+
+
+# of a table, after those of the rows' keys
+COLUMNS = ("lr", "validation", "test", "to dense", "seeds", "bytes to dense", "other lr")
 
 
 def summary(folder: Path, cell: Cell) -> dict | None:
@@ -69,40 +145,42 @@ def summary(folder: Path, cell: Cell) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def table(folder: Path, cells: Sequence[Cell]) -> str:
-    """Return a Markdown table of accuracies in percent, one line a row, from the cells' logs."""
-    rows: dict[tuple[str, ...], dict[float, list[dict]]] = {}
-    for cell in cells:
-        tried = rows.setdefault(cell.row, {}).setdefault(cell.lr, [])
-        if found := summary(folder, cell):
-            tried.append(found)
-    lines = [
-        "| sharding | rule | sparsity | lr | validation | test | seeds | sent | other lr |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row, tried in rows.items():
-        means = {lr: accuracy(found, "val_acc") for lr, found in tried.items() if found}
-        if not means:
-            lines.append(f"| {' | '.join(row)} | not run | | | | | |")
-            continue
-        best = max(means, key=lambda lr: means[lr][0])
-        found = tried[best]
-        others = ", ".join(f"{lr:g}: {100 * means[lr][0]:.1f}" for lr in means if lr != best)
-        share = np.mean([f["bytes_to_dense"] for f in found])
-        test = accuracy(found, "test_acc")
-        lines.append(
-            f"| {' | '.join(row)} | {best:g} | {percent(*means[best])} | {percent(*test)} | "
-            f"{len(found)} | {share:.3f} | {others} |"
-        )
-    return "\n".join(lines) + "\n"
+def accuracy(figures: dict, part: str) -> float:
+    """Return the final accuracy of a run on "val" or "test"."""
+    return figures["final"][f"{part}_acc"]
 
 
-def accuracy(found: Sequence[dict], key: str) -> tuple[float, float | None]:
-    """Return mean and, of two or more seeds, standard deviation of a final accuracy."""
-    values = [f["final"][key] for f in found]
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+def percent(values: list[float], sign: str = "") -> str:
+    """Write a mean of shares as 51.23, with the standard deviation of two or more: 51.23 ± 0.40."""
+    if not values:
+        return ""
+    spread = f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{100 * np.mean(values):{sign}.2f}{spread}"
 
 
-def percent(mean: float, deviation: float | None) -> str:
-    """Write 0.5123, 0.004 as 51.23 ± 0.40."""
-    return f"{100 * mean:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
+# ---------------------------------------------------------------------------- the experiments
+
+
+def rules(rates: dict[str, dict[str, tuple[float, ...]]]) -> Experiment:
+    """Five mask rules at three sparsities against dense training, and calibration rounds 1 to 8."""
+    images = ("--calibration-images", "500")
+    masks: dict[tuple[str, str], tuple[str, ...]] = {("dense", "0"): ()}
+    for rule, sparsity in itertools.product(RULES, ("0.5", "0.9", "0.99")):
+        masks[rule, sparsity] = ("--mask-rule", rule, "--sparsity", sparsity, *images)
+    least = ("--mask-rule", "least-sensitive", "--sparsity", "0.9", *images)
+    for rounds in ("1", "2", "8"):  # 4 is the default
+        masks["least-sensitive", f"0.9 R={rounds}"] = (*least, "--calibration-rounds", rounds)
+    training = (*CPU, "--J", "4", "--rounds", "6", "--eval-every", "6")
+    rows = tuple(
+        Row((sharding, *key), (*training, *split, *mask), rates[sharding][key[0]])
+        for sharding, split in SHARDINGS.items()
+        for key, mask in masks.items()
+    )
+    return Experiment(("sharding", "rule", "sparsity"), rows, (0, 1), ("dense", "0"))
+
+
+RULE_RATES = {  # the fewer and the less sensitive the entries that train, the longer their step
+    "iid": dict.fromkeys(("dense", *RULES), (0.003, 0.01)),
+    "nc1": dict.fromkeys(("dense", *RULES), (0.001, 0.01)),
+}
+EXPERIMENTS = {"rules": rules(RULE_RATES)}

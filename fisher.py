@@ -32,7 +32,7 @@ try:
 except ImportError:  # macOS and Windows have no Triton; the reference serves there
     triton = None
 
-CPU_CHUNK = 500_000  # elements of per-sample gradients held at a time: they stay in cache
+CPU_CHUNK = 1_000_000  # elements of per-sample gradients held at a time: they stay in cache
 GPU_CHUNK = 1 << 27  # the same on a GPU: half a gigabyte of fp32
 TILE = dict(BLOCK_O=64, BLOCK_I=64, BLOCK_T=32)
 SQUARES_BLOCK = 1024
@@ -45,9 +45,11 @@ HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 def square_accumulate_reference_(total: Tensor, grads: Tensor, inputs: Tensor) -> None:
     """Add the squares with plain PyTorch operations; arguments as in `square_accumulate_`."""
     chunk = max(1, (CPU_CHUNK if total.is_cpu else GPU_CHUNK) // total.numel())
+    buffer = grads.new_empty(min(chunk, len(grads)), *total.shape)  # fresh pages would cost as much
     for start in range(0, len(grads), chunk):
-        part = slice(start, start + chunk)
-        products = torch.bmm(grads[part].transpose(1, 2), inputs[part]).to(total.dtype)  # (n, O, I)
+        rows, inputs_ = grads[start : start + chunk], inputs[start : start + chunk]
+        products = torch.bmm(rows.transpose(1, 2), inputs_, out=buffer[: len(rows)])  # (n, O, I)
+        products = products.to(total.dtype)
         if total.is_cpu:  # one pass over what is still in cache
             for product in products:
                 total.addcmul_(product, product)

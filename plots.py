@@ -112,8 +112,8 @@ def plot_density(
     percent = np.ma.masked_invalid(100 * density)
     top = max(percent.max(), 1e-9)
     image = axes.imshow(percent, aspect="auto", cmap="viridis", vmin=0, vmax=top)
-    for (row, column), value in np.ndenumerate(percent):
-        if not np.ma.is_masked(value):
+    for (row, column), value in np.ndenumerate(100 * density):
+        if not np.isnan(value):
             colour = "white" if value < 0.6 * top else "black"
             place = dict(ha="center", va="center", fontsize=6.5, color=colour)
             axes.text(column, row, f"{value:.0f}" if value >= 10 else f"{value:.1f}", **place)

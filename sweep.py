@@ -15,7 +15,7 @@ from experiments import Cell
 TRAIN = Path(__file__).parent / "train.py"
 
 
-def run_cells(cells: Sequence[Cell], folder: Path, jobs: int) -> list[str]:
+def run_cells(cells: Sequence[Cell], folder: Path, jobs: int) -> set[str]:
     """Run the cells in their order; a stop is handed on to them, and each resumes next time.
 
     Args:
@@ -25,7 +25,7 @@ def run_cells(cells: Sequence[Cell], folder: Path, jobs: int) -> list[str]:
     Returns:
         the names of the cells that failed; their reason is printed.
     """
-    waiting, running, failed = list(cells), {}, []
+    waiting, running, failed = list(cells), {}, set()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -42,7 +42,8 @@ def run_cells(cells: Sequence[Cell], folder: Path, jobs: int) -> list[str]:
                     del running[name]
                     reason = process.stderr.read().strip()
                     print(f"{name}: {'done' if process.returncode == 0 else reason}", flush=True)
-                    failed += [name] * (process.returncode != 0)
+                    if process.returncode:
+                        failed.add(name)
     finally:
         for process in running.values():
             process.terminate()

@@ -1,9 +1,9 @@
 """Sensitivity scoring against a training step and against the per-sample loop, per image.
 
-    python bench/bench_fisher.py [--image-size 96] [--device cuda] [--threads 1] [--json FILE]
+    python bench/bench_fisher.py [--image-size 96] [--device cuda] [--threads 2] [--json FILE]
 
-training    one SGD step's forward, backward and update of ViT-Ti/16, a batch
-scoring     fisher_diagonal of all backbone parameters, a batch
+training    SGD steps of ViT-Ti/16: forward, backward and update, a batch at a time
+scoring     fisher_diagonal of all backbone parameters, a batch at a time
 per-sample  one forward and backward an image, its gradient squared and added up
 Random weights and images: the time depends on neither. Interleaved repetitions, in one process; on
 a CPU the peak is that of the whole process, on a GPU that of each method's tensors.
@@ -29,7 +29,7 @@ from sparse_sgdm import sparse_sgdm_
 
 
 def methods(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    """Return each method as a callable that works through one batch."""
+    """Return each method as a callable that works through all batches."""
     device = options.device
     model = build_vit(options.model, 100, seed=0).to(device)
     names = trained_names(model, "all", freeze_head=True)
@@ -38,22 +38,26 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
     model.requires_grad_(False)
     flat = FlatView([(n, p) for n, p in model.named_parameters() if n in names])
     momentum, squares = torch.zeros_like(flat.theta), torch.zeros_like(flat.theta)
-    images = torch.randn(options.batch, 3, options.image_size, options.image_size).to(device)
-    labels = torch.randint(100, (options.batch,)).to(device)
+    count, size = options.batch * options.batches, options.image_size
+    images = torch.randn(count, 3, size, size).to(device).split(options.batch)
+    labels = torch.randint(100, (count,)).to(device).split(options.batch)
+    batches = list(zip(images, labels, strict=True))
 
     def training() -> None:
-        flat.grad.zero_()
-        torch.nn.functional.cross_entropy(model(images), labels).backward()
-        sparse_sgdm_(flat.theta, flat.grad, momentum, lr=1e-6, momentum=0.9)
+        for x, y in batches:
+            flat.grad.zero_()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            sparse_sgdm_(flat.theta, flat.grad, momentum, lr=1e-6, momentum=0.9)
 
     def scoring() -> None:
-        fisher_diagonal(model, [(images, labels)], parameters=names, labels="true")
+        fisher_diagonal(model, batches, parameters=names, labels="true")
 
     def per_sample() -> None:
-        for image, label in zip(images, labels, strict=True):
-            flat.grad.zero_()
-            model(image[None]).log_softmax(dim=1)[0, label].backward()
-            squares.addcmul_(flat.grad, flat.grad)
+        for x, y in batches:
+            for image, label in zip(x, y, strict=True):
+                flat.grad.zero_()
+                model(image[None]).log_softmax(dim=1)[0, label].backward()
+                squares.addcmul_(flat.grad, flat.grad)
 
     return {"training": training, "scoring": scoring, "per-sample": per_sample}
 
@@ -77,10 +81,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_ti16")
     parser.add_argument("--image-size", type=int, default=96)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -95,7 +100,8 @@ def main() -> None:
                 results[name].append(result)
     for name, values in results.items():
         seconds, peaks = zip(*values, strict=True)
-        per_image = 1e3 * np.quantile(seconds, (0.5, 0.2, 0.8)) / options.batch
+        per_image = 1e3 * np.quantile(seconds, (0.5, 0.2, 0.8))
+        per_image /= options.batch * options.batches
         medians[name] = per_image[0]
         rows.append({"method": name, "ms_per_image": per_image.round(4).tolist()})
         rows[-1]["peak_mb"] = round(max(peaks) / 1e6, 1)

@@ -100,8 +100,11 @@ def test_a_mask_file_holds_all_of_the_mask(small_data, tmp_path):
     assert mask.bytes == math.ceil(len(mask.kept) / 8)
     kinds, layers, density = density_table(mask)
     parts = mask.parts()
-    at = density[kinds.index("qkv.weight"), layers.index("1")]
-    assert at == parts["blocks.1.attn.qkv.weight"].double().mean()
+    shown = [
+        density[kinds.index(f"{k}.weight"), layers.index("1")] for k in ("query", "key", "value")
+    ]
+    thirds = parts["blocks.1.attn.qkv.weight"].chunk(3)
+    assert shown == [part.double().mean().item() for part in thirds]
     assert np.isnan(density[kinds.index("cls_token"), layers.index("0")])
     assert sum(int(part.sum()) for part in parts.values()) == mask.made["kept"]
 
@@ -195,7 +198,7 @@ def test_calibrate_writes_a_mask_that_fedavg_takes(cli, small_data):
     making = ("--sparsity", 0.8, "--calibration-images", 40)
     status, out, _ = cli("calibrate", *data, *making, "--name", "made")
     folder = small_data / "runs" / "made"
-    assert status == 0 and "qkv.weight" in out and "IoU" in out and "by chance" in out
+    assert status == 0 and "query.weight" in out and "IoU" in out and "by chance" in out
     assert {"mask.pt", "density.png", "summary.json", "config.json"} <= {
         p.name for p in folder.iterdir()
     }
