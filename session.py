@@ -40,8 +40,20 @@ def train_federated(
     if summary := finished_summary(run, "round", options.rounds):
         return summary
     learner = Learner(workspace, model, options, run.folder, shards)
-    training, entries = ClientTraining(learner, shards), learner.entries
-    federation = fedavg.FedAvg(
+    federation = federate(learner, shards)
+    opening = opening_bytes(learner, len(shards))
+
+    def account() -> dict:
+        return communication(run.records(), learner.dense_size)
+
+    return drive_to_summary(run, federation, "round", options.rounds, learner, opening, account)
+
+
+def federate(learner: Learner, shards: list[np.ndarray]) -> fedavg.FedAvg:
+    """Return the federated loop over a learner's entries."""
+    options, entries = learner.options, learner.entries
+    training = ClientTraining(learner, shards)
+    return fedavg.FedAvg(
         entries.theta,
         [len(shard) for shard in shards],
         training.one,
@@ -54,12 +66,6 @@ def train_federated(
         on_round_end=learner.loss_scale.next_round,
         tensors={"loss_scale": learner.loss_scale.state},
     )
-    opening = opening_bytes(learner, len(shards))
-
-    def account() -> dict:
-        return communication(run.records(), learner.dense_size)
-
-    return drive_to_summary(run, federation, "round", options.rounds, learner, opening, account)
 
 
 def opening_bytes(learner: Learner, clients: int) -> dict[str, int]:
