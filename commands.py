@@ -20,6 +20,7 @@ import runs
 import sweep
 from calibration import Calibration, cached_mask, density_table
 from learner import Learner, set_fitted_head
+from ranks import launched_group
 from session import (
     default_name,
     open_run,
@@ -32,14 +33,20 @@ from workspace import Workspace, duration
 
 
 def run_fedavg(options: argparse.Namespace) -> None:
-    """Train by FedAvg; with --search choose learning rate and weight decay first."""
-    workspace = Workspace(options)
-    shards = workspace.shards()
+    """Train by FedAvg; with --search choose learning rate and weight decay first.
 
-    def train(chosen: argparse.Namespace, name: str) -> dict:
-        return train_federated(workspace, shards, chosen, name)
+    torchrun --nproc-per-node=N train.py fedavg ... spreads the clients over N processes, to the
+    same bits; several nodes need a common file system.
+    """
+    with launched_group() as group:
+        workspace = Workspace(options, group)
+        with group.first_then_others():
+            shards = workspace.shards()
 
-    search_then_train(options, "rounds", train)
+        def train(chosen: argparse.Namespace, name: str) -> dict:
+            return train_federated(workspace, shards, chosen, name)
+
+        search_then_train(group, options, "rounds", train)
 
 
 def run_centralized(options: argparse.Namespace) -> None:
@@ -49,7 +56,7 @@ def run_centralized(options: argparse.Namespace) -> None:
     def train(chosen: argparse.Namespace, name: str) -> dict:
         return train_centralized(workspace, chosen, name)
 
-    search_then_train(options, "epochs", train)
+    search_then_train(workspace.group, options, "epochs", train)
 
 
 def run_ridge(options: argparse.Namespace) -> None:

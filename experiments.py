@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from masks import RULES
-
 # ViT-Ti/16 at 64 px: what two CPU cores can train
 CPU = (
     *("--model", "vit_ti16", "--weights", "data/vit_tiny_patch16_224.pth", "--image-size", "64"),
@@ -45,7 +43,7 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One line of a table: its first columns, the options of its runs, the learning rates to try."""
+    """One line of a table: its key (the first columns), its runs' options, the rates to try."""
 
     key: tuple[str, ...]
     options: tuple[str, ...]
@@ -161,26 +159,34 @@ def percent(values: list[float], sign: str = "") -> str:
 # ---------------------------------------------------------------------------- the experiments
 
 
-def rules(rates: dict[str, dict[str, tuple[float, ...]]]) -> Experiment:
-    """Five mask rules at three sparsities against dense training, and calibration rounds 1 to 8."""
-    images = ("--calibration-images", "500")
-    masks: dict[tuple[str, str], tuple[str, ...]] = {("dense", "0"): ()}
-    for rule, sparsity in itertools.product(RULES, ("0.5", "0.9", "0.99")):
-        masks[rule, sparsity] = ("--mask-rule", rule, "--sparsity", sparsity, *images)
-    least = ("--mask-rule", "least-sensitive", "--sparsity", "0.9", *images)
-    for rounds in ("1", "2", "8"):  # 4 is the default
-        masks["least-sensitive", f"0.9 R={rounds}"] = (*least, "--calibration-rounds", rounds)
-    training = (*CPU, "--J", "4", "--rounds", "6", "--eval-every", "6")
-    rows = tuple(
-        Row((sharding, *key), (*training, *split, *mask), rates[sharding][key[0]])
-        for sharding, split in SHARDINGS.items()
-        for key, mask in masks.items()
-    )
-    return Experiment(("sharding", "rule", "sparsity"), rows, (0, 1), ("dense", "0"))
-
-
-RULE_RATES = {  # the fewer and the less sensitive the entries that train, the longer their step
-    "iid": dict.fromkeys(("dense", *RULES), (0.003, 0.01)),
-    "nc1": dict.fromkeys(("dense", *RULES), (0.001, 0.01)),
+LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # learning rates to choose from
+RUNGS = {  # the lower of the two rates tried, iid: the less the entries matter, the longer the step
+    ("dense", "0"): 0.003,
+    **{("least-sensitive", s): lr for s, lr in (("0.5", 0.01), ("0.9", 0.03), ("0.99", 0.3))},
+    **{("most-sensitive", s): lr for s, lr in (("0.5", 0.003), ("0.9", 0.003), ("0.99", 0.01))},
+    **{("lowest-magnitude", s): lr for s, lr in (("0.5", 0.003), ("0.9", 0.01), ("0.99", 0.03))},
+    **{("highest-magnitude", s): lr for s, lr in (("0.5", 0.003), ("0.9", 0.01), ("0.99", 0.03))},
+    **{("random", s): lr for s, lr in (("0.5", 0.003), ("0.9", 0.01), ("0.99", 0.03))},
 }
-EXPERIMENTS = {"rules": rules(RULE_RATES)}
+
+
+def rules() -> Experiment:
+    """Five mask rules at three sparsities against dense training, and calibration rounds 1 to 8."""
+    training = (*CPU, "--J", "4", "--rounds", "6", "--eval-every", "6")
+    rows = []
+    for (sharding, split), ((rule, sparsity), low) in itertools.product(
+        SHARDINGS.items(), RUNGS.items()
+    ):
+        rung = LADDER.index(low) - (0 if sharding == "iid" else 3)
+        options, rates = (*training, *split), LADDER[rung : rung + 2]
+        if rule != "dense":
+            options += ("--mask-rule", rule, "--sparsity", sparsity, "--calibration-images", "500")
+        rows.append(Row((sharding, rule, sparsity), options, rates))
+        if (rule, sparsity) == ("least-sensitive", "0.9"):
+            for rounds in ("1", "2", "8"):  # 4 is the default
+                key = (sharding, rule, f"{sparsity} R={rounds}")
+                rows.append(Row(key, (*options, "--calibration-rounds", rounds), rates))
+    return Experiment(("sharding", "rule", "sparsity"), tuple(rows), (0, 1), ("dense", "0"))
+
+
+EXPERIMENTS = {"rules": rules()}

@@ -4,7 +4,9 @@
 Source: McMahan 2017, arXiv:1602.05629, algorithm 1, with J local steps in place of epochs.
 
 The sum is kept in int64, in units of 2^-48: integer addition is associative, so the result does not
-depend, to the bit, on the order of clients or on how they are spread over processes.
+depend, to the bit, on the order of clients or on how they are spread over processes. It may even be
+taken of vectors hidden by pairwise masks that cancel mod 2^64 (Bonawitz 2017, doi
+10.1145/3133956.3133982).
 
     import torch; from fedavg import FedAvg
     theta, targets = torch.zeros(3), torch.eye(3)
@@ -20,6 +22,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,6 +113,11 @@ class LossScale:
         self.patience = patience
         self.state = torch.tensor([start, start, 0.0], dtype=torch.float64)
 
+    def merge(self, group: Any) -> None:
+        """Let every process of a group know the lowest scale that one of them needed."""
+        if self.active:
+            self.state[1] = min(group.gather(self.state[1].item()))
+
     @property
     def active(self) -> bool:
         """Whether losses are scaled at all."""
@@ -138,8 +146,42 @@ class LossScale:
         self.state[:] = torch.tensor([lowest, lowest, quiet])
 
 
+class _Alone:
+    rank, size = 0, 1
+
+    def sum_(self, tensor: Tensor) -> None:
+        pass
+
+    def gather(self, value: Any) -> list:
+        return [value]
+
+
+def conceal_(
+    contribution: Tensor, client: int, clients: Sequence[int], round: int, *, seed: int = 0
+) -> None:
+    """Hide a client's contribution, in place, under masks that cancel in the sum over `clients`.
+
+    Every pair of clients shares a stream of uniform 64-bit numbers, which one adds and the other
+    subtracts mod 2^64: a single contribution looks uniform, and the sum is exact. Here a pair's
+    stream comes from `seed`; a deployment derives it from a key agreement that the server is not
+    part of, and needs secret sharing to unmask clients that drop out.
+
+    Args:
+        contribution: (P,) int64.
+    """
+    for other in map(int, clients):
+        if other != client:
+            pair = [0, min(client, other), max(client, other), round]
+            stream = np.random.Philox(key=[seed, zlib.crc32(b"pairwise masks")], counter=pair)
+            mask = torch.from_numpy(stream.random_raw(contribution.numel()).view(np.int64))
+            contribution.add_(mask.to(contribution.device), alpha=1 if client < other else -1)
+
+
 class FedAvg:
     """The federated loop, one client per call of `advance`, so that it can stop and save anywhere.
+
+    Several processes share the sampled clients: each calls everything here at the same times, and
+    trains one client of its own in each call of `advance`.
 
     Args:
         theta: (P,) the live parameters that local training mutates; holds the start on entry.
@@ -147,12 +189,18 @@ class FedAvg:
         train_client: (client, round) -> (J,) losses; trains `theta` in place from where it stands.
         fraction: share C of the clients that take part in a round, in (0, 1].
         server_lr: factor on the averaged change.
-        value_bytes: bytes one client sends, and receives, per round.
+        client_bytes: what one client sends, and what it receives, in a round.
         on_reset: called after `theta` was overwritten, to bring copies of it up to date.
         on_round_end: called when all clients of a round are in.
         train_clients: optional (theta_global, clients, round) -> iterable of (theta_k, losses), for
             clients that are trained together; replaces `train_client`.
+        conceal: optional (contribution (P,) int64, client, clients, round); hides a client's
+            contribution in place such that the round's sum stays what it is.
         tensors: further state by name that training mutates (a loss scale); saved and restored.
+        on_merge: called before `tensors` are saved, and before on_round_end, to bring those of a
+            group's processes to one value.
+        group: the processes that share the work, with rank, size, sum_(tensor) in place and
+            gather(plain value) -> list by rank; None is this process alone.
 
     Raises:
         ValueError: an option outside its range.
@@ -168,23 +216,28 @@ class FedAvg:
         fraction: float = 0.1,
         seed: int = 0,
         server_lr: float = 1.0,
-        value_bytes: int = 0,
+        client_bytes: tuple[int, int] = (0, 0),
         on_reset: Callable[[], None] = lambda: None,
         on_round_end: Callable[[], None] = lambda: None,
         train_clients: Callable | None = None,
+        conceal: Callable[[Tensor, int, np.ndarray, int], None] | None = None,
         tensors: dict[str, Tensor] | None = None,
+        on_merge: Callable[[], None] = lambda: None,
+        group: Any = None,
     ):
         if not 0 < fraction <= 1:
             raise ValueError(f"the client fraction must lie in (0, 1], not {fraction}")
         self.theta, self.theta_global = theta, theta.clone()
         self.total = torch.zeros(theta.shape, dtype=torch.int64, device=theta.device)
         self.shard_sizes, self.fraction, self.seed = shard_sizes, fraction, seed
-        self.server_lr, self.value_bytes, self.on_reset = server_lr, value_bytes, on_reset
-        self.on_round_end = on_round_end
+        self.server_lr, self.client_bytes, self.on_reset = server_lr, client_bytes, on_reset
+        self.on_round_end, self.on_merge, self.conceal = on_round_end, on_merge, conceal
         self.train_client, self.tensors = train_client, tensors or {}
         self.train_clients = train_clients or self._one_by_one
-        self.round, self.done, self.losses, self.seconds = 0, 0, [], 0.0
-        self._results = None
+        self.group = group or _Alone()
+        self.round, self.seconds = 0, 0.0
+        self.losses: dict[int, float] = {}  # of the round in hand, by place in its sample
+        self._queue: list[list[int]] | None = None  # places still to train: one a process, a call
 
     def _one_by_one(self, theta_global: Tensor, clients: Sequence[int], round: int):
         for client in clients:
@@ -195,63 +248,88 @@ class FedAvg:
     def advance(self) -> dict | None:
         """Train the next client; returns the round's record after its last client, else None."""
         started = time.perf_counter()
-        round = self.round + 1
+        round, rank = self.round + 1, self.group.rank
         clients = sample_clients(len(self.shard_sizes), self.fraction, seed=self.seed, round=round)
-        if self._results is None:
-            rest = clients[self.done :]
-            self._results = iter(self.train_clients(self.theta_global, rest, round))
-        sizes = [int(self.shard_sizes[k]) for k in clients]
-        theta_k, losses = next(self._results)
-        weight = sizes[self.done] / sum(sizes)
-        largest = add_delta_(self.total, theta_k, self.theta_global, weight)
-        check_client(round, int(clients[self.done]), losses, largest)
-        self.losses.append(losses.double().mean().item())
-        self.done += 1
-        record = self._finish_round(clients, sizes) if self.done == len(clients) else None
+        if self._queue is None:
+            left = [i for i in range(len(clients)) if i not in self.losses]
+            size = self.group.size
+            self._queue = [left[i : i + size] for i in range(0, len(left), size)]
+            mine = clients[left[rank::size]]
+            self._results = iter(self.train_clients(self.theta_global, mine, round))
+        places, problem = self._queue.pop(0), None
+        if rank < len(places):
+            try:
+                self._take_in(places[rank], clients, round)
+            except ClientError as error:
+                problem = str(error)
+        if problems := [said for said in self.group.gather(problem) if said]:
+            raise ClientError(problems[0])
+        record = None if self._queue else self._finish_round(clients)
         self.seconds += time.perf_counter() - started
         if record is not None:
             record["seconds"] = round_seconds(self.seconds)
             self.seconds = 0.0
         return record
 
-    def _finish_round(self, clients: np.ndarray, sizes: list[int]) -> dict:
+    def _take_in(self, place: int, clients: np.ndarray, round: int) -> None:
+        """Let the next client train, and add what it changed to this process's total."""
+        theta_k, losses = next(self._results)
+        client, n = int(clients[place]), sum(int(self.shard_sizes[k]) for k in clients)
+        target = self.total if self.conceal is None else torch.zeros_like(self.total)
+        weight = int(self.shard_sizes[client]) / n
+        largest = add_delta_(target, theta_k, self.theta_global, weight)
+        check_client(round, client, losses, largest)
+        if self.conceal is not None:
+            self.conceal(target, client, clients, round)
+            self.total += target  # mod 2^64
+        self.losses[place] = losses.double().mean().item()
+
+    def _all_losses(self) -> dict[int, float]:
+        return {i: loss for part in self.group.gather(self.losses) for i, loss in part.items()}
+
+    def _finish_round(self, clients: np.ndarray) -> dict:
+        self.group.sum_(self.total)
         apply_total_(self.theta_global, self.total, self.server_lr)
+        self.on_merge()
         self.on_round_end()
         self.theta.copy_(self.theta_global)
         self.on_reset()
-        weighted = [n * loss for n, loss in zip(sizes, self.losses, strict=True)]
+        sizes, losses = [int(self.shard_sizes[k]) for k in clients], self._all_losses()
+        weighted = [n * losses[i] for i, n in enumerate(sizes)]
         self.round += 1
         record = {
             "round": self.round,
             "train_loss": math.fsum(weighted) / sum(sizes),
             "seconds": 0.0,
-            "bytes_up": self.value_bytes * len(clients),
-            "bytes_down": self.value_bytes * len(clients),
+            "bytes_up": self.client_bytes[0] * len(clients),
+            "bytes_down": self.client_bytes[1] * len(clients),
             "clients": [int(k) for k in clients],
         }
         self.total.zero_()
-        self.done, self.losses, self._results = 0, [], None
+        self.losses, self._queue = {}, None
         return record
 
     def state_dict(self) -> dict:
         """Return all that the rest of the run depends on, a round in hand included."""
-        state = {"theta": self.theta_global, "round": self.round, "done": self.done}
-        state["tensors"] = dict(self.tensors)
-        if self.done:
-            state |= {"total": self.total, "losses": list(self.losses), "seconds": self.seconds}
+        self.on_merge()
+        state = {"theta": self.theta_global, "round": self.round, "tensors": dict(self.tensors)}
+        if self._queue is not None or self.losses:
+            total = self.total.clone()
+            self.group.sum_(total)
+            state |= {"total": total, "losses": self._all_losses(), "seconds": self.seconds}
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from `state_dict`'s answer, to the same bits."""
+        """Continue from `state_dict`'s answer, to the same bits, in a group of any size."""
         self.theta_global.copy_(state["theta"])
         for name, tensor in self.tensors.items():
             tensor.copy_(state["tensors"][name])
         self.theta.copy_(self.theta_global)
         self.on_reset()
-        self.round, self.done, self._results = state["round"], state["done"], None
-        self.losses, self.seconds = list(state.get("losses", [])), state.get("seconds", 0.0)
+        self.round, self.seconds = state["round"], state.get("seconds", 0.0)
+        self.losses, self._queue = dict(state.get("losses", {})), None
         self.total.zero_()
-        if self.done:
+        if self.losses and self.group.rank == 0:
             self.total.copy_(state["total"])
 
 

@@ -111,6 +111,7 @@ class Learner:
         shards: list[np.ndarray],
     ):
         self.workspace, self.options, self.model = workspace, options, model
+        self.group = workspace.group
         if options.head != "linear":
             set_fitted_head(workspace, model, options.head, folder / "head.pt")
         self.on_features = options.train == "head"
@@ -161,7 +162,7 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return loss and accuracy on the validation and the test set.
+        """Return loss and accuracy on the validation and the test set, shared out over the group.
 
         A fresh run's first evaluation is of the backbone whose features the head was fitted to.
         """
@@ -183,13 +184,15 @@ class Learner:
     def _evaluate_part(
         self, inputs: Tensor, labels: Tensor, index: Tensor, logits_of: Callable[[Tensor], Tensor]
     ) -> list[float]:
-        totals = torch.zeros(2, dtype=torch.float64, device=labels.device)
-        for chunk in data.in_chunks(len(index), self.options.eval_batch):
-            at = index[chunk]
+        chunks, group = list(data.in_chunks(len(index), self.options.eval_batch)), self.group
+        totals = torch.zeros(len(chunks), 2, dtype=torch.float64, device=labels.device)
+        for i in range(group.rank, len(chunks), group.size):
+            at = index[chunks[i]]
             logits = logits_of(inputs[at])
-            totals[0] += F.cross_entropy(logits, labels[at], reduction="sum")
-            totals[1] += (logits.argmax(1) == labels[at]).sum()
-        return (totals / len(index)).tolist()
+            totals[i, 0] = F.cross_entropy(logits, labels[at], reduction="sum")
+            totals[i, 1] = (logits.argmax(1) == labels[at]).sum()
+        group.sum_(totals)  # of zeros but for one process's value: exact
+        return (totals.sum(dim=0) / len(index)).tolist()
 
 
 @torch.no_grad()

@@ -130,10 +130,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 class Run:
-    """One run's folder; `open` it with the options, then `restore`, `log` and `save`."""
+    """One run's folder; `open` it with the options, then `restore`, `log` and `save`.
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    Args:
+        writes: False for all but one of the processes that share a run: they only read.
+    """
+
+    def __init__(self, folder: str | Path, writes: bool = True):
+        self.folder, self.writes = Path(folder), writes
         self.config_path = self.folder / "config.json"
         self.log_path = self.folder / "log.jsonl"
         self.checkpoint_path = self.folder / "checkpoint.pt"
@@ -152,6 +156,8 @@ class Run:
         """
         if self.config_path.exists():
             self._check_options(options, set(free))
+        if not self.writes:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             config = {"format": FORMAT, "options": options} | (extra or {})
@@ -193,6 +199,8 @@ class Run:
 
     def log(self, record: dict) -> None:
         """Append one record to the log."""
+        if not self.writes:
+            return
         line = (json.dumps(record) + "\n").encode()
         with open(self.log_path, "ab") as file:
             file.write(line)
@@ -211,6 +219,8 @@ class Run:
 
     def save(self, state: dict) -> None:
         """Write a checkpoint; the one before stays until this one is whole, and beside it after."""
+        if not self.writes:
+            return
         with open(self.log_path, "ab") as file:
             os.fsync(file.fileno())
         log = {"length": self._log_length, "sha256": self._log_hash.hexdigest()}
@@ -249,7 +259,7 @@ class Run:
         checkpoint = self.load()
         length = checkpoint["log"]["length"] if checkpoint else 0
         self._log_hash, self._log_length = hashlib.sha256(), length
-        if self.log_path.exists():
+        if self.writes and self.log_path.exists():
             os.truncate(self.log_path, length)
             self._log_hash.update(self.log_path.read_bytes())
         return checkpoint["state"] if checkpoint else None
@@ -302,6 +312,7 @@ def drive(
     complete: Callable[[dict], None] = lambda record: None,
     environment: dict | None = None,
     save_seconds: float = 60.0,
+    gather: Callable[[Any], list] = lambda value: [value],
 ) -> float:
     """Advance `process` to `total` rounds or epochs, logging its records and saving its state.
 
@@ -312,6 +323,8 @@ def drive(
             record, {unit: 0}, stands for the start.
         environment: what may change the last bits; a resume under another one is noted in the log.
         save_seconds: the most work, in seconds, that a kill may cost.
+        gather: returns the plain value of every process that shares the run, the writing one's
+            first; all of them advance, stop and take their state together.
 
     Returns:
         The wall time of the whole run in seconds, earlier sessions included.
@@ -347,10 +360,12 @@ def drive(
             if record is not None:
                 complete(record)
                 run.log(record)
-            if caught:
+            due = time.monotonic() - saved >= save_seconds
+            signals, dues = zip(*gather((caught[0] if caught else 0, due)), strict=True)
+            if any(signals):
                 save()
-                raise Interrupted(caught[0])
-            if time.monotonic() - saved >= save_seconds:
+                raise Interrupted(max(signals))
+            if dues[0]:
                 save()
         save()
     return before + time.monotonic() - started

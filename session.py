@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import hashlib
 import json
 import platform
@@ -26,6 +27,7 @@ import plots
 import runs
 from calibration import check_mask_options
 from learner import ClientTraining, Evaluated, Learner
+from ranks import OneProcess
 from workspace import Workspace, duration, fingerprint
 
 FREE = {"name", "runs_dir", "data_dir", "device", "threads", "eval_every", "eval_batch"}
@@ -35,11 +37,12 @@ def train_federated(
     workspace: Workspace, shards: list, options: argparse.Namespace, name: str
 ) -> dict:
     """Run one federated training in its folder; returns its summary."""
-    model = workspace.build_model()
-    run = open_run(workspace, model, options, name, shards)
-    if summary := finished_summary(run, "round", options.rounds):
-        return summary
-    learner = Learner(workspace, model, options, run.folder, shards)
+    with workspace.group.first_then_others():
+        model = workspace.build_model()
+        run = open_run(workspace, model, options, name, shards)
+        if summary := finished_summary(run, "round", options.rounds):
+            return summary
+        learner = Learner(workspace, model, options, run.folder, shards)
     federation = federate(learner, shards)
     opening = opening_bytes(learner, len(shards))
 
@@ -52,7 +55,8 @@ def train_federated(
 def federate(learner: Learner, shards: list[np.ndarray]) -> fedavg.FedAvg:
     """Return the federated loop over a learner's entries."""
     options, entries = learner.options, learner.entries
-    training = ClientTraining(learner, shards)
+    training, scale, group = ClientTraining(learner, shards), learner.loss_scale, learner.group
+    conceal = functools.partial(fedavg.conceal_, seed=options.seed)
     return fedavg.FedAvg(
         entries.theta,
         [len(shard) for shard in shards],
@@ -61,10 +65,13 @@ def federate(learner: Learner, shards: list[np.ndarray]) -> fedavg.FedAvg:
         fraction=options.fraction,
         seed=options.seed,
         server_lr=options.server_lr,
-        value_bytes=4 * entries.size,
+        client_bytes=((8 if options.secure_aggregation else 4) * entries.size, 4 * entries.size),
         on_reset=entries.scatter,
-        on_round_end=learner.loss_scale.next_round,
-        tensors={"loss_scale": learner.loss_scale.state},
+        on_round_end=scale.next_round,
+        conceal=conceal if options.secure_aggregation else None,
+        tensors={"loss_scale": scale.state},
+        on_merge=lambda: scale.merge(group),
+        group=group,
     )
 
 
@@ -126,7 +133,10 @@ def train_centralized(workspace: Workspace, options: argparse.Namespace, name: s
 
 
 def search_then_train(
-    options: argparse.Namespace, length: str, train: Callable[[argparse.Namespace, str], dict]
+    group: OneProcess,
+    options: argparse.Namespace,
+    length: str,
+    train: Callable[[argparse.Namespace, str], dict],
 ) -> None:
     """Train once; with --search, first short runs over the grid, the best by validation chosen."""
     name = options.name or default_name(options)
@@ -144,7 +154,9 @@ def search_then_train(
             val_acc = summary["final"]["val_acc"]
             results.append({"lr": lr, "weight_decay": weight_decay, "val_acc": val_acc})
     best = max(results, key=lambda r: r["val_acc"])
-    runs.write_json(Path(options.runs_dir) / name / "search.json", {"cells": results, "best": best})
+    if group.rank == 0:
+        found = {"cells": results, "best": best}
+        runs.write_json(Path(options.runs_dir) / name / "search.json", found)
     chosen = copy.copy(options)
     chosen.lr, chosen.weight_decay = best["lr"], best["weight_decay"]
     print(f"search: chose lr {best['lr']:g}, weight decay {best['weight_decay']:g} by validation")
@@ -189,7 +201,7 @@ def open_run(
     """Open the run's folder; one made by other options, splits or weights is refused."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"--name {name} must stay below --runs-dir")
-    run = runs.Run(Path(options.runs_dir) / name)
+    run = runs.Run(Path(options.runs_dir) / name, writes=workspace.group.rank == 0)
     check_mask_options(options, model, run.folder / "mask.pt")
     split = hashlib.sha256(b"".join(x.tobytes() for x in [workspace.val_index, *(shards or [])]))
     made_from = {"split_sha256": split.hexdigest(), "weights_sha256": fingerprint(model)}
@@ -203,7 +215,7 @@ def open_run(
         sizes = [len(shard) for shard in shards]
         extra["shards"] = {"clients": len(sizes), "smallest": min(sizes), "largest": max(sizes)}
     run.open(stored, extra, free=set(stored) - {*defining(options), *made_from})
-    if shards and not (run.folder / "shards.npz").exists():
+    if shards and run.writes and not (run.folder / "shards.npz").exists():
         ends = np.cumsum([len(shard) for shard in shards])
         arrays = dict(validation=workspace.val_index, clients=np.concatenate(shards), ends=ends)
         runs.write_atomically(run.folder / "shards.npz", lambda p: save_arrays(p, arrays))
@@ -262,24 +274,31 @@ def drive_to_summary(
     """
     print(f"{run.folder}: {learner.entries.size:,} parameters train on {learner.workspace.device}")
     evaluated = Evaluated(learner, unit, total, learner.options.eval_every, opening or {})
-    environment = learner.workspace.environment()
+    watching = dict(complete=evaluated, environment=learner.workspace.environment())
     try:
-        wall = runs.drive(run, process, unit, total, complete=evaluated, environment=environment)
+        wall = runs.drive(run, process, unit, total, **watching, gather=learner.group.gather)
     except runs.Interrupted as stop:
         print(
             f"{stop}: saved at {unit} {getattr(process, unit)}; the same command goes on from there"
         )
         raise
-    figures = account()
-    summary = run.summarise(**{unit: getattr(process, unit), "wall_seconds": wall}, **figures)
+    summary = conclude(run, {unit: total, "wall_seconds": wall}, account) if run.writes else None
+    summary = learner.group.gather(summary)[0]
+    print(f"{unit} {total} reached in {duration(wall)}. {headline(summary)}. See {run.folder}")
+    return summary
+
+
+def conclude(run: runs.Run, figures: dict, account: Callable[[], dict]) -> dict:
+    """Write a complete run's summary and curves."""
+    sent = account()
+    summary = run.summarise(**figures, **sent)
     try:
         plots.plot_curves({run.folder.name: run.records()}, run.folder / "curves.png")
     except ValueError as error:
         print(f"no curves.png: {error}", file=sys.stderr)
-    if figures:
+    if sent:
         print(
-            f"sent {figures['bytes_up'] / 1e6:,.1f} MB up, {figures['bytes_down'] / 1e6:,.1f} MB "
-            f"down: {figures['bytes_to_dense']:.4f} of dense FedAvg"
+            f"sent {sent['bytes_up'] / 1e6:,.1f} MB up, {sent['bytes_down'] / 1e6:,.1f} MB down: "
+            f"{sent['bytes_to_dense']:.4f} of dense FedAvg"
         )
-    print(f"{unit} {total} reached in {duration(wall)}. {headline(summary)}. See {run.folder}")
     return summary

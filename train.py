@@ -13,6 +13,7 @@ import os
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS deterministic
 
 import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Callable
@@ -20,9 +21,11 @@ from collections.abc import Callable
 import centralized
 import commands
 import experiments
+import fedavg
 import masks
 import model as vit
 import runs
+from ranks import LostProcess, ToldByFirst
 from sparse_sgdm import check_sgd_options
 
 # Defaults that depend on the data set; the help of each option shows both.
@@ -69,6 +72,7 @@ MASK_DEFAULTS = dict(
     fisher_score="log-prob",
     consensus="mean",
 )
+TOLD_ONCE = (ToldByFirst, fedavg.ClientError)  # errors that all processes of a group share
 EVALUATIONS = 20  # of a run, where --eval-every does not say otherwise
 
 
@@ -379,6 +383,11 @@ def build_parser() -> Parser:
         default=1.0,
         help="factor on the averaged change [%(default)s]",
     )
+    add(
+        "--secure-aggregation",
+        action="store_true",
+        help="hide each client's update under pairwise masks that cancel in the sum",
+    )
     add_shard_options(sub)
     add_training_options(sub, "round")
     add_mask_options(sub)
@@ -449,6 +458,8 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
     for name, value in BY_DATA[o.data].items() if hasattr(o, "data") else ():
         if hasattr(o, name) and getattr(o, name) is None:
             setattr(o, name, value)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and o.command != "fedavg":
+        raise ValueError(f"torchrun spreads the clients of fedavg; start {o.command} without it")
     if hasattr(o, "model"):
         vit.check_image_size([o.image_size], vit.MODELS[o.model].patch)
         if o.weights == "dino" and o.model != "vit_s16":
@@ -537,13 +548,24 @@ def resolve_training(o: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns 0, 2 for bad input, or 128 + signal when interrupted."""
+    """Run one command; returns 0, 2 for bad input, 1 when a process of its group was lost, or
+    128 + signal when interrupted. Of several processes the first speaks for all.
+    """
+    first, shared = int(os.environ.get("RANK", 0)) == 0, True
     try:
         options = resolve(build_parser().parse_args(arguments))
-        options.run(options)
+        shared = False
+        with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as silence:
+            if not first:
+                silence.enter_context(contextlib.redirect_stdout(nowhere))
+            options.run(options)
     except (ValueError, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        if first or not (shared or isinstance(error, TOLD_ONCE)):
+            print(f"train.py: error: {error}", file=sys.stderr)
         return 2
+    except LostProcess as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 1
     except runs.Interrupted as stop:
         return stop.exit_status
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ import data
 import head
 import model as vit
 import runs
+from ranks import OneProcess
 
 HEAD = ("head.weight", "head.bias")
 
@@ -27,9 +29,9 @@ HEAD = ("head.weight", "head.bias")
 class Workspace:
     """The data set, its splits and the device of one command; builds models with their weights."""
 
-    def __init__(self, options: argparse.Namespace):
-        self.options = options
-        self.device = choose_device(options.device)
+    def __init__(self, options: argparse.Namespace, group: OneProcess | None = None):
+        self.options, self.group = options, group or OneProcess()
+        self.device = choose_device(options.device, self.group.local_rank)
         self.dtype = choose_precision(options.precision, self.device)
         if options.threads:
             torch.set_num_threads(options.threads)
@@ -39,9 +41,10 @@ class Workspace:
             torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, not free
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         synthetic = options.data == "synthetic"
-        self.dataset = (
-            data.synthetic_dataset() if synthetic else data.load_cifar100(options.data_dir)
-        )
+        with self.group.first_then_others():  # one of them downloads
+            self.dataset = (
+                data.synthetic_dataset() if synthetic else data.load_cifar100(options.data_dir)
+            )
         self.classes = len(self.dataset.classes)
         self.sets = {
             name: getattr(self.dataset, name).to(self.device) for name in ("train", "test")
@@ -140,10 +143,10 @@ class Workspace:
         }
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device of --device; "auto" is a CUDA device where there is one."""
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """Return the device of --device; "auto" is a CUDA device, one a process, where there is one."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -186,7 +189,8 @@ class Status:
 
     def __init__(self, what: str, total: int, done: int = 0):
         self.what, self.total, self.start_at = what, total, done
-        self.live, self.started = sys.stderr.isatty(), time.monotonic()
+        first = int(os.environ.get("RANK", 0)) == 0
+        self.live, self.started = first and sys.stderr.isatty(), time.monotonic()
 
     def show(self, done: int, note: str = "") -> None:
         """Redraw the line."""

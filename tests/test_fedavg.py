@@ -181,7 +181,7 @@ def test_a_fraction_outside_its_range_is_refused(fraction):
 
 
 def test_bytes_count_every_sampled_client():
-    record = run(federation(value_bytes=20), 1)[0]
+    record = run(federation(client_bytes=(20, 20)), 1)[0]
     assert record["bytes_up"] == record["bytes_down"] == 20 * len(record["clients"]) == 100
 
 
