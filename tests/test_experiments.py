@@ -7,6 +7,7 @@ import pytest
 import experiments
 import train
 from experiments import Cell, Experiment, Row
+from masks import RULES
 
 TINY = ("--data", "synthetic", "--rounds", "1", "--clients", "10", "--threads", "1")
 
@@ -45,7 +46,7 @@ def test_the_rules_are_compared_at_equal_steps_on_the_same_shards(tmp_path):
     options = [parsed(cell) for cell in cells]
     assert len({(o.rounds, o.J, o.batch_size, o.clients, o.image_size) for o in options}) == 1
     assert {o.nc for o in options} == {None, 1}
-    assert {o.mask_rule for o in options} == {None, *experiments.RULES}
+    assert {o.mask_rule for o in options} == {None, *RULES}
     assert {o.sparsity for o in options if o.mask_rule} == {0.5, 0.9, 0.99}
     assert {o.calibration_rounds for o in options} == {None, 1, 2, 4, 8}
     for seed in {cell.seed for cell in cells}:

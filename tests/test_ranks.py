@@ -1,11 +1,11 @@
 """Any number of processes gives the same bits, and none of them can leave quietly."""
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -14,15 +14,16 @@ from conftest import ROOT
 
 import fedavg
 import runs
+import train
 
 TINY = [
     *("--data", "synthetic", "--rounds", 3, "--eval-every", 2, "--clients", 20, "--fraction", 0.35),
-    *("--J", 2, "--batch-size", 8, "--threads", 1),
+    *("--J", 2, "--batch-size", 8, "--threads", 1, "--runs-dir", "runs", "--name", "x"),
 ]
 
 
-def launch(folder, processes, *arguments, wait=True):
-    """Run train.py fedavg in this many processes, as torchrun does, in `folder`."""
+def launch(folder, processes, *arguments):
+    """Start train.py fedavg in this many processes, as torchrun does, in `folder`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -36,96 +37,156 @@ def launch(folder, processes, *arguments, wait=True):
         started.append(
             subprocess.Popen([str(a) for a in command], cwd=folder, env=environment, **pipes)
         )
-    if not wait:
-        return started
-    said = [process.communicate(timeout=120) for process in started]
-    return [process.returncode for process in started], said
+    return started
+
+
+def finish(processes):
+    """Return the processes' exit statuses and what each said."""
+    said = [process.communicate(timeout=120) for process in processes]
+    return [process.returncode for process in processes], said
+
+
+def until(path, process):
+    """Wait for a process to write a file."""
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
 
 
 def outcome(folder):
     """Return a run's final parameters and its log without seconds."""
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    records = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
-    return runs.Run(folder).load()["state"]["process"]["theta"], records
+    run = runs.Run(folder / "runs" / "x")
+    records = [{k: v for k, v in record.items() if k != "seconds"} for record in run.records()]
+    return run.load()["state"]["process"]["theta"], records
 
 
-def assert_same(folder, other):
-    (theta, records), (expected, expected_records) = outcome(folder), outcome(other)
-    assert torch.equal(theta, expected)
-    assert records == expected_records
+def alone(folder, *arguments):
+    """Return the outcome of one process, this one."""
+    threads = torch.get_num_threads()
+    command = ["fedavg", *TINY, *arguments, "--runs-dir", folder / "runs"]
+    assert train.main([str(a) for a in command]) == 0
+    torch.set_num_threads(threads)
+    return outcome(folder)
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A folder with the runs of one process: images, and heads on features."""
-    folder = tmp_path_factory.mktemp("alone")
-    for name, options in KINDS.items():
-        statuses, said = launch(folder, 1, "--name", name, *options)
-        assert statuses == [0], said
-    return folder / "runs"
-
-
-KINDS = {
-    "images": ("--momentum", 0.5),
-    "heads": ("--train", "head", "--head", "ridge", "--lr", 0.05),
-    "masked": ("--head", "ridge", "--mask-rule", "random", "--sparsity", 0.8, "--lr", 0.02),
-}
-
-
-@pytest.mark.parametrize(("processes", "name"), [(2, "images"), (3, "heads"), (2, "masked")])
-def test_several_processes_give_the_bits_of_one(processes, name, alone, tmp_path):
-    statuses, said = launch(tmp_path, processes, "--name", name, *KINDS[name])
+@pytest.mark.parametrize(
+    ("processes", "options"),
+    [
+        (3, ("--train", "head", "--head", "ridge", "--lr", 0.05)),
+        (2, ("--head", "ridge", "--mask-rule", "random", "--sparsity", 0.8, "--lr", 0.02)),
+    ],
+    ids=["heads", "masked"],
+)
+def test_several_processes_give_the_bits_of_one(processes, options, tmp_path, tmp_path_factory):
+    statuses, said = finish(launch(tmp_path, processes, *options))
     assert statuses == [0] * processes, said
     assert [bool(out) for out, _ in said] == [True] + [False] * (processes - 1)
-    assert_same(tmp_path / "runs" / name, alone / name)
-
-
-def test_secure_aggregation_changes_the_bytes_alone(alone, tmp_path):
-    options = ("--name", "images", *KINDS["images"], "--secure-aggregation")
-    statuses, said = launch(tmp_path, 2, *options)
-    assert statuses == [0, 0], said
-    (theta, records), (expected, plain) = (
-        outcome(f / "images") for f in (tmp_path / "runs", alone)
+    (theta, records), expected = (
+        outcome(tmp_path),
+        alone(tmp_path_factory.mktemp("alone"), *options),
     )
+    assert torch.equal(theta, expected[0])
+    assert records == expected[1]
+
+
+def test_a_concealed_pair_stops_and_goes_on_alone_to_the_same_bits(tmp_path, tmp_path_factory):
+    processes = launch(tmp_path, 2, "--secure-aggregation", "--J", 20)
+    until(tmp_path / "runs" / "x" / "log.jsonl", processes[0])
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    statuses, said = finish(processes)
+    assert statuses == [143, 143], said
+    state = runs.Run(tmp_path / "runs" / "x").load()["state"]["process"]
+    assert state["round"] < 3 and len(state.get("losses", ())) < 7
+    theta, records = alone(tmp_path, "--secure-aggregation", "--J", 20)
+    expected, plain = alone(tmp_path_factory.mktemp("alone"), "--J", 20)
     assert torch.equal(theta, expected)
+    assert [r["train_loss"] for r in records[1:]] == [r["train_loss"] for r in plain[1:]]
     assert [r["bytes_up"] for r in records[1:]] == [2 * r["bytes_up"] for r in plain[1:]]
 
 
-def test_a_stopped_pair_goes_on_alone_to_the_same_bits(alone, tmp_path):
-    options = ("--name", "images", *KINDS["images"])
-    processes = launch(tmp_path, 2, *options, wait=False)
-    log = tmp_path / "runs" / "images" / "log.jsonl"
-    while not log.exists():  # stops within round 1 or after
-        assert processes[0].poll() is None
-        time.sleep(0.01)
-    for process in processes:
-        process.send_signal(signal.SIGTERM)
-    assert [process.wait(60) for process in processes] == [143, 143]
-    if runs.Run(log.parent).load()["state"]["process"]["round"] == 3:
-        pytest.skip("the run was over before the signal came")
-    statuses, said = launch(tmp_path, 1, *options)
-    assert statuses == [0], said
-    assert_same(log.parent, alone / "images")
-
-
 def test_a_lost_process_ends_the_others_with_a_message(tmp_path):
-    processes = launch(tmp_path, 2, "--rounds", 500, wait=False)
-    while not list((tmp_path / "runs").glob("*/log.jsonl")):
-        assert processes[0].poll() is None
-        time.sleep(0.05)
+    processes = launch(tmp_path, 2, "--rounds", 500)
+    until(tmp_path / "runs" / "x" / "log.jsonl", processes[0])
     processes[1].kill()
     out, err = processes[0].communicate(timeout=60)
     assert processes[0].returncode == 1
     assert "another process of the job has gone" in err and "Traceback" not in err
 
 
-def test_bad_input_is_told_once(tmp_path):
-    statuses, said = launch(tmp_path, 2, "--clients", 10**9)
+@pytest.mark.parametrize("bad", [("--clients", 10**9), ("--lr", 1e30)], ids=["early", "late"])
+def test_what_stops_all_processes_is_told_once(bad, tmp_path):
+    statuses, said = finish(launch(tmp_path, 2, *bad))
     assert statuses == [2, 2]
-    assert [err.count("error:") for _, err in said] == [1, 0]
-    statuses, said = launch(tmp_path, 2, "--lr", 1e30)
-    assert statuses == [2, 2]
-    assert [err.count("error: round 1, client") for _, err in said] == [1, 0]
+    assert [err.count("train.py: error: ") for _, err in said] == [1, 0], said
+
+
+class Threads:
+    """A group of threads, each of which takes the rank it is given."""
+
+    def __init__(self, size):
+        self.size, self.values, self.barrier = size, [None] * size, threading.Barrier(size)
+        self.own = threading.local()
+
+    @property
+    def rank(self):
+        return self.own.rank
+
+    def gather(self, value):
+        self.values[self.rank] = value
+        self.barrier.wait()
+        values = list(self.values)
+        self.barrier.wait()
+        return values
+
+    def sum_(self, tensor):
+        tensor.copy_(sum(self.gather(tensor.clone())))
+
+
+def federate(size, calls, state=None):
+    """Advance a federation of 7 sampled clients in `size` threads; return what rank 0 has."""
+    group, results = Threads(size), {}
+
+    def work(rank):
+        group.own.rank = rank
+        theta, targets = torch.zeros(5), torch.arange(100.0).view(20, 5)
+
+        def one(client, round):
+            theta.add_(targets[client] - theta, alpha=0.1 * round)
+            return theta.mean()[None]
+
+        federation = fedavg.FedAvg(theta, range(1, 21), one, fraction=0.35, group=group)
+        if state is not None:
+            federation.load_state_dict(state)
+        records = [federation.advance() for _ in range(calls)]
+        records = [r | {"seconds": 0} for r in records if r]
+        results[rank] = records, federation.state_dict()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results[0]
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 9])
+def test_rounds_do_not_depend_on_how_many_share_them(size):
+    calls = -(-7 // size)
+    records, state = federate(size, 3 * calls)
+    expected, expected_state = federate(1, 21)
+    assert records == expected and len(records) == 3
+    assert torch.equal(state["theta"], expected_state["theta"])
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3), (3, 2)])
+def test_a_round_in_hand_is_finished_by_a_group_of_another_size(before, after):
+    records, state = federate(before, -(-7 // before) + 1)  # one call into round 2
+    assert len(state["losses"]) == before
+    later, state = federate(after, -(-(7 - before) // after), state)
+    expected, expected_state = federate(1, 14)
+    assert [*records, *later] == expected
+    assert torch.equal(state["theta"], expected_state["theta"])
 
 
 def test_concealed_contributions_look_uniform_and_their_sum_is_exact():
