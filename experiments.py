@@ -172,7 +172,7 @@ RUNGS = {  # the lower of the two rates tried, iid: the less the entries matter,
 
 def rules() -> Experiment:
     """Five mask rules at three sparsities against dense training, and calibration rounds 1 to 8."""
-    training = (*CPU, "--J", "4", "--rounds", "6", "--eval-every", "6")
+    training = (*CPU, "--J", "4", "--rounds", "4", "--eval-every", "4")
     rows = []
     for (sharding, split), ((rule, sparsity), low) in itertools.product(
         SHARDINGS.items(), RUNGS.items()
