@@ -83,7 +83,11 @@ class Experiment(NamedTuple):
 
     def cells(self, folder: Path) -> list[Cell]:
         """Return the runs that are known by what `folder` holds: the search first, then seeds."""
-        known = [row.cell(lr, self.seeds[0]) for row in self.rows for lr in row.rates]
+        tries = max(len(row.rates) for row in self.rows)  # one rate of every row, then the next
+        pairs = [
+            (row, lr) for i in range(tries) for row in self.rows for lr in row.rates[i : i + 1]
+        ]
+        known = [row.cell(lr, self.seeds[0]) for row, lr in pairs]  # so two do not make one mask
         for seed, row in itertools.product(self.seeds[1:], self.rows):
             if (lr := self.chosen(folder, row)) is not None:
                 known.append(row.cell(lr, seed))

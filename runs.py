@@ -56,7 +56,7 @@ class Interrupted(Exception):
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a file beside `path`, sync it to disk, then rename it into place."""
-    aside = path.with_name(f"{path.name}.tmp")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write the same path
     try:
         write(aside)
         with open(aside, "rb+") as file:
