@@ -218,10 +218,12 @@ class Calibration:
         weights = [len(self.shards[k]) for k in self.clients]
         rounds = options.calibration_rounds if self.scores else 1  # other keys do not change
         status, done = Status("calibration: client", rounds * len(images)), itertools.count(1)
+        sent = []  # scores that a client sends in each round: those of the entries alive
 
         def keys(alive: Tensor, keep: Callable[[Tensor], Tensor]) -> Tensor:
             if not self.scores:
                 return self.client_keys(np.empty(0, dtype=np.int64))
+            sent.append(int(alive.sum()))
 
             def each() -> Iterator[Tensor]:
                 for index in images.values():
@@ -242,7 +244,7 @@ class Calibration:
             "kept": int(kept.sum()),
             "clients": senders,
             "images": sum(map(len, images.values())) if self.scores else 0,
-            "bytes_up": rounds * senders * 4 * len(kept),
+            "bytes_up": 4 * senders * sum(sent),
             "bytes_down": (rounds - 1) * senders * math.ceil(len(kept) / 8),
             "seconds": float(f"{time.monotonic() - started:.3f}"),
         }
