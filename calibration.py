@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
@@ -64,9 +66,12 @@ class Mask:
         """What sending it costs: a bit an entry."""
         return math.ceil(len(self.kept) / 8)
 
-    def equals(self, other: Mask) -> bool:
-        """Tell whether the other mask keeps the same entries of the same parameters."""
-        return self.shapes == other.shapes and torch.equal(self.kept, other.kept)
+    @property
+    def sha256(self) -> str:
+        """Hash which entries of which parameters are kept."""
+        digest = hashlib.sha256(repr(list(self.shapes.items())).encode())
+        digest.update(masks.pack(self.kept).numpy().tobytes())
+        return digest.hexdigest()
 
     def parts(self) -> dict[str, Tensor]:
         """Return name -> bool tensor of the parameter's shape."""
@@ -86,12 +91,17 @@ class Mask:
         """Read a mask file.
 
         Raises:
-            ValueError: no such file, no mask, damaged, or made for another model.
+            ValueError: no such file, no mask, damaged, empty, or made for another model.
         """
         try:
             content = runs.load_checked(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             raise ValueError(f"mask {path}: no such file") from None
+        except runs.DamagedFile:
+            raise ValueError(
+                f"mask {path}: damaged, or no mask that `calibrate` wrote; delete it to have it "
+                "made again"
+            ) from None
         if not isinstance(content, dict) or content.get("mask_format") != FORMAT:
             raise ValueError(f"mask {path}: not a mask of format {FORMAT}")
         shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
@@ -103,43 +113,55 @@ class Mask:
                     f"{own.get(name, 'absent')} in the model"
                 )
         size = sum(math.prod(shape) for shape in shapes.values())
-        return cls(shapes, masks.unpack(content["bits"], size), content["made"])
+        mask = cls(shapes, masks.unpack(content["bits"], size), content["made"])
+        if not mask.kept.any():
+            raise ValueError(f"mask {path}: it keeps no entry, so that nothing would train")
+        return mask
 
 
 def scoped_names(model: vit.VisionTransformer, patterns: list[str]) -> list[str]:
     """Return the backbone's parameters that match one of the shell patterns.
 
     Raises:
-        ValueError: there are none.
+        ValueError: a pattern that matches none.
     """
     backbone = vit.trained_names(model, "all", freeze_head=True)
-    names = [name for name in backbone if any(fnmatchcase(name, p) for p in patterns)]
-    if not names:
-        raise ValueError(
-            f"--mask-scope {' '.join(patterns)}: no parameter of the backbone has such a name; "
-            f"there are {backbone[0]}, {backbone[-1]} and others"
-        )
-    return names
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in backbone):
+            raise ValueError(
+                f"--mask-scope {pattern}: no parameter of the backbone has such a name; "
+                f"there are {backbone[0]}, {backbone[-1]} and others"
+            )
+    return [name for name in backbone if any(fnmatchcase(name, p) for p in patterns)]
 
 
-def check_mask_options(
-    options: argparse.Namespace, model: vit.VisionTransformer, kept: Path
-) -> None:
-    """Refuse, before anything is written, a scope or a mask file that cannot serve.
+def given_mask(options: argparse.Namespace, model: vit.VisionTransformer, kept: Path) -> Mask:
+    """Return the mask of `--mask`, or where that file has gone the run's own copy at `kept`.
 
-    Args:
-        kept: the run's own copy of its mask, which `--mask` must still equal where both exist.
+    Raises:
+        ValueError: the file cannot serve, or is not the mask that the run was made with.
     """
-    if getattr(options, "mask_rule", None):
-        scoped_names(model, options.mask_scope)
-    if not getattr(options, "mask", None) or (kept.exists() and not Path(options.mask).exists()):
-        return
-    given = Mask.load(Path(options.mask), model)
-    if kept.exists() and not given.equals(Mask.load(kept, model)):
-        raise ValueError(f"--mask {options.mask} is not the mask that {kept.parent} was made with")
+    path = Path(options.mask)
+    if not kept.exists():
+        return Mask.load(path, model)
+    own = Mask.load(kept, model)
+    if path.exists() and Mask.load(path, model).sha256 != own.sha256:
+        raise ValueError(f"--mask {path} is not the mask that {kept.parent} was made with")
+    return own
 
 
 # ---------------------------------------------------------------------------- making one
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Turn TF32 off, whose rounding would decide between entries of nearly the same score."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 class Calibration:
@@ -162,12 +184,19 @@ class Calibration:
         parameters = dict(model.named_parameters())
         self.shapes = {name: tuple(parameters[name].shape) for name in self.names}
         self.theta = torch.cat([parameters[name].detach().flatten() for name in self.names])
+        if options.sparsity is not None and not masks.budget(len(self.theta), options.sparsity):
+            raise ValueError(
+                f"--sparsity {options.sparsity:g} keeps none of the {len(self.theta)} entries of "
+                f"--mask-scope {' '.join(options.mask_scope)}"
+            )
         sizes = [math.prod(shape) for shape in self.shapes.values()]
         for (name, shape), part in zip(self.shapes.items(), self.theta.split(sizes), strict=True):
             parameters[name].data = part.view(shape)  # scoring sees what happens to theta
         self.clients = fedavg.sample_clients(
             len(shards), options.calibration_fraction, seed=options.seed, round=0
         )
+        if (options.quorum or 0) > len(self.clients):
+            raise ValueError(f"--quorum {options.quorum}: only {len(self.clients)} clients score")
         self.scores = masks.RULES[options.mask_rule][0] == "sensitivity"
         self.preprocess = workspace.preprocess(torch.float32)
         draws = data.random(options.seed, "calibration labels")
@@ -233,7 +262,17 @@ class Calibration:
             how = dict(alive=alive, keep=keep, quorum=options.quorum)
             return masks.consensus(each(), weights, options.consensus, **how)
 
-        kept = masks.calibrate(self.theta, keys, rounds=rounds, damp=options.damp, **self.limits)
+        try:
+            with exact_products():
+                how = dict(rounds=rounds, damp=options.damp, **self.limits)
+                kept = masks.calibrate(self.theta, keys, **how)
+        except masks.NothingKept as error:
+            sign = masks.RULES[options.mask_rule][1]
+            low, high = sorted((sign * error.low, sign * error.high))
+            raise ValueError(
+                f"--threshold {options.threshold:g} keeps nothing in calibration round "
+                f"{error.round}, where the scores lie between {low:.3g} and {high:.3g}"
+            ) from None
         status.close()
         senders = len(images) if self.scores else 0
         made = {name: getattr(options, name) for name in MAKING}
@@ -259,21 +298,22 @@ class Calibration:
         clients = [k for k in self.clients if len(self.images(k)) > 1][:OVERLAP_CLIENTS]
         if not self.scores or not clients:
             return {}
-        halves = []
-        for k in clients:
-            parts = np.array_split(self.images(k), 2)
-            halves.append(
-                [
-                    masks.calibrate(
-                        self.theta,
-                        lambda alive, keep, part=part: self.client_keys(part),
-                        rounds=1,
-                        **self.limits,
-                    ).cpu()
-                    for part in parts
-                ]
-            )
-        return masks.overlap(halves) | {"clients": len(clients), "images": len(parts[0])}
+        try:
+            with exact_products():
+                halves = [[self.own_mask(part) for part in self.halves(k)] for k in clients]
+        except masks.NothingKept:
+            return {}
+        images = len(self.halves(clients[-1])[0])
+        return masks.overlap(halves) | {"clients": len(clients), "images": images}
+
+    def halves(self, client: int) -> list[np.ndarray]:
+        """Split the client's calibration images in two."""
+        return np.array_split(self.images(client), 2)
+
+    def own_mask(self, index: np.ndarray) -> Tensor:
+        """Return the mask (P,) that these images alone make in one round."""
+        keys = lambda alive, keep: self.client_keys(index)  # noqa: E731
+        return masks.calibrate(self.theta, keys, rounds=1, **self.limits).cpu()
 
 
 def cached_mask(calibration: Calibration) -> Mask:
@@ -293,7 +333,10 @@ def cached_mask(calibration: Calibration) -> Mask:
         return Mask.load(path, model)
     except ValueError:  # absent, or damaged and made again
         mask = calibration.make()
-        mask.save(path)
+        try:
+            mask.save(path)
+        except OSError as error:
+            print(f"warning: the mask is not kept for other runs: {error}", file=sys.stderr)
         return mask
 
 

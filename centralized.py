@@ -45,6 +45,10 @@ def learning_rate(schedule: str, at: float, *, total: float, lr: float, warmup: 
     return lr
 
 
+class Diverged(ValueError):
+    """A loss is not finite; the message names epoch and step."""
+
+
 class Centralized:
     """The centralised loop: `advance` trains one batch; an epoch's last call returns its record.
 
@@ -55,7 +59,7 @@ class Centralized:
         on_load: called after the tensors were overwritten.
 
     Raises:
-        ValueError: a loss is not finite; the message names epoch and step.
+        Diverged: a loss is not finite.
     """
 
     def __init__(
@@ -103,7 +107,7 @@ class Centralized:
         self.losses = known + (torch.stack(fresh).tolist() if fresh else [])
         for step, loss in enumerate(self.losses):
             if not math.isfinite(loss):
-                raise ValueError(
+                raise Diverged(
                     f"epoch {self.epoch + 1}, step {step + 1}: the loss is {loss}; try a lower --lr"
                 )
         return list(self.losses)

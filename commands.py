@@ -98,8 +98,9 @@ def run_calibrate(options: argparse.Namespace) -> None:
     name = options.name or default_name(options)
     run = open_run(workspace, model, options, name, shards)
     set_fitted_head(workspace, model, options.head)
-    calibration = Calibration(workspace, model, options, shards)
-    mask = cached_mask(calibration)
+    with run.opening():
+        calibration = Calibration(workspace, model, options, shards)
+        mask = cached_mask(calibration)
     mask.save(run.folder / "mask.pt")
     kinds, layers, density = density_table(mask)
     print_density(kinds, layers, density)
@@ -191,6 +192,10 @@ def run_eval(options: argparse.Namespace) -> None:
     stored = argparse.Namespace(**run.config()["options"])
     for name in ("data_dir", "device", "threads", "eval_batch"):
         setattr(stored, name, getattr(options, name))
+    for name, value in {"mask": None, "mask_rule": None, "keep_tokens": 1.0}.items():
+        vars(stored).setdefault(name, value)  # a run from before these were options
+    if options.precision != "auto":
+        stored.precision = options.precision
     checkpoint = run.load()
     if checkpoint is None:
         raise ValueError(f"{run.folder} holds no checkpoint yet")
@@ -209,7 +214,11 @@ def run_plot(options: argparse.Namespace) -> None:
     for run in folders:
         run.config()
     out = options.out or str(folders[0].folder / "curves.png")
-    plots.plot_curves({run.folder.name: run.records() for run in folders}, out)
+    names = [run.folder.name for run in folders]
+    if len(set(names)) < len(names):
+        names = [str(run.folder) for run in folders]
+    logs = [run.records() for run in folders]
+    plots.plot_curves(dict(zip(names, logs, strict=True)), out)
     print(f"written to {out}")
 
 

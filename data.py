@@ -307,30 +307,43 @@ def _split_by_client(indices: np.ndarray, owners: np.ndarray, clients: int) -> l
 
 
 def draw_batches(
-    shard: np.ndarray, batch_size: int, steps: int, *, seed: int, round: int, client: int = 0
+    shard: np.ndarray,
+    batch_size: int,
+    steps: int,
+    *,
+    seed: int,
+    round: int,
+    client: int = 0,
+    keep: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """Draw the batches of one client's local steps: (steps, batch_size, 4) int64 on the CPU.
+    """Draw the batches of one client's local steps: (steps, batch_size, 4 + R) int64 on the CPU.
 
-    The last axis holds image index, crop row, crop column (0..2 * PADDING), flip (0 or 1). A local
-    epoch is a fresh permutation of the shard; a shard smaller than a batch repeats.
+    The last axis holds image index, crop row, crop column (0..2 * PADDING), flip (0 or 1), and with
+    keep = (R, T) which R of an image's T patches are kept, in order. A local epoch is a fresh
+    permutation of the shard; a shard smaller than a batch repeats.
     """
     generator = random(seed, "local batches", round, client)
     count = batch_size * steps
     epochs = [generator.permutation(shard) for _ in range(math.ceil(count / len(shard)))]
-    draws = np.empty((count, 4), np.int64)
+    kept, patches = keep
+    draws = np.empty((count, 4 + kept), np.int64)
     draws[:, 0] = np.concatenate(epochs)[:count]
     draws[:, 1:3] = generator.integers(0, 2 * PADDING + 1, (count, 2))
     draws[:, 3] = generator.integers(0, 2, count)
-    return torch.from_numpy(draws).view(steps, batch_size, 4)
+    chosen = generator.random((count, patches)).argsort(axis=1)[:, :kept]
+    draws[:, 4:] = np.sort(chosen, axis=1)
+    return torch.from_numpy(draws).view(steps, batch_size, -1)
 
 
-def draw_epoch(train: np.ndarray, batch_size: int, *, seed: int, epoch: int) -> Tensor:
+def draw_epoch(
+    train: np.ndarray, batch_size: int, *, seed: int, epoch: int, keep: tuple[int, int] = (0, 0)
+) -> Tensor:
     """Draw one epoch's batches over `train`, in the layout of `draw_batches`.
 
     What does not fill the last batch is left out of this epoch, unless it is all there is.
     """
     size = min(batch_size, len(train))
-    return draw_batches(train, size, len(train) // size, seed=seed, round=epoch)
+    return draw_batches(train, size, len(train) // size, seed=seed, round=epoch, keep=keep)
 
 
 def crop_and_flip(images: Tensor, draws: Tensor) -> Tensor:
@@ -340,12 +353,12 @@ def crop_and_flip(images: Tensor, draws: Tensor) -> Tensor:
 
     Args:
         images: (N, 3, H, W) uint8.
-        draws: (B, 4) int64 on the same device, see `draw_batches`.
+        draws: (B, 4 or more) int64 on the same device, see `draw_batches`.
 
     Returns:
         (B, 3, H, W) uint8.
     """
-    index, row, column, flip = draws.unbind(1)
+    index, row, column, flip = draws[:, :4].unbind(1)
     height, width = images.shape[-2:]
     down, across = (torch.arange(n, device=images.device) for n in (height, width))
     rows = (row[:, None] + down - PADDING).clamp(0, height - 1)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ import fedavg
 import head
 import model as vit
 import runs
-from calibration import Calibration, Mask, cached_mask, check_mask_options
+from calibration import Calibration, Mask, cached_mask, given_mask
 from centralized import learning_rate
 from sparse_sgdm import sparse_sgdm_
 from workspace import HEAD, Status, Workspace
@@ -115,7 +115,7 @@ class Learner:
         if options.head != "linear":
             set_fitted_head(workspace, model, options.head, folder / "head.pt")
         self.on_features = options.train == "head"
-        fresh = not (folder / "checkpoint.pt").exists()
+        fresh = not any(folder.glob("checkpoint*.pt"))
         self.start = None  # features of the untrained backbone, for the first evaluation
         if fresh and options.head != "linear" and not self.on_features:
             self.start = {part: workspace.features(model, part) for part in workspace.sets}
@@ -128,11 +128,12 @@ class Learner:
             names = [name for name in names if name in parts and parts[name].any()]
         model.requires_grad_(False)
         trained = [(n, parameters[n]) for n in names]
+        self.first = vit.first_trained_block(names, model.shape.depth)
         self.labels = {part: images.labels for part, images in workspace.sets.items()}
         if self.on_features:
             self.inputs = {part: workspace.features(model, part) for part in workspace.sets}
             self.flat = vit.FlatView(trained)
-            self.logits_of = model.head
+            self.logits_of = lambda features, keep: model.classify(features)
         else:
             self.inputs = {part: images.images for part, images in workspace.sets.items()}
             self.flat = vit.FlatView(trained, compute_dtype=workspace.dtype)
@@ -140,7 +141,7 @@ class Learner:
                 if name not in names and name not in HEAD:
                     parameter.data = parameter.data.to(workspace.dtype)
             preprocess = workspace.preprocess()
-            self.logits_of = lambda images: model(preprocess(images))
+            self.logits_of = lambda images, keep: model(preprocess(images), keep)
         kept = torch.zeros_like(self.flat.theta, dtype=torch.bool) if self.mask else None
         for name in names if self.mask else ():
             self.flat.view(kept, name).copy_(parts[name])
@@ -149,12 +150,41 @@ class Learner:
             2.0**14 if self.flat.grad.dtype == torch.float16 else 1.0
         )
 
+    def keep_activations(self) -> None:
+        """Below the first block that trains, compute the tokens of all images once, where they fit.
+
+        They are a constant of images that are neither augmented nor thinned out.
+        """
+        options, model, first = self.options, self.model, self.first
+        if self.on_features or not first or options.augment or options.keep_tokens < 1:
+            return
+        inputs = self.workspace.tokens(model, first)
+        if inputs is None:
+            print(f"activations below block {first} do not fit in memory: computed every time")
+            return
+        print(f"activations below block {first} are computed once")
+        self.inputs = inputs
+        self.logits_of = lambda x, keep: model.classify(model.features_from(x, first))
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """How many of how many patches a local step sees, as `data.draw_batches` takes it."""
+        patches = (self.options.image_size // self.model.shape.patch) ** 2
+        share = self.options.keep_tokens
+        return (max(1, round(share * patches)), patches) if share < 1 else (0, 0)
+
+    def gather(self, part: str, at: Tensor) -> Tensor:
+        """Return the inputs of these samples (B,) of a part on the device."""
+        inputs = self.inputs[part]
+        return inputs[at.to(inputs.device)].to(at.device, non_blocking=True)
+
     def loss(self, draws: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the training samples that `draws` (B, 4) names."""
-        inputs, at = self.inputs["train"], draws[:, 0]
+        """Return the mean cross-entropy of the training samples that `draws` (B, 4 + R) names."""
+        at, keep = draws[:, 0], draws[:, 4:] if draws.shape[1] > 4 else None
         augment = self.options.augment and not self.on_features
-        batch = data.crop_and_flip(inputs, draws) if augment else inputs[at]
-        return F.cross_entropy(self.logits_of(batch), self.labels["train"][at])
+        inputs = self.inputs["train"]
+        batch = data.crop_and_flip(inputs, draws) if augment else self.gather("train", at)
+        return F.cross_entropy(self.logits_of(batch, keep), self.labels["train"][at])
 
     def overflowed(self) -> bool:
         """Tell whether a parameter is Inf or NaN."""
@@ -166,10 +196,8 @@ class Learner:
 
         A fresh run's first evaluation is of the backbone whose features the head was fitted to.
         """
+        start, self.start = self.start, None
         result = {}
-        inputs, logits_of = self.inputs, self.logits_of
-        if self.start:
-            inputs, logits_of, self.start = self.start, self.model.head, None
         test_index = np.arange(len(self.labels["test"]))
         for name, part, index in (
             ("val", "train", self.workspace.val_index),
@@ -177,20 +205,22 @@ class Learner:
         ):
             if len(index):
                 at = torch.from_numpy(index).to(self.labels[part].device)
-                figures = self._evaluate_part(inputs[part], self.labels[part], at, logits_of)
+                figures = self._evaluate_part(part, at, start)
                 result |= dict(zip((f"{name}_loss", f"{name}_acc"), figures, strict=True))
         return result
 
-    def _evaluate_part(
-        self, inputs: Tensor, labels: Tensor, index: Tensor, logits_of: Callable[[Tensor], Tensor]
-    ) -> list[float]:
+    def _evaluate_part(self, part: str, index: Tensor, start: dict[str, Tensor]) -> list[float]:
         chunks, group = list(data.in_chunks(len(index), self.options.eval_batch)), self.group
-        totals = torch.zeros(len(chunks), 2, dtype=torch.float64, device=labels.device)
+        totals = torch.zeros(len(chunks), 2, dtype=torch.float64, device=index.device)
         for i in range(group.rank, len(chunks), group.size):
             at = index[chunks[i]]
-            logits = logits_of(inputs[at])
-            totals[i, 0] = F.cross_entropy(logits, labels[at], reduction="sum")
-            totals[i, 1] = (logits.argmax(1) == labels[at]).sum()
+            if start:
+                logits = self.model.classify(start[part][at])
+            else:
+                logits = self.logits_of(self.gather(part, at), None)
+            labels = self.labels[part][at]
+            totals[i, 0] = F.cross_entropy(logits, labels, reduction="sum")
+            totals[i, 1] = (logits.argmax(1) == labels).sum()
         group.sum_(totals)  # of zeros but for one process's value: exact
         return (totals.sum(dim=0) / len(index)).tolist()
 
@@ -218,13 +248,12 @@ def find_mask(
     shards: list[np.ndarray],
 ) -> Mask | None:
     """Return the run's mask, kept at `path`: --mask's, or one made by --mask-rule; else None."""
-    if not (options.mask or options.mask_rule):
+    if options.mask is None and options.mask_rule is None:
         return None
-    if path.exists():
-        check_mask_options(options, model, path)
-        return Mask.load(path, model)
     if options.mask:
-        mask = Mask.load(Path(options.mask), model)
+        mask = given_mask(options, model, path)
+    elif path.exists():
+        return Mask.load(path, model)
     else:
         mask = cached_mask(Calibration(workspace, model, options, shards))
     mask.save(path)
@@ -244,11 +273,9 @@ class ClientTraining:
         return learning_rate(options.schedule, round - 1, **schedule)
 
     def draws(self, client: int, round: int) -> Tensor:
-        """Draw the client's J batches: (J, B, 4)."""
-        o, shard = self.options, self.shards[client]
-        return data.draw_batches(
-            shard, o.batch_size, o.J, seed=o.seed, round=round, client=int(client)
-        )
+        """Draw the client's J batches: (J, B, 4 + R)."""
+        o, where = self.options, dict(round=round, client=int(client), keep=self.learner.kept)
+        return data.draw_batches(self.shards[client], o.batch_size, o.J, seed=o.seed, **where)
 
     def one(self, client: int, round: int) -> Tensor:
         """Take the client's J local steps on the learner's parameters; returns the (J,) losses."""

@@ -35,6 +35,17 @@ CONSENSUS = ("mean", "max", "median-rank", "vote")
 CHUNK = 1 << 18  # entries; bounds the temporaries that hold every client's value of an entry
 
 
+class NothingKept(ValueError):
+    """No key is at most the threshold; `low` and `high` are the keys' extremes."""
+
+    def __init__(self, round: int, threshold: float, low: float, high: float):
+        super().__init__(
+            f"calibration round {round}: no key is at most {threshold:g}; "
+            f"they lie between {low:.3g} and {high:.3g}"
+        )
+        self.round, self.low, self.high = round, low, high
+
+
 # ---------------------------------------------------------------------------- keys and budgets
 
 
@@ -124,7 +135,7 @@ def calibrate(
 
     Raises:
         ValueError: sparsity outside [0, 1), rounds below 1, a key that is not finite, or a
-            threshold that keeps nothing.
+            threshold that keeps nothing (NothingKept).
     """
     if rounds < 1:
         raise ValueError(f"calibration needs at least one round, not {rounds}")
@@ -155,11 +166,7 @@ def calibrate(
                 raise ValueError(f"calibration round {r}: a score is not finite")
             alive = keep(values)
             if threshold is not None and not alive.any():
-                low, high = values.min().item(), values.max().item()
-                raise ValueError(
-                    f"calibration round {r}: no key is at most {threshold:g}; "
-                    f"they lie between {low:.3g} and {high:.3g}"
-                )
+                raise NothingKept(r, threshold, values.min().item(), values.max().item())
     finally:
         theta.copy_(original)
     return alive

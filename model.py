@@ -137,25 +137,46 @@ class VisionTransformer(nn.Module):
         patches = self._resamplers[key] @ self.pos_embed[:, 1:]
         return torch.cat([self.pos_embed[:, :1], patches], dim=1)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Turn images (N, 3, H, W) into the first block's input (N, 1 + T, D)."""
+    def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Turn images (N, 3, H, W) into the first block's input (N, 1 + T, D).
+
+        Args:
+            keep: (N, R) int64, the patches 0..T-1 that each image keeps; None keeps all, T = R.
+        """
         check_image_size(images.shape[-2:], self.shape.patch)
         height, width = (side // self.shape.patch for side in images.shape[-2:])
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-        return x + self.positions(height, width)
+        x = x + self.positions(height, width)
+        if keep is None:
+            return x
+        return x.take_along_dim(F.pad(keep + 1, (1, 0))[..., None], dim=1)  # class token: place 0
 
-    def features(self, images: Tensor) -> Tensor:
-        """Return the normalised class token (N, D) of images (N, 3, H, W)."""
+    def tokens(self, images: Tensor, first: int) -> Tensor:
+        """Return the input (N, 1 + T, D) of block `first`."""
         x = self.embed(images)
-        for block in self.blocks:
+        for block in self.blocks[:first]:
             x = block(x)
-        return self.norm(x[:, 0])
+        return x
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits (N, classes) in fp32."""
-        features = self.features(images).float()
-        return F.linear(features, self.head.weight.float(), self.head.bias.float())
+    def features_from(self, tokens: Tensor, first: int = 0) -> Tensor:
+        """Return the normalised class token (N, D) from the input of block `first`."""
+        for block in self.blocks[first:]:
+            tokens = block(tokens)
+        return self.norm(tokens[:, 0])
+
+    def features(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Return the normalised class token (N, D) of images (N, 3, H, W); keep as in `embed`."""
+        return self.features_from(self.embed(images, keep))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Return logits (N, classes) of features (N, D), in fp32 or wider."""
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        return F.linear(features.to(dtype), self.head.weight.to(dtype), self.head.bias.to(dtype))
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Return logits (N, classes) of images (N, 3, H, W), in fp32; keep as in `embed`."""
+        return self.classify(self.features(images, keep))
 
 
 def check_image_size(size: Iterable[int], patch: int) -> None:
@@ -312,6 +333,13 @@ def trained_names(model: VisionTransformer, train: str, freeze_head: bool) -> li
     if not names:
         raise ValueError("--train head with --freeze-head leaves nothing to train")
     return names
+
+
+def first_trained_block(names: Iterable[str], depth: int) -> int:
+    """Return the first block that holds one of these parameters, `depth` for later ones alone."""
+    blocks = [name.split(".")[1] if name.startswith("blocks.") else name for name in names]
+    after = ("norm.weight", "norm.bias", "head.weight", "head.bias")
+    return min(depth if b in after else int(b) if b.isdecimal() else 0 for b in blocks)
 
 
 class FlatView:

@@ -34,9 +34,18 @@ from typing import Any
 
 import torch
 
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there nothing stops a second process
+    fcntl = None
+
 MAGIC = b"SHA-256\0"
 FOOTER = len(MAGIC) + hashlib.sha256().digest_size
+OPENING = ("config.json", "lock", "shards.npz", "head.pt", "mask.pt")  # written before the log
 FORMAT = 1  # of the folder; a folder of another format is refused by number
+
+
+_locks: dict[Path, Any] = {}  # of the folders that this process has open
 
 
 class DamagedFile(ValueError):
@@ -79,7 +88,10 @@ def save_checked(path: Path, value: Any) -> None:
     """torch.save `value` atomically, followed by a SHA-256 footer."""
 
     def write(aside: Path) -> None:
-        torch.save(value, aside)
+        try:
+            torch.save(value, aside)
+        except RuntimeError as error:  # what a full disk comes to
+            raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
         digest = _sha256(aside)
         with open(aside, "ab") as file:
             file.write(MAGIC + digest)
@@ -143,6 +155,7 @@ class Run:
         self.checkpoint_path = self.folder / "checkpoint.pt"
         self.previous_path = self.folder / "checkpoint.prev.pt"
         self._log_hash, self._log_length = hashlib.sha256(), 0
+        self._made_here = False
 
     def open(self, options: dict, extra: dict | None = None, free: Iterable[str] = ()) -> None:
         """Create the folder, or check that it was made by the same options.
@@ -152,7 +165,8 @@ class Run:
             extra: what else config.json records (versions, statistics); never compared.
 
         Raises:
-            ValueError: the folder belongs to other options (they are named), or cannot be written.
+            ValueError: the folder belongs to other options (they are named), is open in another
+                process, or cannot be written.
         """
         if self.config_path.exists():
             self._check_options(options, set(free))
@@ -160,11 +174,47 @@ class Run:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            self._made_here = not self.config_path.exists()
             config = {"format": FORMAT, "options": options} | (extra or {})
             if not self.config_path.exists() or self.config()["options"] != options:
                 write_json(self.config_path, config)
         except OSError as error:
             raise ValueError(f"cannot write the run folder {self.folder}: {error}") from None
+
+    def _lock(self) -> None:
+        """Keep other processes out, until `close` or this process's end, however it comes."""
+        key = self.folder.resolve()
+        if fcntl is None or key in _locks:
+            return
+        file = open(self.folder / "lock", "w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(f"{self.folder} is open in another process, which runs it") from None
+        except OSError:  # a file system without locks
+            pass
+        _locks[key] = file
+
+    def close(self) -> None:
+        """Let other processes open the folder."""
+        if file := _locks.pop(self.folder.resolve(), None):
+            file.close()
+
+    @contextlib.contextmanager
+    def opening(self) -> Iterator[None]:
+        """Take back a folder that this object made when the block, before the log, refuses."""
+        try:
+            yield
+        except ValueError:
+            if self._made_here and not self.log_path.exists():
+                for name in OPENING:
+                    (self.folder / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # not empty
+                    self.folder.rmdir()
+            self.close()
+            raise
 
     def config(self) -> dict:
         """Return config.json.
@@ -273,11 +323,13 @@ class Run:
 
     def summarise(self, **figures: Any) -> dict:
         """Write and return summary.json: `figures`, the last and the best-by-validation record."""
-        evaluated = [r for r in self.records() if "val_acc" in r]
+        evaluated = [r for r in self.records() if "val_acc" in r or "test_acc" in r]
+        validated = [r for r in evaluated if "val_acc" in r]
         summary = dict(figures)
         if evaluated:
             summary["final"] = evaluated[-1]
-            summary["best_by_validation"] = max(evaluated, key=lambda r: r["val_acc"])
+        if validated:
+            summary["best_by_validation"] = max(validated, key=lambda r: r["val_acc"])
         write_json(self.folder / "summary.json", summary)
         return summary
 
@@ -330,6 +382,7 @@ def drive(
         The wall time of the whole run in seconds, earlier sessions included.
 
     Raises:
+        ValueError: the run is beyond `total` already.
         Interrupted: SIGINT or SIGTERM came; the state at the end of the advance in hand is saved.
     """
     started = time.monotonic()
@@ -345,6 +398,8 @@ def drive(
         if changes := _differences(state["environment"], environment):
             at = getattr(process, unit)
             run.log({"note": f"not bit-exact from {unit} {at + 1} on: {changes}"})
+    if (reached := getattr(process, unit)) > total:
+        raise ValueError(f"{run.folder} is at {unit} {reached} already, beyond {total}")
     saved = time.monotonic()
 
     def save() -> None:
@@ -368,6 +423,7 @@ def drive(
             if dues[0]:
                 save()
         save()
+    run.close()
     return before + time.monotonic() - started
 
 

@@ -25,7 +25,7 @@ import fedavg
 import model as vit
 import plots
 import runs
-from calibration import check_mask_options
+from calibration import given_mask, scoped_names
 from learner import ClientTraining, Evaluated, Learner
 from ranks import OneProcess
 from workspace import Workspace, duration, fingerprint
@@ -42,7 +42,9 @@ def train_federated(
         run = open_run(workspace, model, options, name, shards)
         if summary := finished_summary(run, "round", options.rounds):
             return summary
-        learner = Learner(workspace, model, options, run.folder, shards)
+        with run.opening():
+            learner = Learner(workspace, model, options, run.folder, shards)
+    learner.keep_activations()
     federation = federate(learner, shards)
     opening = opening_bytes(learner, len(shards))
 
@@ -100,16 +102,17 @@ def train_centralized(workspace: Workspace, options: argparse.Namespace, name: s
     run = open_run(workspace, model, options, name)
     if summary := finished_summary(run, "epoch", options.epochs):
         return summary
-    learner = Learner(workspace, model, options, run.folder, [workspace.train_index])
+    with run.opening():
+        learner = Learner(workspace, model, options, run.folder, [workspace.train_index])
+    learner.keep_activations()
     entries, scale, grad = learner.entries, learner.loss_scale, learner.flat.grad
     tensors = {"theta": entries.theta, "loss_scale": scale.state}
     if entries.momentum is not None:
         tensors["momentum"] = entries.momentum
 
     def draw(epoch: int) -> torch.Tensor:
-        draws = data.draw_epoch(
-            workspace.train_index, options.batch_size, seed=options.seed, epoch=epoch
-        )
+        where = dict(seed=options.seed, epoch=epoch, keep=learner.kept)
+        draws = data.draw_epoch(workspace.train_index, options.batch_size, **where)
         return draws.to(workspace.device)
 
     def train_batch(draws: torch.Tensor, at: float) -> torch.Tensor:
@@ -150,8 +153,12 @@ def search_then_train(
             cell.search, cell.lr, cell.weight_decay = False, lr, weight_decay
             setattr(cell, length, options.search_length or getattr(options, length))
             print(f"search: lr {lr:g}, weight decay {weight_decay:g}")
-            summary = train(cell, f"{name}/search/lr{lr:g}-wd{weight_decay:g}")
-            val_acc = summary["final"]["val_acc"]
+            try:
+                summary = train(cell, f"{name}/search/lr{lr:.9g}-wd{weight_decay:.9g}")
+                val_acc = summary["final"]["val_acc"]
+            except (fedavg.ClientError, centralized.Diverged) as error:
+                print(f"search: given up, {error}")
+                val_acc = 0.0
             results.append({"lr": lr, "weight_decay": weight_decay, "val_acc": val_acc})
     best = max(results, key=lambda r: r["val_acc"])
     if group.rank == 0:
@@ -202,9 +209,15 @@ def open_run(
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"--name {name} must stay below --runs-dir")
     run = runs.Run(Path(options.runs_dir) / name, writes=workspace.group.rank == 0)
-    check_mask_options(options, model, run.folder / "mask.pt")
+    if getattr(options, "mask_rule", None) is not None:
+        scoped_names(model, options.mask_scope)  # refuses before anything is written
     split = hashlib.sha256(b"".join(x.tobytes() for x in [workspace.val_index, *(shards or [])]))
     made_from = {"split_sha256": split.hexdigest(), "weights_sha256": fingerprint(model)}
+    if getattr(options, "mask", None) is not None:
+        mask = given_mask(options, model, run.folder / "mask.pt")
+        made_from["mask_sha256"] = mask.sha256
+        if mask.made["weights_sha256"] != made_from["weights_sha256"]:
+            print(f"warning: --mask {options.mask} was made for other weights", file=sys.stderr)
     stored = {k: v for k, v in vars(options).items() if k != "run"} | made_from
     extra = {
         "environment": workspace.environment(),
@@ -242,8 +255,11 @@ def finished_summary(run: runs.Run, unit: str, total: int) -> dict | None:
     path = run.folder / "summary.json"
     if not path.exists():
         return None
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    if summary.get(unit, -1) < total:
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if summary[unit] < total:
+            return None
+    except (ValueError, KeyError, TypeError):  # damaged: written anew at the end
         return None
     print(f"{run.folder} is finished: {unit} {summary[unit]}. {headline(summary)}")
     return summary

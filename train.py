@@ -16,10 +16,12 @@ import argparse
 import contextlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import centralized
 import commands
+import doctor
 import experiments
 import fedavg
 import masks
@@ -55,9 +57,10 @@ BY_DATA = {
 # fewer classes a client holds, the further it drifts in a step.
 LR_OF_BACKBONE = ((4, 1e-4), (9, 1e-3), (math.inf, 1e-2))
 LR_OF_FITTED_HEAD = ((4, 3e-4), (math.inf, 3e-3))
+LR_OF_SYNTHETIC = 0.2, 0.01  # from a linear head, under a fitted one
 LR_HELP = (
     "0.01, with --nc below 10: 0.001, below 5: 0.0001; a fitted head alone: 0.003, with --nc "
-    "below 5: 0.0003; synthetic: 0.2"
+    "below 5: 0.0003; synthetic: 0.2, with a fitted head 0.01"
 )
 # Of a mask that is made; without one these options stay None.
 MASK_DEFAULTS = dict(
@@ -107,6 +110,13 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
     return parse
 
 
+def path(text: str) -> str:
+    """The argparse type of a file's name: not empty, as an unset shell variable is."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a file is empty")
+    return text
+
+
 def default_text(name: str) -> str:
     """Return the default of an option that depends on the data set, for its help."""
     values = [f"{BY_DATA[d][name]}" for d in ("cifar100", "synthetic")]
@@ -124,7 +134,12 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         default=0.1,
         help="share of the training set held out for validation, by class [%(default)s]",
     )
-    add("--seed", type=number(int, 0), default=0, help="seed of everything random [%(default)s]")
+    add(
+        "--seed",
+        type=number(int, 0, 2**63 - 1),
+        default=0,
+        help="seed of everything random [%(default)s]",
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -203,7 +218,15 @@ def add_training_options(parser: argparse.ArgumentParser, unit: str) -> None:
     add(
         "--augment",
         action=argparse.BooleanOptionalAction,
-        help=f"random crop and flip {default_text('augment')}",
+        help=f"random crop and flip {default_text('augment')}; --train head or blocks.N: False, so "
+        "that what lies below is computed once",
+    )
+    add(
+        "--keep-tokens",
+        type=number(float, 0, 1, above=True),
+        default=1.0,
+        metavar="R",
+        help="random share of an image's patches that a training step sees [%(default)g]",
     )
     group = parser.add_argument_group("search, on validation accuracy")
     add = group.add_argument
@@ -237,7 +260,12 @@ def add_mask_options(parser: argparse.ArgumentParser, *, files: bool = True) -> 
     )
     add = group.add_argument
     if files:
-        add("--mask", metavar="FILE", help="a mask that `calibrate` wrote [everything trains]")
+        add(
+            "--mask",
+            type=path,
+            metavar="FILE",
+            help="a mask that `calibrate` wrote [everything trains]",
+        )
     add(
         "--mask-rule",
         choices=tuple(masks.RULES),
@@ -276,7 +304,8 @@ def add_mask_options(parser: argparse.ArgumentParser, *, files: bool = True) -> 
     add(
         "--calibration-images",
         type=number(int, 1),
-        help=f"images scored in a round, by all clients {mask_default('calibration_images')}",
+        help="images scored in a round by all clients together, each at least one "
+        f"{mask_default('calibration_images')}",
     )
     add(
         "--calibration-fraction",
@@ -316,6 +345,8 @@ def mask_default(name: str) -> str:
 
 
 def add_run_options(parser: argparse.ArgumentParser, unit: str | None = None) -> None:
+    """Declare what a command runs on; unit: rounds or epochs, "" of a run that has none, or None
+    of a command that makes no run."""
     group = parser.add_argument_group("run")
     add = group.add_argument
     add(
@@ -323,7 +354,7 @@ def add_run_options(parser: argparse.ArgumentParser, unit: str | None = None) ->
         default="auto",
         help="cpu, cuda or cuda:N [%(default)s: cuda where there is one]",
     )
-    add("--threads", type=number(int, 1), help="CPU threads [PyTorch's choice]")
+    add("--threads", type=number(int, 1, 1024), help="CPU threads [PyTorch's choice]")
     add(
         "--precision",
         choices=("auto", "fp32", "bf16", "fp16"),
@@ -339,6 +370,7 @@ def add_run_options(parser: argparse.ArgumentParser, unit: str | None = None) ->
     if unit is not None:
         add("--name", help="the run's folder below --runs-dir [made from the options]")
         add("--runs-dir", default="runs", help="where runs go [%(default)s]")
+    if unit:
         add(
             "--eval-every",
             type=number(int, 1),
@@ -409,7 +441,7 @@ def build_parser() -> Parser:
     add_shard_options(sub)
     add_data_options(sub)
     add_model_options(sub)
-    add_run_options(sub, "run")
+    add_run_options(sub, "")
 
     sub = command("calibrate", commands.run_calibrate)
     add_mask_options(sub, files=False)
@@ -420,7 +452,16 @@ def build_parser() -> Parser:
     sub.add_argument(
         "--head", choices=("probe", "ridge"), default="ridge", help="head to score under [ridge]"
     )
-    add_run_options(sub, "run")
+    add_run_options(sub, "")
+
+    sub = command("doctor", run_doctor)
+    sub.add_argument("--json", type=path, metavar="FILE", help="where the figures go too [none]")
+    sub.add_argument(
+        "fedavg_command",
+        nargs=argparse.REMAINDER,
+        metavar="fedavg ...",
+        help="the command to examine, as it would be typed [fedavg]",
+    )
 
     sub = command("shards", commands.run_shards)
     sub.add_argument(
@@ -455,13 +496,16 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
         ValueError: the message names the options.
     """
     o = options
+    if getattr(o, "augment", False) is None and o.train not in ("all", "blocks.0"):
+        o.augment = False
     for name, value in BY_DATA[o.data].items() if hasattr(o, "data") else ():
         if hasattr(o, name) and getattr(o, name) is None:
             setattr(o, name, value)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and o.command != "fedavg":
         raise ValueError(f"torchrun spreads the clients of fedavg; start {o.command} without it")
     if hasattr(o, "model"):
-        vit.check_image_size([o.image_size], vit.MODELS[o.model].patch)
+        with naming("--image-size"):
+            vit.check_image_size([o.image_size], vit.MODELS[o.model].patch)
         if o.weights == "dino" and o.model != "vit_s16":
             raise ValueError(f"--weights dino is a vit_s16, not {o.model}: --weights FILE or none")
     if getattr(o, "head", "ridge") != "linear" and "val_fraction" in o and not o.val_fraction:
@@ -471,6 +515,15 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
     if hasattr(o, "train"):
         resolve_training(o)
     return o
+
+
+@contextlib.contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Say in an error which option it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
 
 
 def resolve_mask(o: argparse.Namespace) -> None:
@@ -500,8 +553,13 @@ def fill_mask_options(o: argparse.Namespace) -> None:
     for name, value in MASK_DEFAULTS.items():
         if getattr(o, name) is None and not (name == "sparsity" and o.threshold is not None):
             setattr(o, name, value)
-    if o.sparsity is not None:
-        masks.budget(1, o.sparsity)
+    if o.sparsity is not None and not o.sparsity < 1:
+        raise ValueError(f"--sparsity {o.sparsity:g}: the frozen share must be below 1")
+    if o.threshold is not None and o.consensus not in ("mean", "max"):
+        raise ValueError(
+            f"--threshold is compared with scores, and --consensus {o.consensus} makes ranks of "
+            "them: --consensus mean or max, or a --sparsity"
+        )
     if o.threshold is not None and o.mask_rule == "random":
         raise ValueError("--threshold has no meaning for --mask-rule random: --sparsity")
     if o.threshold is not None and o.per_tensor:
@@ -513,7 +571,7 @@ def fill_mask_options(o: argparse.Namespace) -> None:
 def default_lr(o: argparse.Namespace) -> float:
     """Return --lr's default for the data set, what trains, and what the clients hold."""
     if o.data == "synthetic":
-        return 0.2
+        return LR_OF_SYNTHETIC[o.head != "linear"]
     head_only = o.train == "head" and o.head != "linear"
     table = LR_OF_FITTED_HEAD if head_only else LR_OF_BACKBONE
     held = getattr(o, "nc", None) or math.inf
@@ -532,6 +590,10 @@ def resolve_training(o: argparse.Namespace) -> None:
         raise ValueError(
             "--freeze-head with --head linear would keep a head of zeros: --head ridge or probe"
         )
+    if o.keep_tokens < 1 and o.train == "head":
+        raise ValueError("--keep-tokens thins out images, and --train head sees their features")
+    if o.augment and o.train == "head":
+        raise ValueError("--augment changes images, and --train head sees their features")
     if o.freeze_head and o.train == "head":
         raise ValueError("--train head with --freeze-head leaves nothing to train")
     if o.search and not o.val_fraction:
@@ -540,11 +602,26 @@ def resolve_training(o: argparse.Namespace) -> None:
         o.search_lr = o.search_weight_decay = o.search_length = None
     elif o.search_lr is None:
         o.search_lr = [o.lr / 3, o.lr, 3 * o.lr]
-    if o.warmup >= total:
-        raise ValueError(f"--warmup {o.warmup:g} must be shorter than --{unit} {total}")
+    if o.warmup >= (shortest := min(total, o.search_length or total)):
+        raise ValueError(f"--warmup {o.warmup:g} must be shorter than {shortest} {unit}")
     if o.eval_every is None:
         o.eval_every = math.ceil(total / EVALUATIONS)
-    check_sgd_options(o.lr, o.momentum, 0.0, o.weight_decay, o.nesterov)
+    with naming("--nesterov"):
+        check_sgd_options(o.lr, o.momentum, 0.0, o.weight_decay, o.nesterov)
+
+
+def run_doctor(options: argparse.Namespace) -> None:
+    """Say what this machine is, which kernels run on it, and how long a fedavg command will take.
+
+    It needs no download: images and weights are generated.
+    """
+    name, *rest = options.fedavg_command or ["fedavg"]
+    if name != "fedavg":
+        raise ValueError(f"doctor examines a fedavg command, not {name!r}")
+    figures = doctor.examine(resolve(build_parser().parse_args(["fedavg", *rest])))
+    doctor.print_table(figures)
+    if options.json:
+        runs.write_json(Path(options.json), figures)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import sys
 import time
@@ -53,17 +54,26 @@ class Workspace:
         self.train_index, self.val_index = data.split_validation(
             labels, options.val_fraction, options.seed
         )
+        if options.val_fraction and not len(self.val_index):
+            raise ValueError(
+                f"--val-fraction {options.val_fraction:g} holds out no image of any class"
+            )
         self.train_labels = labels[self.train_index]
 
     def shards(self) -> list[np.ndarray]:
         """Return each client's indices into the training images."""
-        options, labels = self.options, self.train_labels
-        if options.nc is not None:
-            parts = data.shard_by_class(labels, options.clients, options.nc, options.seed)
-        elif options.dirichlet is not None:
-            parts = data.shard_dirichlet(labels, options.clients, options.dirichlet, options.seed)
-        else:
-            parts = data.shard_iid(labels, options.clients, options.seed)
+        options, labels, k = self.options, self.train_labels, self.options.clients
+        named = f"--clients {k}"
+        try:
+            if options.nc is not None:
+                named += f" --nc {options.nc}"
+                parts = data.shard_by_class(labels, k, options.nc, options.seed)
+            elif options.dirichlet is not None:
+                parts = data.shard_dirichlet(labels, k, options.dirichlet, options.seed)
+            else:
+                parts = data.shard_iid(labels, k, options.seed)
+        except ValueError as error:
+            raise ValueError(f"{named}: {error}") from None
         return [self.train_index[part] for part in parts]
 
     def build_model(self) -> vit.VisionTransformer:
@@ -119,6 +129,31 @@ class Workspace:
             print(f"warning: the features are not kept: {error}", file=sys.stderr)
         return features
 
+    @torch.no_grad()
+    def tokens(self, model: vit.VisionTransformer, first: int) -> dict[str, Tensor] | None:
+        """Return the input (N, 1 + T, D) of block `first` for all images of each part, unaugmented.
+
+        They lie on the device where half of its free memory holds them, else on the host; None
+        where they fit on neither.
+        """
+        preprocess, images = self.preprocess(), {k: s.images for k, s in self.sets.items()}
+        shape = 1 + (preprocess.image_size // model.shape.patch) ** 2, model.shape.width
+        count = sum(map(len, images.values()))
+        needed = count * math.prod(shape) * self.dtype.itemsize
+        places = dict.fromkeys((self.device, torch.device("cpu")))
+        place = next((d for d in places if needed <= free_memory(d) / 2), None)
+        if place is None:
+            return None
+        backbone, result = cast_copy(model, self.dtype), {}
+        status, done = Status("activations of the images", count), 0
+        for part, pixels in images.items():
+            result[part] = torch.empty(len(pixels), *shape, dtype=self.dtype, device=place)
+            for chunk in data.in_chunks(len(pixels), self.options.eval_batch):
+                result[part][chunk] = backbone.tokens(preprocess(pixels[chunk]), first)
+                status.show(done := done + len(pixels[chunk]))
+        status.close()
+        return result
+
     def fit_head(self, features: Tensor, kind: str) -> head.FittedHead:
         """Fit a "ridge" head or a linear "probe" on the training split, choices by validation."""
         labels = self.sets["train"].labels
@@ -150,7 +185,9 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name}: choose auto, cpu, cuda or cuda:N") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"--device {name}: PyTorch sees no CUDA device here; --device cpu runs anywhere"
@@ -166,6 +203,16 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         recent = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if recent else torch.float16
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def free_memory(device: torch.device) -> int:
+    """Return how many bytes are free on a device; on a host that does not say, none."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # macOS and Windows
+        return 0
 
 
 def fingerprint(model: vit.VisionTransformer) -> str:

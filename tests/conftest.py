@@ -51,3 +51,29 @@ def cli(small_data, capsys):
         return status, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def learners(monkeypatch):
+    """The learners of the runs that a test makes, as the runs leave them."""
+    import session
+
+    made = []
+
+    class Recorded(session.Learner):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(session, "Learner", Recorded)
+    return made
+
+
+def assert_frozen_stayed(learner) -> None:
+    """Compare a learner's model with its start: what its mask freezes is the same to the bit."""
+    start, moved = dict(learner.workspace.build_model().named_parameters()), 0
+    now = dict(learner.model.named_parameters())
+    for name, trains in learner.mask.parts().items():
+        assert torch.equal(now[name][~trains], start[name][~trains]), name
+        moved += (now[name][trains] != start[name][trains]).sum().item()
+    assert moved > 0.9 * learner.mask.made["kept"] == 0.9 * learner.entries.size

@@ -6,12 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import assert_frozen_stayed
 from test_learner import build
 from test_train import FEDAVG, TINY, records, theta, without_seconds
 
 import calibration
 import learner as learning
 import masks
+import runs
 import train
 from calibration import Calibration, Mask, density_table
 from fisher import fisher_diagonal
@@ -95,7 +97,7 @@ def test_a_mask_file_holds_all_of_the_mask(small_data, tmp_path):
     mask.save(tmp_path / "deep" / "mask.pt")
     model = prepare(small_data).model
     again = Mask.load(tmp_path / "deep" / "mask.pt", model)
-    assert again.equals(mask) and again.made == mask.made
+    assert again.sha256 == mask.sha256 and again.made == mask.made
     assert again.made["mask_rule"] == "least-sensitive" and again.made["sparsity"] == 0.7
     assert mask.bytes == math.ceil(len(mask.kept) / 8)
     kinds, layers, density = density_table(mask)
@@ -113,31 +115,21 @@ def test_a_mask_file_holds_all_of_the_mask(small_data, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["fedavg", "centralized"])
-@pytest.mark.parametrize("extra", [(), ("--weight-decay", 0.1, "--nesterov")])
-def test_frozen_coordinates_keep_their_bits_through_a_whole_run(cli, small_data, command, extra):
+@pytest.mark.parametrize(
+    ("sparsity", "extra"), [(0.9, ()), (0.9, ("--weight-decay", 0.1, "--nesterov")), (0.2, ())]
+)
+def test_frozen_coordinates_keep_their_bits_through_a_whole_run(
+    cli, small_data, learners, command, sparsity, extra
+):
     options = [o for o in SPARSE[1:] if command == "fedavg"] or [
         *("--data", "synthetic", "--epochs", 1, *MASK)
     ]
-    status, _, err = cli(command, *options, "--sparsity", 0.9, "--name", "s", "--lr", 0.05, *extra)
+    options += ["--sparsity", sparsity, "--lr", 0.01, *extra, "--name", "s"]
+    status, _, err = cli(command, *options)
     assert status == 0, err
-    folder = small_data / "runs" / "s"
-    config = json.loads((folder / "config.json").read_text())["options"]
-    parsed = train.resolve(train.build_parser().parse_args([command, "--data", "synthetic"]))
-    for name, value in config.items():
-        setattr(parsed, name, value)
-    workspace = Workspace(parsed)
-    start = {n: p.detach().clone() for n, p in workspace.build_model().named_parameters()}
-    done = learning.Learner(
-        workspace, workspace.build_model(), parsed, folder, [workspace.train_index]
-    )
-    done.entries.load(theta(folder))
-    moved = 0
-    for name, part in done.mask.parts().items():
-        now = dict(done.model.named_parameters())[name]
-        assert torch.equal(now[~part], start[name][~part]), name
-        moved += (now[part] != start[name][part]).sum().item()
-    assert len(theta(folder)) == done.mask.made["kept"] == done.entries.size
-    assert moved > 0.9 * done.mask.made["kept"]
+    (learner,) = learners
+    assert_frozen_stayed(learner)
+    assert torch.equal(theta(small_data / "runs" / "s"), learner.entries.theta)
 
 
 def test_compact_and_dense_steps_give_the_same_bits(cli, small_data, monkeypatch):
@@ -248,7 +240,7 @@ def test_every_kind_of_mask_trains(cli, small_data, options):
 BAD = {
     "--sparsity makes a mask and needs --mask-rule": ("--sparsity", 0.5),
     "--quorum makes a mask and needs --mask-rule": ("--quorum", 5),
-    "the sparsity must lie in [0, 1), not 1.0": (*MASK, "--sparsity", 1),
+    "--sparsity 1: the frozen share must be below 1": (*MASK, "--sparsity", 1),
     "--sparsity: -0.1 must be at least 0": (*MASK, "--sparsity", -0.1),
     "--calibration-rounds: 0 must be at least 1": (*MASK, "--calibration-rounds", 0),
     "argument --threshold: not allowed with argument --sparsity": (
@@ -266,7 +258,18 @@ BAD = {
     "no parameter of the backbone has such a name": (*MASK, "--mask-scope", "head.*"),
     "mask nowhere.pt: no such file": ("--head", "ridge", "--mask", "nowhere.pt"),
     "leave --mask-rule away": (*MASK, "--mask", "nowhere.pt"),
-    "no key is at most": (*MASK, "--threshold", 0),
+    "--threshold 0 keeps nothing in calibration round 1": (*MASK, "--threshold", 0),
+    "--threshold is compared with scores": (
+        *(*MASK, "--threshold", 1, "--consensus", "median-rank"),
+    ),
+    "--sparsity 0.999 keeps none of the 48 entries": (
+        *(*MASK, "--mask-scope", "norm.bias", "--sparsity", 0.999),
+    ),
+    "--mask-scope blokcs.*": (*MASK, "--mask-scope", "norm.bias", "blokcs.*"),
+    "--quorum 9: only 3 clients score": (
+        *(*MASK, "--consensus", "vote", "--quorum", 9, "--calibration-fraction", 0.3),
+    ),
+    "argument --mask: the name of a file is empty": ("--head", "ridge", "--mask", ""),
 }
 
 
@@ -275,6 +278,7 @@ def test_bad_mask_options_get_one_line(cli, small_data, message):
     status, out, err = cli(*TINY, *BAD[message])
     assert status == 2 and message in err, err
     assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
+    assert not list(small_data.glob("runs/*"))  # the corrected command finds nothing in its way
 
 
 def test_bad_mask_files_are_named(cli, small_data):
@@ -285,12 +289,12 @@ def test_bad_mask_files_are_named(cli, small_data):
     for damage in (whole[: len(whole) // 2], whole[:-60] + b"x" + whole[-59:], b""):
         path.write_bytes(damage)
         status, _, err = cli(*options)
-        assert status == 2 and str(path) in err and "is damaged" in err
+        assert status == 2 and str(path) in err and "damaged" in err
     path.write_bytes(whole)
     status, _, err = cli(*options, "--model", "vit_ti16", "--weights", "none", "--image-size", 32)
     assert status == 2 and "made for another model, cls_token is (1, 1, 48) in the mask" in err
     status, _, err = cli(*TINY, "--head", "ridge", "--mask", small_data / "runs/m/summary.json")
-    assert status == 2 and "summary.json is damaged" in err
+    assert status == 2 and "summary.json: damaged, or no mask that `calibrate` wrote" in err
     assert [p.name for p in (small_data / "runs").iterdir()] == ["m"]  # no half-written run
 
 
@@ -305,7 +309,30 @@ def test_a_run_refuses_a_mask_file_that_changed(cli, small_data):
     a.write_bytes(b.read_bytes())
     status, _, err = cli(*options, "--rounds", 3)
     assert status == 2 and "is not the mask that" in err
+    kept = small_data / "runs" / "x" / "mask.pt"
+    own = kept.read_bytes()
+    kept.unlink()
+    status, _, err = cli(*options, "--rounds", 3)
+    assert status == 2 and "mask_sha256 is" in err
+    kept.write_bytes(own)
     a.unlink()
     assert cli(*options, "--rounds", 3)[0] == 0  # the run keeps its own copy
     a.write_bytes(first)
     assert cli(*options, "--rounds", 4)[0] == 0
+
+
+def test_an_empty_mask_is_refused(cli, small_data):
+    cli("calibrate", *FEDAVG[1:], "--calibration-images", 100, "--name", "m")
+    path = small_data / "runs" / "m" / "mask.pt"
+    content = runs.load_checked(path)
+    runs.save_checked(path, content | {"bits": torch.zeros_like(content["bits"])})
+    status, _, err = cli(*TINY, "--head", "ridge", "--mask", path)
+    assert status == 2 and "it keeps no entry" in err
+
+
+def test_clients_whose_own_masks_are_empty_are_not_compared(cli, small_data):
+    making = ("--mask-rule", "most-sensitive", "--calibration-rounds", 1, "--name", "m")
+    top = ("--threshold", 0.02)  # of the mean: few clients have such scores by themselves
+    status, out, err = cli("calibrate", *FEDAVG[1:], "--calibration-images", 100, *making, *top)
+    assert status == 0, err
+    assert (small_data / "runs" / "m" / "summary.json").exists()

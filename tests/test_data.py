@@ -300,3 +300,14 @@ def test_resizing_agrees_with_pil_to_a_grey_level():
     theirs = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()
     # PIL rounds after each pass, and the second pass weighs the first rounding by up to 1.3
     assert (ours - theirs).abs().max() <= 1.15
+
+
+def test_kept_patches_are_drawn_beside_the_crops():
+    where = dict(seed=0, round=3, client=2)
+    plain = draw_batches(np.arange(50), 8, 40, **where)
+    draws = draw_batches(np.arange(50), 8, 40, **where, keep=(5, 16))
+    assert torch.equal(draws[..., :4], plain)
+    kept = draws[..., 4:]
+    assert kept.shape == (40, 8, 5) and (kept.diff(dim=2) > 0).all()
+    counts = torch.bincount(kept.flatten(), minlength=16)
+    assert len(counts) == 16 and (counts - 100).abs().max() < 50  # 100 each, 8 to a deviation

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-LEAVES = "data model head sparse_sgdm fisher masks fedavg centralized runs plots".split()
+LEAVES = "data model head sparse_sgdm fisher masks fedavg ranks centralized runs plots".split()
 
 
 def header_example(source: str) -> str:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import model as vit
-from model import FlatView, build_vit, load_weights, trained_names
+from model import FlatView, build_vit, first_trained_block, load_weights, trained_names
 
 
 def randomise(model, seed=0):
@@ -295,3 +295,37 @@ def test_other_precisions():
     assert double.theta.dtype == double.grad.dtype == torch.float64
     with pytest.raises(ValueError, match="at least one parameter"):
         FlatView([])
+
+
+def test_a_model_on_kept_patches_is_the_model_of_those_patches():
+    model = build_vit("vit_demo", 10)
+    images, generator = torch.randn(3, 3, 32, 32), torch.Generator().manual_seed(0)
+    everything = torch.stack([torch.randperm(16, generator=generator) for _ in range(3)])
+    whole = model.features(images)  # attention does not know the order of patches
+    torch.testing.assert_close(model.features(images, everything), whole, rtol=1e-5, atol=1e-5)
+    keep = everything[:, :5]
+    tokens = model.embed(images)
+    kept = torch.stack([t[[0, *(k + 1).tolist()]] for t, k in zip(tokens, keep, strict=True)])
+    assert torch.equal(model.embed(images, keep), kept)
+    assert not torch.allclose(model.features(images, keep), whole, rtol=1e-3)
+
+
+def test_features_can_be_had_from_any_block_on():
+    model = build_vit("vit_demo", 10)
+    images = torch.randn(2, 3, 32, 32)
+    for first in range(model.shape.depth + 1):
+        tokens = model.tokens(images, first)
+        assert torch.equal(model.features_from(tokens, first), model.features(images))
+
+
+@pytest.mark.parametrize(
+    ("names", "first"),
+    [
+        (["cls_token", "blocks.3.norm1.weight"], 0),
+        (["patch_embed.proj.bias"], 0),
+        (["blocks.10.norm1.weight", "blocks.2.mlp.fc1.bias"], 2),
+        (["norm.weight", "head.bias"], 12),
+    ],
+)
+def test_the_first_trained_block(names, first):
+    assert first_trained_block(names, 12) == first

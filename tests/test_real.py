@@ -4,8 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_frozen_stayed
 
+import data
+import model as vit
 import train
+from fisher import fisher_diagonal
 
 pytest.importorskip("torchvision")
 
@@ -48,3 +54,33 @@ def test_a_round_on_real_images_improves_validation(real, tmp_path):
     assert summary["final"]["val_loss"] < start["val_loss"]
     shards = np.load(tmp_path / "runs" / "x" / "shards.npz")
     assert len(np.unique(shards["clients"])) == 45_000 and len(shards["validation"]) == 5000
+
+
+def test_frozen_coordinates_of_the_real_model_keep_their_bits(real, learners):
+    masked = ["--mask-rule", "least-sensitive", "--sparsity", 0.9, "--calibration-images", 100]
+    options = ["--rounds", 2, "--J", 2, "--batch-size", 8, "--eval-every", 2, "--eval-batch", 500]
+    real("fedavg", *masked, "--calibration-rounds", 2, *options, "--lr", 0.03)
+    (learner,) = learners
+    assert_frozen_stayed(learner)
+
+
+def test_the_scores_of_the_real_model_are_the_per_sample_ones(real_data):
+    model = vit.build_vit("vit_ti16", 100)
+    vit.load_weights(model, real_data / "vit_tiny_patch16_224.pth")
+    with torch.no_grad():
+        model.head.weight.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    train_set = data.load_cifar100(real_data).train
+    preprocess = data.Preprocess(96, *vit.HALF, "cpu", torch.float32)
+    images, labels = preprocess(train_set.images[:4]), train_set.labels[:4]
+    scores = fisher_diagonal(model, [(images, labels)], labels="true")
+    model = model.double()
+    values = {name: p.detach() for name, p in model.named_parameters()}
+
+    def log_likelihood(values, image, label):
+        logits = torch.func.functional_call(model, values, (image[None],))
+        return F.log_softmax(logits.double(), dim=1)[0, label]
+
+    gradient = torch.func.vmap(torch.func.grad(log_likelihood), in_dims=(None, 0, 0))
+    for name, expected in gradient(values, images.double(), labels).items():
+        expected = expected.double().square().mean(dim=0)
+        assert (scores[name] - expected).norm() < 1e-5 * expected.norm(), name

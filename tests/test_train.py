@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import model as vit
+import plots
+import runs
 import train
+import workspace
 
 FEDAVG = ("fedavg", "--data", "synthetic")
 TINY = (*FEDAVG, "--rounds", 2, "--clients", 10, "--fraction", 0.3, "--batch-size", 8)
@@ -47,6 +50,7 @@ def test_the_headline_command_means_what_the_readme_says():
         ("--nc 10 --train head", 0.003),
         ("--nc 1 --lr 0.5", 0.5),
         ("--data synthetic --nc 1", 0.2),
+        ("--data synthetic --head ridge", 0.01),
     ],
 )
 def test_the_default_step_follows_what_clients_hold(options, lr):
@@ -82,6 +86,76 @@ def test_more_rounds_extend_a_run_to_the_bits_of_a_longer_one(cli, small_data):
     assert torch.equal(theta(a), theta(b))
 
 
+def test_fewer_rounds_than_a_run_has_are_refused(cli, small_data, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(runs.Run, "summarise", None)  # ends before the summary is written
+        cli(*TINY, "--name", "x")
+    status, _, err = cli(*TINY, "--name", "x", "--rounds", 1)
+    assert status == 2 and "is at round 2 already, beyond 1" in err
+
+
+def test_a_kill_between_the_renames_of_a_checkpoint_changes_nothing(cli, small_data):
+    options = (*TINY, "--head", "ridge", "--eval-every", 1)
+    for name, rounds in (("a", 3), ("b", 2)):
+        assert cli(*options, "--name", name, "--rounds", rounds)[0] == 0
+    a, b = small_data / "runs" / "a", small_data / "runs" / "b"
+    (b / "checkpoint.pt").rename(b / "checkpoint.prev.pt")
+    assert cli(*options, "--name", "b", "--rounds", 3)[0] == 0
+    assert without_seconds(a) == without_seconds(b)
+
+
+def test_a_folder_that_another_process_runs_is_left_alone(cli, small_data):
+    fcntl = pytest.importorskip("fcntl")
+    assert cli(*TINY, "--name", "x")[0] == 0
+    with open(small_data / "runs" / "x" / "lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        status, _, err = cli(*TINY, "--name", "x", "--rounds", 3)
+    assert status == 2 and "x is open in another process" in err
+    assert cli(*TINY, "--name", "x", "--rounds", 3)[0] == 0
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"round"'])
+def test_a_damaged_summary_is_written_anew(cli, small_data, damage):
+    assert cli(*TINY, "--name", "x")[0] == 0
+    path = small_data / "runs" / "x" / "summary.json"
+    whole = json.loads(path.read_text())
+    path.write_text(damage)
+    assert cli(*TINY, "--name", "x")[0] == 0
+    assert json.loads(path.read_text())["final"] == whole["final"]
+
+
+def test_without_validation_data_the_summary_has_the_test_set(cli, small_data):
+    status, out, _ = cli(*TINY, "--val-fraction", 0, "--name", "x")
+    summary = json.loads((small_data / "runs" / "x" / "summary.json").read_text())
+    assert status == 0 and "test accuracy" in out.splitlines()[-1]
+    assert "test_acc" in summary["final"] and "best_by_validation" not in summary
+
+
+def test_activations_below_what_trains_are_computed_once(cli, small_data, monkeypatch):
+    options = (*TINY, "--train", "blocks.1", "--head", "ridge", "--eval-every", 1)
+    status, out, _ = cli(*options, "--name", "once")
+    assert status == 0 and "below block 1 are computed once" in out
+    monkeypatch.setattr(workspace, "free_memory", lambda device: 0)
+    status, out, _ = cli(*options, "--name", "always")
+    assert status == 0 and "do not fit in memory" in out
+    once, always = (records(small_data / "runs" / name) for name in ("once", "always"))
+    for a, b in zip(once, always, strict=True):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4)
+    status, out, _ = cli(*options, "--name", "augmented", "--augment")
+    assert status == 0 and "below block" not in out
+
+
+def test_training_steps_see_a_share_of_the_tokens_and_evaluations_all(cli, small_data):
+    for name, share in (("all", 1.0), ("half", 0.5)):
+        options = ("--keep-tokens", share, "--head", "ridge", "--name", name)
+        assert cli(*TINY, *options)[0] == 0
+    (start, *_, whole), (same, *_, half) = (
+        records(small_data / "runs" / name) for name in ("all", "half")
+    )
+    assert start == same
+    assert whole["train_loss"] != half["train_loss"]
+
+
 def test_a_schedule_fixes_the_number_of_rounds(cli):
     cosine = (*TINY, "--schedule", "cosine", "--name", "c")
     assert cli(*cosine)[0] == 0
@@ -108,6 +182,7 @@ def test_another_seed_is_another_run(cli, small_data):
         ("--dirichlet", 0.3, "--server-lr", 0.5, "--nesterov", "--weight-decay", 1e-3),
         ("--augment", "--schedule", "exponential", "--warmup", 1),
         ("--image-size", 48, "--normalisation", "imagenet"),
+        ("--keep-tokens", 0.5, "--head", "ridge"),
         ("--precision", "bf16", "--head", "ridge"),
         ("--precision", "fp16"),
     ],
@@ -131,7 +206,6 @@ def test_from_a_block_on_only_what_follows_trains_and_is_sent(cli, small_data):
 
 
 def test_centralized_training_resumes_within_an_epoch(cli, small_data, monkeypatch):
-    import runs
     from centralized import Centralized
 
     short = ("centralized", "--data", "synthetic", "--epochs", 2, "--schedule", "cosine")
@@ -161,12 +235,34 @@ def test_search_takes_the_best_by_validation(cli, small_data):
     assert status == 0 and best["lr"] == 0.2 == config["options"]["lr"]
 
 
+def test_a_search_goes_on_past_a_rate_that_diverges(cli, small_data):
+    grid = ("--search", "--search-lr", 0.05, 1e30, "--search-weight-decay", 0.0)
+    status, out, _ = cli(*TINY, *grid, "--momentum", 0, "--name", "s")
+    found = json.loads((small_data / "runs" / "s" / "search.json").read_text())
+    assert status == 0 and "search: given up, round 1, client" in out
+    assert found["best"]["lr"] == 0.05 and len(found["cells"]) == 2
+
+
 def test_ridge_is_the_same_from_the_clients_sums(cli, small_data):
     for sharding in ((), ("--nc", 1), ("--nc", 50), ("--dirichlet", 0.1)):
         assert cli("ridge", "--data", "synthetic", "--name", "r", *sharding)[0] in (0, 2)
     status, out, _ = cli("ridge", "--data", "synthetic", "--name", "n", "--nc", 1)
     summary = json.loads((small_data / "runs" / "n" / "summary.json").read_text())
     assert status == 0 and summary["difference_to_central"] < 1e-6
+
+
+@pytest.mark.parametrize("options", [(), ("--train", "head"), ("--nc", 5, "--train", "blocks.1")])
+def test_doctor_says_what_a_command_will_cost(cli, small_data, options):
+    command = ("doctor", "--json", "d.json", *TINY, "--rounds", 50, *options)
+    status, out, err = cli(*command)
+    assert status == 0, err
+    figures = json.loads((small_data / "d.json").read_text())
+    assert figures["seconds_a_round"] == pytest.approx(3 * figures["seconds_a_client"], rel=1e-3)
+    least = 50 * figures["seconds_a_round"]
+    assert least < figures["seconds_in_all"] < 2 * least + 100 * figures["seconds_an_evaluation"]
+    assert "seconds a round" in out and "time in all" in out
+    assert not (small_data / "runs").exists() and not (small_data / "data").exists()
+    assert cli("doctor", "ridge")[0] == 2
 
 
 def test_shards_prints_and_plots(cli, small_data):
@@ -179,17 +275,21 @@ def test_shards_prints_and_plots(cli, small_data):
     assert (small_data / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_plot_draws_several_runs(cli, small_data):
+def test_plot_draws_several_runs(cli, small_data, monkeypatch):
     pytest.importorskip("matplotlib")
-    for name in "ab":
+    for name in ("a", "b", "c/a"):
         cli(*TINY, "--name", name)
     status, out, _ = cli("plot", "runs/a", "runs/b", "--out", "ab.png")
     assert status == 0 and (small_data / "ab.png").read_bytes().startswith(b"\x89PNG")
+    drawn = {}
+    monkeypatch.setattr(plots, "plot_curves", lambda logs, path: drawn.update(logs))
+    cli("plot", "runs/a", "runs/c/a")
+    assert list(drawn) == ["runs/a", "runs/c/a"]
 
 
 BAD = {
     "--clients above": (*FEDAVG, "--clients", 3601),
-    "5 clients of 3 classes cannot cover 100": (*FEDAVG, "--clients", 5, "--nc", 3),
+    "--clients 5 --nc 3: 5 clients of 3 classes cannot cover": (*FEDAVG, "--clients", 5, "--nc", 3),
     "N_c must lie in 1..100": (*FEDAVG, "--nc", 101),
     "argument --nc: 0 must be at least 1": (*FEDAVG, "--nc", 0),
     "need 5000 parts": (*FEDAVG, "--clients", 1000, "--nc", 5),
@@ -201,12 +301,22 @@ BAD = {
     "argument --fraction/--C: 1.1 must be above 0 and at most 1": (*FEDAVG, "--fraction", 1.1),
     "--lr: nan must be at least 0": (*FEDAVG, "--lr", "nan"),
     "--lr: -1 must be at least 0": (*FEDAVG, "--lr", -1),
-    "image size 36 is no multiple of the patch size 8": (*FEDAVG, "--image-size", 36),
+    "--image-size: image size 36 is no multiple of the patch size 8": (*FEDAVG, "--image-size", 36),
     "--train block.3: choose all, head, or one of blocks.0 to": (*FEDAVG, "--train", "block.3"),
     "nothing to train": (*FEDAVG, "--train", "head", "--head", "ridge", "--freeze-head"),
     "a head of zeros": (*FEDAVG, "--freeze-head"),
-    "nesterov needs a momentum": (*FEDAVG, "--nesterov", "--momentum", 0),
-    "--warmup 100 must be shorter than --rounds 100": (*FEDAVG, "--warmup", 100),
+    "--nesterov: nesterov needs a momentum": (*FEDAVG, "--nesterov", "--momentum", 0),
+    "--warmup 100 must be shorter than 100 rounds": (*FEDAVG, "--warmup", 100),
+    "--warmup 2 must be shorter than 1 rounds": (
+        *(*FEDAVG, "--warmup", 2, "--search", "--search-length", 1),
+    ),
+    "--val-fraction 0.002 holds out no image": (*FEDAVG, "--val-fraction", 0.002),
+    "at most 9.22337e+18": (*FEDAVG, "--seed", 2**63),
+    "--device meta: choose auto, cpu": (*FEDAVG, "--device", "meta"),
+    "at most 1024": (*FEDAVG, "--threads", 100_000),
+    "--train head sees their features": (*FEDAVG, "--train", "head", "--augment"),
+    "--keep-tokens: 0 must be above 0": (*FEDAVG, "--keep-tokens", 0),
+    "--keep-tokens thins out images": (*FEDAVG, "--train", "head", "--keep-tokens", 0.5),
     "needs validation data": (*FEDAVG, "--head", "ridge", "--val-fraction", 0),
     "weights nowhere.pth: no such file": (*FEDAVG, "--weights", "nowhere.pth"),
     "--weights dino is a vit_s16": (*FEDAVG, "--weights", "dino"),

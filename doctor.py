@@ -1,0 +1,160 @@
+"""What a command will cost on this machine: device, kernels, seconds a round, the time it takes.
+
+Measured on generated images of CIFAR's size and untrained weights, so that nothing is downloaded;
+neither changes the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import fisher
+import sparse_sgdm
+from learner import Learner
+from session import federate
+from workspace import Workspace, duration, free_memory
+
+CLIENTS_TIMED = 5
+EVALUATED = 5_000 + 10_000  # images of an evaluation on CIFAR-100: validation and test
+
+
+def examine(options: argparse.Namespace) -> dict:
+    """Return the figures of a `fedavg` command, its options resolved, on this machine."""
+    trial = argparse.Namespace(**vars(options))
+    trial.data, trial.weights, trial.mask, trial.mask_rule = "synthetic", "none", None, None
+    trial.head, trial.freeze_head = "linear", False
+    trial.clients = min(options.clients, 1000)
+    workspace = Workspace(trial)
+    with tempfile.TemporaryDirectory() as folder:
+        trial.data_dir = folder
+        shards = workspace.shards()
+        learner = Learner(workspace, workspace.build_model(), trial, Path(folder), shards)
+        learner.keep_activations()
+    client, evaluation = time_client(learner, shards), time_evaluation(learner)
+    sampled = max(1, round(options.fraction * options.clients))
+    evaluations = 1 + -(-options.rounds // options.eval_every)
+    left = options.rounds * sampled * client + evaluations * evaluation
+    return environment(workspace) | {
+        "parameters": learner.entries.size,
+        "seconds_a_client": float(f"{client:.4g}"),
+        "seconds_a_round": float(f"{sampled * client:.4g}"),
+        "images_a_second": float(f"{options.J * options.batch_size / client:.4g}"),
+        "seconds_an_evaluation": float(f"{evaluation:.4g}"),
+        "rounds": options.rounds,
+        "seconds_in_all": float(f"{left:.4g}"),
+        "largest_batch": largest_batch(learner),
+    }
+
+
+def environment(workspace: Workspace) -> dict:
+    """Return what the machine is and which kernels run on it."""
+    device = workspace.device
+    return workspace.environment() | {
+        "python": platform.python_version(),
+        "free_memory_gb": round(free_memory(device) / 1e9, 1),
+        "kernels": {name: kernel(device) for name, kernel in KERNELS.items()},
+    }
+
+
+def optimiser_kernel(device: torch.device) -> str:
+    """Say whether the fused optimiser kernel compiles and equals the reference on the device."""
+    if not device.type == "cuda":
+        return "reference (no CUDA device)"
+    theta, grad = torch.randn(2, 4099, device=device).unbind()
+    mask, other = grad > 0, theta.clone()
+    try:
+        sparse_sgdm.sparse_sgdm_(theta, grad, None, mask, lr=0.1, backend="triton")
+    except Exception as error:  # compilers fail in many ways
+        return f"reference ({str(error).splitlines()[0]})"
+    sparse_sgdm.sparse_sgdm_(other, grad, None, mask, lr=0.1, backend="reference")
+    return "triton" if torch.allclose(theta, other) else "triton DIFFERS from the reference"
+
+
+def scoring_kernel(device: torch.device) -> str:
+    """Say the same of the kernel that accumulates squared sums."""
+    if not device.type == "cuda":
+        return "reference (no CUDA device)"
+    grads, inputs = torch.randn(2, 3, 17, 65, device=device).unbind()
+    totals = torch.zeros(2, 65, 65, device=device)
+    try:
+        fisher.square_accumulate_(totals[0], grads, inputs, backend="triton")
+    except Exception as error:
+        return f"reference ({str(error).splitlines()[0]})"
+    fisher.square_accumulate_(totals[1], grads, inputs, backend="reference")
+    same = torch.allclose(*totals, rtol=0.02, atol=0.02)  # TF32 rounds to 10 bits
+    return "triton" if same else "triton DIFFERS from the reference"
+
+
+KERNELS = {"optimiser": optimiser_kernel, "scoring": scoring_kernel}
+
+
+def time_client(learner: Learner, shards: list[np.ndarray]) -> float:
+    """Return the median seconds of one client's part of a round, after one that warms up."""
+    federation, seconds = federate(learner, shards), []
+    if learner.on_features:  # a round's clients train together
+        for _ in range(2):
+            while (record := federation.advance()) is None:
+                pass
+        return record["seconds"] / len(record["clients"])
+    while len(seconds) <= CLIENTS_TIMED:
+        synchronise(learner.workspace.device)
+        started = time.perf_counter()
+        federation.advance()
+        synchronise(learner.workspace.device)
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds[1:]))
+
+
+def time_evaluation(learner: Learner) -> float:
+    """Return the seconds of an evaluation of EVALUATED images."""
+    learner.start = None
+    learner.evaluate()
+    synchronise(learner.workspace.device)
+    started = time.perf_counter()
+    learner.evaluate()
+    synchronise(learner.workspace.device)
+    counted = len(learner.workspace.val_index) + len(learner.labels["test"])
+    return (time.perf_counter() - started) * EVALUATED / counted
+
+
+def largest_batch(learner: Learner) -> int | None:
+    """Return the largest power of two that a training step holds on the GPU; None on a CPU."""
+    device = learner.workspace.device
+    if device.type != "cuda":
+        return None
+    size = 1
+    while size < 65_536:
+        draws = torch.zeros(2 * size, 4, dtype=torch.int64, device=device)
+        try:
+            learner.flat.grad.zero_()
+            learner.loss(draws).backward()
+            synchronise(device)
+        except torch.cuda.OutOfMemoryError:
+            break
+        size *= 2
+    torch.cuda.empty_cache()
+    return size
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what runs on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def print_table(figures: dict) -> None:
+    """Print one figure a line."""
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k}: {v}" for k, v in value.items())
+        print(f"{name.replace('_', ' '):22} {value}")
+    print(f"{'time in all':22} {duration(figures['seconds_in_all'])}")
+    sys.stdout.flush()
