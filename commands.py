@@ -156,10 +156,8 @@ def run_sweep(options: argparse.Namespace) -> None:
     if options.list:
         list_runs(experiment, folder, options.jobs)
         return
-    failed: set[str] = set()
     try:
-        while missing := experiment.missing(folder, failed):
-            failed |= sweep.run_cells(missing, folder, options.jobs)
+        failed = sweep.run_cells(experiment.missing(folder), folder, options.jobs)
     finally:
         if folder.exists():
             text = experiment.table(folder)
@@ -174,16 +172,16 @@ def list_runs(
     experiment: experiments.Experiment, folder: Path, jobs: int, details: bool = True
 ) -> None:
     """Say which runs of an experiment are done, and how long the others will take."""
-    seconds = []
-    for cell in experiment.cells(folder):
+    seconds, cells = [], experiment.cells()
+    for cell in cells:
         found = experiments.summary(folder, cell)
         if found:
             seconds.append(found["wall_seconds"])
         if details:
             print(f"{cell.name:60} {'done in ' + duration(seconds[-1]) if found else '-'}")
-    left = experiment.size - len(seconds)
+    left = len(cells) - len(seconds)
     estimate = duration(np.mean(seconds) * left / jobs) if seconds else "unknown"
-    print(f"{len(seconds)} of {experiment.size} runs done, time left: {estimate}")
+    print(f"{len(seconds)} of {len(cells)} runs done, time left: {estimate}")
 
 
 def run_eval(options: argparse.Namespace) -> None:

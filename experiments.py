@@ -1,7 +1,7 @@
 """The experiments as data: which runs make which table, and the tables from their logs.
 
-An experiment is rows of a table. A row tries its learning rates on the first seed; the one with the
-best validation accuracy is run on the other seeds too, so that every row is compared at its best.
+An experiment is rows of a table. Each row tries its learning rates on all seeds, the first rate of
+every row before the second of any, and shows the one with the best mean validation accuracy.
 Rows share their seeds, hence splits, shards, clients and batches: differences are taken seed by
 seed. `train.py sweep NAME` runs what is missing.
 """
@@ -65,72 +65,54 @@ class Experiment(NamedTuple):
     seeds: tuple[int, ...]
     baseline: tuple[str, ...]
 
-    @property
-    def size(self) -> int:
-        """How many runs make the table."""
-        return sum(len(row.rates) + len(self.seeds) - 1 for row in self.rows)
+    def cells(self) -> list[Cell]:
+        """Return all runs, in the order in which a table that is cut short says most."""
+        tries = range(max(len(row.rates) for row in self.rows))
+        pairs = [(row, lr) for i in tries for row in self.rows for lr in row.rates[i : i + 1]]
+        return [row.cell(lr, seed) for row, lr in pairs for seed in self.seeds]
 
-    def tried(self, folder: Path, row: Row) -> dict[float, dict | None]:
-        """Return what each learning rate came to on the first seed, None where it is missing."""
-        return {lr: summary(folder, row.cell(lr, self.seeds[0])) for lr in row.rates}
+    def missing(self, folder: Path) -> list[Cell]:
+        """Return the runs that are not done."""
+        return [cell for cell in self.cells() if summary(folder, cell) is None]
 
-    def chosen(self, folder: Path, row: Row) -> float | None:
-        """Return the row's best learning rate by validation, None while some are not tried."""
+    def tried(self, folder: Path, row: Row) -> dict[float, dict[int, dict]]:
+        """Return the summaries of every learning rate that all seeds have run, by seed."""
+        runs = {lr: {s: summary(folder, row.cell(lr, s)) for s in self.seeds} for lr in row.rates}
+        return {lr: found for lr, found in runs.items() if all(found.values())}
+
+    def best(self, folder: Path, row: Row) -> tuple[float, dict[int, dict]] | None:
+        """Return the learning rate with the best mean validation accuracy, and its summaries."""
         tried = self.tried(folder, row)
-        if None in tried.values():
-            return None
-        return max(tried, key=lambda lr: tried[lr]["final"]["val_acc"])
-
-    def cells(self, folder: Path) -> list[Cell]:
-        """Return the runs that are known by what `folder` holds: the search first, then seeds."""
-        tries = max(len(row.rates) for row in self.rows)  # one rate of every row, then the next
-        pairs = [
-            (row, lr) for i in range(tries) for row in self.rows for lr in row.rates[i : i + 1]
-        ]
-        known = [row.cell(lr, self.seeds[0]) for row, lr in pairs]  # so two do not make one mask
-        for seed, row in itertools.product(self.seeds[1:], self.rows):
-            if (lr := self.chosen(folder, row)) is not None:
-                known.append(row.cell(lr, seed))
-        return known
-
-    def missing(self, folder: Path, failed: set[str]) -> list[Cell]:
-        """Return the known runs that are neither done nor named in `failed`."""
-        cells = self.cells(folder)
-        return [c for c in cells if c.name not in failed and summary(folder, c) is None]
-
-    def runs(self, folder: Path, row: Row) -> dict[int, dict]:
-        """Return the summaries at the chosen learning rate, by seed."""
-        lr = self.chosen(folder, row)
-        cells = {} if lr is None else {seed: row.cell(lr, seed) for seed in self.seeds}
-        found = {seed: summary(folder, cell) for seed, cell in cells.items()}
-        return {seed: figures for seed, figures in found.items() if figures}
+        return max(tried.items(), key=lambda item: mean(item[1], "val")) if tried else None
 
     def table(self, folder: Path) -> str:
         """Return a Markdown table from the runs' summaries; accuracies in percent."""
-        runs = {row.key: self.runs(folder, row) for row in self.rows}
+        groups = list(dict.fromkeys(row.key[0] for row in self.rows))
         lines = [[*self.columns, *COLUMNS], ["---"] * (len(self.columns) + len(COLUMNS))]
-        for row in self.rows:
-            if found := runs[row.key]:
-                base = runs.get((row.key[0], *self.baseline), {})
-                lines.append([*row.key, *self.line(folder, row, found, base)])
+        best = {row.key: self.best(folder, row) for row in self.rows}
+        for row in sorted(self.rows, key=lambda row: groups.index(row.key[0])):
+            if best[row.key]:
+                base = best.get((row.key[0], *self.baseline))
+                lines.append([*row.key, *self.line(folder, row, *best[row.key], base)])
             else:
                 lines.append([*row.key, "not run", *[""] * (len(COLUMNS) - 1)])
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
-    def line(self, folder: Path, row: Row, found: dict[int, dict], base: dict) -> list[str]:
-        """Return a row's COLUMNS; `base` holds the baseline's summaries by seed."""
-        gains = [accuracy(found[s], "val") - accuracy(base[s], "val") for s in found if s in base]
-        chosen = self.chosen(folder, row)
+    def line(self, folder: Path, row: Row, lr: float, found: dict, base: tuple | None) -> list[str]:
+        """Return a row's COLUMNS; `base` is what `best` says of the baseline."""
         others = [
-            f"{lr:g}: {100 * accuracy(figures, 'val'):.1f}"
-            for lr, figures in self.tried(folder, row).items()
-            if lr != chosen
+            f"{other:g}: {100 * mean(runs, 'val'):.1f}"
+            for other, runs in self.tried(folder, row).items()
+            if other != lr
         ]
+        gains = (
+            [accuracy(found[s], "val") - accuracy(base[1][s], "val") for s in found] if base else []
+        )
         return [
-            f"{chosen:g}",
+            f"{lr:g}",
             percent([accuracy(figures, "val") for figures in found.values()]),
             percent([accuracy(figures, "test") for figures in found.values()]),
-            "" if found is base else percent(gains, sign="+"),
+            percent(gains, sign="+") if any(gains) else "",
             f"{len(found)}",
             f"{np.mean([figures['bytes_to_dense'] for figures in found.values()]):.3f}",
             ", ".join(others),
@@ -150,6 +132,11 @@ def summary(folder: Path, cell: Cell) -> dict | None:
 def accuracy(figures: dict, part: str) -> float:
     """Return the final accuracy of a run on "val" or "test"."""
     return figures["final"][f"{part}_acc"]
+
+
+def mean(found: dict[int, dict], part: str) -> float:
+    """Return the mean final accuracy of several seeds."""
+    return float(np.mean([accuracy(figures, part) for figures in found.values()]))
 
 
 def percent(values: list[float], sign: str = "") -> str:
@@ -178,8 +165,8 @@ def rules() -> Experiment:
     """Five mask rules at three sparsities against dense training, and calibration rounds 1 to 8."""
     training = (*CPU, "--J", "4", "--rounds", "4", "--eval-every", "4")
     rows = []
-    for (sharding, split), ((rule, sparsity), low) in itertools.product(
-        SHARDINGS.items(), RUNGS.items()
+    for ((rule, sparsity), low), (sharding, split) in itertools.product(
+        RUNGS.items(), SHARDINGS.items()
     ):
         rung = LADDER.index(low) - (0 if sharding == "iid" else 3)
         options, rates = (*training, *split), LADDER[rung : rung + 2]
