@@ -30,7 +30,7 @@ from torch import Tensor
 
 FIXED_POINT = 2.0**48  # units per 1.0 of the int64 totals
 LIMIT = 2.0**14  # largest change of a parameter in one round: far from overflow, far above sense
-CHUNK = 65_536  # elements; keeps the temporaries of a CPU in cache
+CHUNK = 262_144  # elements; keeps the temporaries of a CPU in cache
 
 
 class ClientError(ValueError):
@@ -57,20 +57,24 @@ def add_delta_(total: Tensor, theta: Tensor, start: Tensor, weight: float) -> Te
         The largest absolute change as a scalar tensor; a result outside LIMIT, NaN included, means
         that `total` is no longer valid.
     """
-    chunk = CHUNK if theta.device.type == "cpu" else max(theta.numel(), 1)
-    largest = []
-    for at in range(0, theta.numel(), chunk):
-        part = slice(at, at + chunk)
-        delta = theta[part] - start[part]
-        largest.append(torch.linalg.vector_norm(delta, math.inf))
-        total[part] += delta.double().mul_(weight * FIXED_POINT).round_().to(torch.int64)
-    return torch.stack(largest).max()
+    chunk = max(1, min(CHUNK, theta.numel()) if theta.is_cpu else theta.numel())
+    dtypes = (theta.dtype, torch.float64, torch.int64)
+    buffers = [torch.empty(chunk, dtype=dtype, device=theta.device) for dtype in dtypes]
+    extremes = []
+    for here, before, units in zip(*(x.split(chunk) for x in (theta, start, total)), strict=True):
+        delta, scaled, whole = (buffer[: len(here)] for buffer in buffers)
+        torch.sub(here, before, out=delta)
+        extremes.extend(torch.aminmax(delta))
+        units += whole.copy_(scaled.copy_(delta).mul_(weight * FIXED_POINT).round_())
+    return torch.stack(extremes).abs().max()
 
 
 @torch.no_grad()
 def apply_total_(theta: Tensor, total: Tensor, server_lr: float = 1.0) -> None:
     """Move `theta` by server_lr times the fixed-point total, in place."""
-    theta.copy_(total.double().mul_(server_lr / FIXED_POINT).add_(theta))
+    chunk = CHUNK if theta.is_cpu else max(1, theta.numel())
+    for part, units in zip(theta.split(chunk), total.split(chunk), strict=True):
+        part.copy_(units.double().mul_(server_lr / FIXED_POINT).add_(part))
 
 
 def local_sgd(
@@ -99,51 +103,6 @@ def local_sgd(
         step(j)
         losses.append(loss.detach())
     return torch.stack(losses)
-
-
-class LossScale:
-    """The loss scale of half-precision training: fixed within a round, adapted between rounds.
-
-    A client that overflows is trained again at half the scale, whatever the others did, so neither
-    order nor process matters. `state` (3,) float64 is all there is to save: the scale, the lowest
-    that this round needed, and the rounds since the last change.
-    """
-
-    def __init__(self, start: float = 2.0**14, patience: int = 200):
-        self.patience = patience
-        self.state = torch.tensor([start, start, 0.0], dtype=torch.float64)
-
-    def merge(self, group: Any) -> None:
-        """Let every process of a group know the lowest scale that one of them needed."""
-        if self.active:
-            self.state[1] = min(group.gather(self.state[1].item()))
-
-    @property
-    def active(self) -> bool:
-        """Whether losses are scaled at all."""
-        return self.state[0].item() > 1.0
-
-    def attempt(
-        self, train: Callable[[float], Tensor], overflowed: Callable[[], bool]
-    ) -> tuple[Tensor, float]:
-        """Return train(scale) and scale: the round's, halved until it does not overflow."""
-        scale = self.state[0].item()
-        while True:
-            result = train(scale)
-            if scale <= 1.0 or not overflowed():
-                self.state[1] = min(self.state[1].item(), scale)
-                return result, scale
-            scale /= 2
-
-    def next_round(self) -> None:
-        """Adapt the scale: down to what the round needed, doubled after `patience` quiet rounds."""
-        if not self.active:
-            return
-        scale, lowest, quiet = self.state.tolist()
-        quiet = 0.0 if lowest < scale else quiet + 1
-        if quiet >= self.patience:
-            lowest, quiet = min(scale * 2, 2.0**24), 0.0
-        self.state[:] = torch.tensor([lowest, lowest, quiet])
 
 
 class _Alone:
@@ -236,7 +195,8 @@ class FedAvg:
         self.train_clients = train_clients or self._one_by_one
         self.group = group or _Alone()
         self.round, self.seconds = 0, 0.0
-        self.losses: dict[int, float] = {}  # of the round in hand, by place in its sample
+        self._clients = np.empty(0, np.int64)  # sampled for the round in hand
+        self.losses: dict[int, float] = {}  # theirs, by place in the sample
         self._queue: list[list[int]] | None = None  # places still to train: one a process, a call
 
     def _one_by_one(self, theta_global: Tensor, clients: Sequence[int], round: int):
@@ -245,17 +205,22 @@ class FedAvg:
             self.on_reset()
             yield self.theta, self.train_client(int(client), round)
 
+    def _start_round(self) -> None:
+        """Sample the round's clients, and deal out those that have not trained yet."""
+        round, size, rank = self.round + 1, self.group.size, self.group.rank
+        count = len(self.shard_sizes)
+        self._clients = sample_clients(count, self.fraction, seed=self.seed, round=round)
+        left = [i for i in range(len(self._clients)) if i not in self.losses]
+        self._queue = [left[i : i + size] for i in range(0, len(left), size)]
+        mine = self._clients[left[rank::size]]
+        self._results = iter(self.train_clients(self.theta_global, mine, round))
+
     def advance(self) -> dict | None:
         """Train the next client; returns the round's record after its last client, else None."""
         started = time.perf_counter()
-        round, rank = self.round + 1, self.group.rank
-        clients = sample_clients(len(self.shard_sizes), self.fraction, seed=self.seed, round=round)
         if self._queue is None:
-            left = [i for i in range(len(clients)) if i not in self.losses]
-            size = self.group.size
-            self._queue = [left[i : i + size] for i in range(0, len(left), size)]
-            mine = clients[left[rank::size]]
-            self._results = iter(self.train_clients(self.theta_global, mine, round))
+            self._start_round()
+        round, rank, clients = self.round + 1, self.group.rank, self._clients
         places, problem = self._queue.pop(0), None
         if rank < len(places):
             try:

@@ -21,6 +21,7 @@ import model as vit
 import runs
 from calibration import Calibration, Mask, cached_mask, given_mask
 from centralized import learning_rate
+from loss_scale import LossScale
 from sparse_sgdm import sparse_sgdm_
 from workspace import HEAD, Status, Workspace
 
@@ -146,9 +147,7 @@ class Learner:
         for name in names if self.mask else ():
             self.flat.view(kept, name).copy_(parts[name])
         self.entries = Entries(self.flat, kept, options)
-        self.loss_scale = fedavg.LossScale(
-            2.0**14 if self.flat.grad.dtype == torch.float16 else 1.0
-        )
+        self.loss_scale = LossScale(2.0**14 if self.flat.grad.dtype == torch.float16 else 1.0)
 
     def keep_activations(self) -> None:
         """Below the first block that trains, compute the tokens of all images once, where they fit.

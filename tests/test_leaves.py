@@ -8,7 +8,10 @@ import sys
 import pytest
 from conftest import ROOT
 
-LEAVES = "data model head sparse_sgdm fisher masks fedavg ranks centralized runs plots".split()
+LEAVES = (
+    *("data", "model", "head", "sparse_sgdm", "fisher", "masks", "fedavg", "loss_scale", "ranks"),
+    *("centralized", "runs", "plots"),
+)
 
 
 def header_example(source: str) -> str:

@@ -1,0 +1,261 @@
+"""The same federated rounds in this project, a plain PyTorch loop, pfl, FedLab and Flower. CPU.
+
+    python bench/bench_peers.py [--settings vit_demo ...] [--methods project ...] [--csv FILE]
+
+Equal work: start, clients, batches, fp32, fresh momentum for every client and round, no evaluation,
+the same number of threads in all. Drawing, gathering and resizing are this project's functions for
+all. Every method runs in a process of its own; `project` runs first and last, which shows how far
+the machine drifted. Final weights must agree with the project's to 1e-5.
+
+usual   as the tutorials do it: a DataLoader per client and round, torch.optim.SGD's defaults
+best    batches gathered by index, torch.optim.SGD(fused=True), and what else a peer has to offer
+transport: nothing trains, a client returns theta + a constant; vit_s16, 21.7 M parameters
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import peers
+from timing import ROOT, keep_memory, megabytes, quantiles, write_csv
+
+import data
+import fedavg
+import train
+from learner import Learner
+from session import federate
+from workspace import Workspace
+
+SHARED = "fedavg --data synthetic --weights none --head linear --clients 100 --fraction 0.1 --J 4"
+SETTINGS = {  # options, rounds with the first
+    "vit_demo": ("--model vit_demo --image-size 32 --batch-size 8 --lr 0.01", 21),
+    "vit_ti16": ("--model vit_ti16 --image-size 64 --batch-size 32 --lr 0.01", 6),
+    "transport": ("--model vit_s16 --image-size 224 --lr 0.01", 7),
+}
+METHODS = {  # function of Work, setting
+    "project": ("project", ""),
+    "plain usual": ("plain_usual", "usual"),
+    "plain best": ("plain_best", "best"),
+    "pfl usual": ("pfl", "usual"),
+    "pfl best": ("pfl", "best"),
+    "fedlab usual": ("fedlab", "usual"),
+    "fedlab best": ("fedlab", "best"),
+    "flower usual": ("flower", "usual"),
+    "flower best": ("flower", "best"),
+    "project again": ("project", ""),
+}
+TOLERANCE = 1e-5
+
+
+class Work:
+    """What is to be done: the same for every method, in this process or in a peer's workers."""
+
+    def __init__(self, setting: str, rounds: int, threads: int, best: bool = False):
+        self.setting, self.rounds, self.best, self.threads = setting, rounds, best, threads
+        arguments = f"{SHARED} {SETTINGS[setting][0]} --device cpu --threads {threads}"
+        self.options = train.resolve(train.build_parser().parse_args(arguments.split()))
+        self.workspace = Workspace(self.options)
+        self.shards, self.images = self.workspace.shards(), self.workspace.sets["train"]
+        self.sizes = [len(shard) for shard in self.shards]
+        assert len(set(self.sizes)) == 1  # so that peers' unweighted means are FedAvg's
+        self.preprocess, self.trains = self.workspace.preprocess(), setting != "transport"
+        self.ticks = []
+
+    def tick(self) -> None:
+        """Note the time: once before the first round, then after every round."""
+        self.ticks.append(time.perf_counter())
+
+    def clients(self, round: int) -> list[int]:
+        """Return who takes part in a round 1, 2, ..."""
+        o = self.options
+        return fedavg.sample_clients(o.clients, o.fraction, seed=o.seed, round=round).tolist()
+
+    def order(self, client: int, round: int) -> torch.Tensor:
+        """Return the (J * B,) images of a client's local steps."""
+        o, shard = self.options, self.shards[client]
+        counters = dict(seed=o.seed, round=round, client=client)
+        return data.draw_batches(shard, o.batch_size, o.J, **counters)[..., 0].flatten()
+
+    def batches(self, client: int, round: int):
+        """Return the client's (images, labels) batches, uint8: by index, or by a DataLoader."""
+        order, size = self.order(client, round), self.options.batch_size
+        if self.best:
+            return ((self.images.images[at], self.images.labels[at]) for at in order.split(size))
+        subset = torch.utils.data.Subset(
+            torch.utils.data.TensorDataset(*self.images), order.tolist()
+        )
+        return torch.utils.data.DataLoader(subset, batch_size=size)
+
+    def optimiser(self, parameters, lr: float | None = None) -> torch.optim.Optimizer:
+        """Return a new torch.optim.SGD."""
+        o, fused = self.options, True if self.best else None
+        return torch.optim.SGD(parameters, lr=lr or o.lr, momentum=o.momentum, fused=fused)
+
+    def loss(self, model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return the mean cross-entropy of a uint8 batch."""
+        return torch.nn.functional.cross_entropy(model(self.preprocess(x)), y)
+
+    def local_training(self, model: torch.nn.Module, client: int, round: int) -> None:
+        """Train a client's model where it stands, as any PyTorch user would."""
+        if not self.trains:
+            self.shift(model.parameters(), client)
+            return
+        optimiser = self.optimiser(model.parameters())
+        for x, y in self.batches(client, round):
+            optimiser.zero_grad()
+            self.loss(model, x, y).backward()
+            optimiser.step()
+
+    @torch.no_grad()
+    def shift(self, tensors, client: int) -> None:
+        """Stand in for training: add the client's constant."""
+        torch._foreach_add_(list(tensors), 1e-5 * (client + 1))
+
+
+def project(work: Work) -> dict[str, torch.Tensor]:
+    """Run this project's loop."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = work.workspace.build_model()
+        learner = Learner(work.workspace, model, work.options, Path(folder), work.shards)
+    federation = federate(learner, work.shards)
+    if not work.trains:
+
+        def shifted(client: int, round: int) -> torch.Tensor:
+            work.shift([federation.theta], client)
+            return torch.zeros(1)
+
+        federation.train_client = shifted
+    work.tick()
+    for _ in range(work.rounds):
+        while federation.advance() is None:
+            pass
+        work.tick()
+    return model.state_dict()
+
+
+def plain_usual(work: Work) -> dict[str, torch.Tensor]:
+    """Run the loop of most FedAvg repositories: a deep copy per client, a mean of state_dicts."""
+    model = work.workspace.build_model()
+    work.tick()
+    for round in range(1, work.rounds + 1):
+        states = []
+        for client in work.clients(round):
+            local = copy.deepcopy(model)
+            work.local_training(local, client, round)
+            states.append(local.state_dict())
+        mean = {name: sum(s[name] for s in states) / len(states) for name in states[0]}
+        model.load_state_dict(mean)
+        work.tick()
+    return model.state_dict()
+
+
+@torch.no_grad()
+def plain_best(work: Work) -> dict[str, torch.Tensor]:
+    """Run the same with one local model, and a running sum over lists of tensors."""
+    model = work.workspace.build_model()
+    local = copy.deepcopy(model)
+    ours, theirs = list(model.parameters()), list(local.parameters())
+    work.tick()
+    for round in range(1, work.rounds + 1):
+        total = [torch.zeros_like(p) for p in ours]
+        for client in work.clients(round):
+            torch._foreach_copy_(theirs, ours)
+            with torch.enable_grad():
+                work.local_training(local, client, round)
+            torch._foreach_add_(total, theirs, alpha=1 / len(work.clients(round)))
+        torch._foreach_copy_(ours, total)
+        work.tick()
+    return model.state_dict()
+
+
+def run_one(setting: str, method: str, rounds: int, threads: int, out: Path) -> None:
+    """Run one method in this process; leave its times and final weights in `out`."""
+    name, kind = METHODS[method]
+    work = Work(setting, rounds, threads, best=kind == "best")
+    function = globals().get(name) or getattr(peers, name)
+    started = time.perf_counter()
+    weights = function(work)
+    seconds = np.diff([started, *work.ticks])
+    assert len(seconds) == rounds + 1, len(seconds)
+    result = {"weights": weights, "seconds": seconds.tolist(), "peak_mb": megabytes()}
+    torch.save(result, out)
+
+
+def measure(setting: str, methods: list[str], options: argparse.Namespace) -> list[dict]:
+    """Run the methods one after the other, each in a new process; returns one row for each."""
+    rows, reference, rounds = [], None, options.rounds or SETTINGS[setting][1]
+    for method in methods:
+        package = {"flower": "flwr"}.get(METHODS[method][0], METHODS[method][0])
+        if package in ("pfl", "flwr", "fedlab") and importlib.util.find_spec(package) is None:
+            print(f"{setting}, {method}: skipped, {package} is not installed")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "result.pt"
+            task = json.dumps([setting, method, rounds, options.threads, str(out)])
+            with open(Path(folder) / "log", "w+") as log:
+                child = [sys.executable, __file__, "--one", task]
+                done = subprocess.run(child, stdout=log, stderr=log, cwd=ROOT)
+                if done.returncode:
+                    log.seek(0)
+                    print(f"{setting}, {method}: failed\n{log.read()[-3000:]}")
+                    continue
+            result = torch.load(out)
+        setup, first, *steady = result["seconds"]
+        reference = reference or result
+        pairs = [(w, reference["weights"][k]) for k, w in result["weights"].items()]
+        apart = max((a - b).abs().max().item() for a, b in pairs)
+        assert apart <= TOLERANCE, f"{method}: its weights differ by {apart}"
+        ratio = np.median(steady) / np.median(reference["seconds"][2:])
+        row = {"setting": setting, "method": method, "setup_s": round(setup, 3)}
+        row |= {"first_round_s": float(f"{first:.4g}"), **quantiles(steady)}
+        row |= {"to_project": round(ratio, 3), "peak_mb": result["peak_mb"]}
+        rows.append(row | {"largest_difference": float(f"{apart:.2g}")})
+        print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
+    parser.add_argument("--rounds", type=int, help="with the first [by setting]")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--csv", type=Path, default="results/bench/peers.csv")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        setting, method, rounds, threads, out = json.loads(options.one)
+        run_one(setting, method, rounds, threads, Path(out))
+        return
+    torch.set_num_threads(options.threads)
+    rows = [row for s in options.settings for row in measure(s, options.methods, options)]
+    versions = {p: version(p) for p in ("pfl", "flwr", "ray", "fedlab")}
+    write_csv(options.csv, rows, **{k: v for k, v in versions.items() if v})
+
+
+def version(package: str) -> str | None:
+    """Return the version of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    keep_memory()
+    main()

@@ -1,0 +1,141 @@
+"""A federated round against its floor: the bare passes plus the bytes that must move.
+
+    python bench/bench_round.py [--settings vit_ti16 vit_demo] [--device cuda] [--csv FILE]
+
+round   all sampled clients through FedAvg.advance: draws, pixels, local steps, the average
+floor   forward and backward of the same batches, made beforehand, no gradient added up or zeroed;
+        plus bytes / copy bandwidth: 5 P fp32 a step (read gradient, parameter, momentum; write
+        two), 1 copy a client, and a client's sum (read two P fp32, read and write P int64)
+Clients take turns, one of the round, then the floor of its batches; a ratio is one round's sum over
+the other. The bandwidth is that of copies around a ring as large as the round's own buffers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from timing import interleaved, keep_memory, quantiles, timed, write_csv
+
+import data
+import train
+from fedavg import sample_clients
+from learner import Learner
+from session import federate
+from workspace import Workspace
+
+SHARED = "fedavg --data synthetic --weights none --head linear --clients 100 --fraction 0.1 --J 4"
+SETTINGS = {  # options, rounds, goal
+    "vit_ti16": ("--model vit_ti16 --image-size 64 --batch-size 32 --lr 0.01", 5, 1.05),
+    "vit_demo": ("--model vit_demo --image-size 32 --batch-size 8 --lr 0.01", 40, 1.15),
+}
+
+
+class Floor:
+    """The bare passes of a round's clients, on a model of its own."""
+
+    def __init__(self, workspace: Workspace, shards: list[np.ndarray]):
+        self.workspace, self.shards, self.options = workspace, shards, workspace.options
+        self.model, self.preprocess = workspace.build_model(), workspace.preprocess()
+        with torch.no_grad():
+            self.model.head.weight.normal_(std=0.02)  # so that the backward pass carries values
+        self.parameters = list(self.model.parameters())
+
+    def batches(self, client: int, round: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the client's inputs and labels, ready for the model."""
+        o, train_set = self.options, self.workspace.sets["train"]
+        counters = dict(seed=o.seed, round=round, client=client)
+        draws = data.draw_batches(self.shards[client], o.batch_size, o.J, **counters)
+        at = [d[:, 0].to(train_set.labels.device) for d in draws]
+        return [(self.preprocess(train_set.images[i]), train_set.labels[i]) for i in at]
+
+    def passes(self, batches: list) -> None:
+        """Run forward and backward of every batch; the gradients are dropped."""
+        for x, y in batches:
+            loss = torch.nn.functional.cross_entropy(self.model(x), y)
+            torch.autograd.grad(loss, self.parameters)
+
+
+def bytes_of_round(size: int, clients: int, steps: int) -> int:
+    """Return the bytes that a round must read and write over P = `size` parameters."""
+    step, copy, total = 5 * 4 * size, 2 * 4 * size, (2 * 4 + 2 * 8) * size
+    return clients * (steps * step + copy + total)
+
+
+def copy_bandwidth(size: int, device: str) -> float:
+    """Return bytes a second, read and written, of copies of (P,) around a ring of seven."""
+    ring = [torch.ones(size, device=device) for _ in range(7)]  # theta, grad, momentum, global, sum
+    loops = max(1, 2_000_000 // size)
+
+    def around() -> None:
+        for _ in range(loops):
+            for source, target in zip(ring, ring[1:] + ring[:1], strict=True):
+                target.copy_(source)
+
+    seconds = interleaved({"around": around}, 15, device)["around"]
+    return 2 * 4 * size * len(ring) * loops / np.median(seconds)
+
+
+def measure(name: str, options: argparse.Namespace) -> list[dict]:
+    """Return one row per figure of a setting."""
+    arguments, count, goal = SETTINGS[name]
+    arguments = f"{SHARED} {arguments} --device {options.device} --threads {options.threads}"
+    o = train.resolve(train.build_parser().parse_args(arguments.split()))
+    workspace = Workspace(o)
+    shards, device = workspace.shards(), workspace.device.type
+    with tempfile.TemporaryDirectory() as folder:
+        learner = Learner(workspace, workspace.build_model(), o, Path(folder), shards)
+    federation, floor = federate(learner, shards), Floor(workspace, shards)
+    sums = []
+    for round in range(1, 2 + (options.rounds or count)):
+        seconds = np.zeros(2)
+        clients = sample_clients(o.clients, o.fraction, seed=o.seed, round=round)
+        for client in clients:
+            batches = floor.batches(int(client), round)
+            seconds += (
+                timed(federation.advance, device),
+                timed(lambda batches=batches: floor.passes(batches), device),
+            )
+        sums.append(seconds)
+    rounds, passes = np.array(sums[1:]).T
+    size = federation.theta.numel()
+    bandwidth = copy_bandwidth(size, device)
+    moved = bytes_of_round(size, len(clients), o.J) / bandwidth
+    rows = [
+        {"figure": "round, s", **quantiles(rounds)},
+        {"figure": "bare passes, s", **quantiles(passes)},
+        {"figure": "bytes, s", "median": float(f"{moved:.4g}")},
+        {"figure": "copy bandwidth, GB/s", "median": float(f"{bandwidth / 1e9:.4g}")},
+        {"figure": "round / floor", **quantiles(rounds / (passes + moved)), "goal": goal},
+        {"figure": "round / passes", **quantiles(rounds / passes)},
+    ]
+    ratio = rows[4]
+    print(
+        f"{name}: P = {learner.entries.size:,}; a round {rows[0]['median']:.3f} s, "
+        f"passes {rows[1]['median']:.3f} s, bytes {moved:.4f} s; round / floor "
+        f"{ratio['median']:.3f} (p20 {ratio['p20']:.3f}, p80 {ratio['p80']:.3f}), goal {goal}"
+    )
+    return [{"setting": name, "parameters": learner.entries.size, **row} for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--rounds", type=int, help="after the first [by setting]")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--csv", type=Path, default="results/bench/round.csv")
+    options = parser.parse_args()
+    rows = [row for name in options.settings for row in measure(name, options)]
+    write_csv(options.csv, rows, options.device)
+
+
+if __name__ == "__main__":
+    keep_memory()
+    main()
