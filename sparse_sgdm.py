@@ -1,13 +1,14 @@
 """Masked momentum SGD over flat tensors: one fused pass, and a drop-in torch Optimizer on top.
 
-    g = where(mask, grad / grad_scale + weight_decay * theta, 0)
+    g = grad / grad_scale + weight_decay * theta + prox * (theta - anchor) + correction
     b = momentum * b + (1 - dampening) * g            first step: b = g
     d = g + momentum * b  if nesterov else  b
-    theta = theta - lr * d
+    theta = theta - lr * d                            where mask, else nothing changes
 
 With an all-ones mask this is torch.optim.SGD. A frozen entry (mask False) keeps its bits whatever
-its gradient holds, Inf and NaN included, and its momentum is zero.
-Source: Sutskever et al. 2013 in PyTorch's convention; masking as in TaLoS (arXiv:2504.02620).
+its gradient holds, Inf and NaN included, and its momentum is neither read nor written.
+Source: Sutskever et al. 2013 in PyTorch's convention; masking as in TaLoS (arXiv:2504.02620); the
+proximal term of FedProx (arXiv:1812.06127), the correction of SCAFFOLD (arXiv:1910.06378).
 
     import torch; from sparse_sgdm import SparseSGDM
     w = torch.nn.Parameter(torch.ones(4)); (w ** 2).sum().backward()
@@ -39,6 +40,8 @@ def sparse_sgdm_reference_(
     momentum_buffer: Tensor | None = None,
     mask: Tensor | None = None,
     compute_copy: Tensor | None = None,
+    anchor: Tensor | None = None,
+    correction: Tensor | None = None,
     *,
     lr: float,
     momentum: float = 0.0,
@@ -46,31 +49,39 @@ def sparse_sgdm_reference_(
     weight_decay: float = 0.0,
     nesterov: bool = False,
     first: bool = False,
-    grad_scale: float = 1.0,
+    prox: float = 0.0,
+    grad_scale: float | Tensor = 1.0,
+    found_inf: Tensor | None = None,
 ) -> None:
     """Step `theta` with plain PyTorch operations; arguments as in `sparse_sgdm_`."""
+    if found_inf is not None and found_inf.item():
+        return
     chunk = CPU_CHUNK if theta.device.type == "cpu" else max(theta.numel(), 1)
-    operands = (theta, grad, momentum_buffer, mask, compute_copy)
+    operands = (theta, grad, momentum_buffer, mask, compute_copy, anchor, correction)
     zero = theta.new_zeros(())  # a tensor: torch.where is twice as fast with it as with 0.0
     for start in range(0, theta.numel(), chunk):
-        part, g, b, m, copy = (x if x is None else x[start : start + chunk] for x in operands)
+        part, g, b, m, copy, near, extra = (
+            x if x is None else x[start : start + chunk] for x in operands
+        )
         g = g.to(part.dtype)
-        if grad_scale != 1.0:
+        if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
             g = g / grad_scale
         if weight_decay:
             g = g.add(part, alpha=weight_decay)
+        if near is not None:
+            g = g.add(part - near, alpha=prox)
+        if extra is not None:
+            g = g + extra
         if m is not None:
             g = torch.where(m, g, zero)
         if b is None:
             d = g
         else:
-            if first:
-                b.copy_(g)
-            else:
-                b.mul_(momentum).add_(g, alpha=1 - dampening)
-                if m is not None:  # a mask that grew tighter between steps leaves no stale momentum
-                    torch.where(m, b, zero, out=b)
-            d = g.add(b, alpha=momentum) if nesterov else b
+            new = g if first else (b * momentum).add_(g, alpha=1 - dampening)
+            b.copy_(new if m is None else torch.where(m, new, b))
+            d = g.add(new, alpha=momentum) if nesterov else new
+            if m is not None:
+                d = torch.where(m, d, zero)
         part.add_(d, alpha=-lr)
         if copy is not None:
             copy.copy_(part)
@@ -85,43 +96,57 @@ if triton is not None:
         momentum_ptr,
         mask_ptr,
         copy_ptr,
+        anchor_ptr,
+        correction_ptr,
+        scale_ptr,
+        found_inf_ptr,
         count,
         lr,
         momentum,
         rate,  # 1 - dampening
         weight_decay,
-        inverse_scale,
+        prox,
+        grad_scale,
         HAS_MOMENTUM: tl.constexpr,
         HAS_MASK: tl.constexpr,
         HAS_COPY: tl.constexpr,
+        HAS_ANCHOR: tl.constexpr,
+        HAS_CORRECTION: tl.constexpr,
+        HAS_SCALE: tl.constexpr,
+        HAS_FOUND_INF: tl.constexpr,
         NESTEROV: tl.constexpr,
         FIRST: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        live = at < count
+        if HAS_FOUND_INF:
+            count = tl.where(tl.load(found_inf_ptr) == 0.0, count, 0)
+        trains = at < count
         if HAS_MASK:
-            trains = tl.load(mask_ptr + at, mask=live, other=0) != 0
-        else:
-            trains = live
-        theta = tl.load(theta_ptr + at, mask=live, other=0.0)
-        g = tl.load(grad_ptr + at, mask=trains, other=0.0).to(theta.dtype) * inverse_scale
-        g = tl.where(trains, g + weight_decay * theta, 0.0)
+            trains = trains & (tl.load(mask_ptr + at, mask=trains, other=0) != 0)
+        # a block in which nothing trains reads its mask and moves no other byte
+        theta = tl.load(theta_ptr + at, mask=trains, other=0.0)
+        if HAS_SCALE:
+            grad_scale = tl.load(scale_ptr)
+        g = tl.load(grad_ptr + at, mask=trains, other=0.0).to(theta.dtype) / grad_scale
+        g += weight_decay * theta
+        if HAS_ANCHOR:
+            g += prox * (theta - tl.load(anchor_ptr + at, mask=trains, other=0.0))
+        if HAS_CORRECTION:
+            g += tl.load(correction_ptr + at, mask=trains, other=0.0)
         d = g
         if HAS_MOMENTUM:
-            if FIRST:
-                b = g
-            else:
-                b = tl.load(momentum_ptr + at, mask=trains, other=0.0)
-                b = momentum * b + rate * g
-            tl.store(momentum_ptr + at, b, mask=live)
+            b = g
+            if not FIRST:
+                b = momentum * tl.load(momentum_ptr + at, mask=trains, other=0.0) + rate * g
+            tl.store(momentum_ptr + at, b, mask=trains)
             d = b
             if NESTEROV:
                 d = g + momentum * b
-        theta = tl.where(trains, theta - lr * d, theta)
+        theta -= lr * d
         tl.store(theta_ptr + at, theta, mask=trains)
         if HAS_COPY:
-            tl.store(copy_ptr + at, theta.to(copy_ptr.dtype.element_ty), mask=live)
+            tl.store(copy_ptr + at, theta.to(copy_ptr.dtype.element_ty), mask=trains)
 
 
 def sparse_sgdm_triton_(
@@ -130,6 +155,8 @@ def sparse_sgdm_triton_(
     momentum_buffer: Tensor | None = None,
     mask: Tensor | None = None,
     compute_copy: Tensor | None = None,
+    anchor: Tensor | None = None,
+    correction: Tensor | None = None,
     *,
     lr: float,
     momentum: float = 0.0,
@@ -137,7 +164,9 @@ def sparse_sgdm_triton_(
     weight_decay: float = 0.0,
     nesterov: bool = False,
     first: bool = False,
-    grad_scale: float = 1.0,
+    prox: float = 0.0,
+    grad_scale: float | Tensor = 1.0,
+    found_inf: Tensor | None = None,
 ) -> None:
     """Step `theta` with the fused kernel: every operand is read once and written once."""
     if triton is None:
@@ -152,21 +181,28 @@ def sparse_sgdm_triton_(
     count = theta.numel()
     if count == 0:
         return
+    scale = grad_scale if isinstance(grad_scale, Tensor) else None
+    optional = dict(
+        MOMENTUM=momentum_buffer,
+        MASK=mask if mask is None else mask.view(torch.uint8),
+        COPY=compute_copy,
+        ANCHOR=anchor,
+        CORRECTION=correction,
+        SCALE=scale,
+        FOUND_INF=found_inf,
+    )
     _sparse_sgdm_kernel[(triton.cdiv(count, TRITON_BLOCK),)](
         theta,
         grad,
-        momentum_buffer if momentum_buffer is not None else theta,
-        mask.view(torch.uint8) if mask is not None else theta,
-        compute_copy if compute_copy is not None else theta,
+        *(theta if x is None else x for x in optional.values()),
         count,
         lr,
         momentum,
         1.0 - dampening,
         weight_decay,
-        1.0 / grad_scale,
-        HAS_MOMENTUM=momentum_buffer is not None,
-        HAS_MASK=mask is not None,
-        HAS_COPY=compute_copy is not None,
+        prox,
+        grad_scale if scale is None else 1.0,
+        **{f"HAS_{name}": x is not None for name, x in optional.items()},
         NESTEROV=nesterov,
         FIRST=first,
         BLOCK=TRITON_BLOCK,
@@ -187,6 +223,8 @@ def sparse_sgdm_(
     momentum_buffer: Tensor | None = None,
     mask: Tensor | None = None,
     compute_copy: Tensor | None = None,
+    anchor: Tensor | None = None,
+    correction: Tensor | None = None,
     *,
     lr: float,
     momentum: float = 0.0,
@@ -194,23 +232,30 @@ def sparse_sgdm_(
     weight_decay: float = 0.0,
     nesterov: bool = False,
     first: bool = False,
-    grad_scale: float = 1.0,
+    prox: float = 0.0,
+    grad_scale: float | Tensor = 1.0,
+    found_inf: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """Take one step of masked momentum SGD in place.
 
-    Mutates `theta`, `momentum_buffer` and `compute_copy`; all operands are contiguous (P,) tensors
-    on one device.
+    Mutates `theta`, `momentum_buffer` and `compute_copy`, but no frozen entry; all operands are
+    contiguous (P,) tensors on one device.
 
     Args:
         theta: (P,) parameters, fp32 or fp64.
         grad: (P,) gradient in any floating dtype, multiplied by `grad_scale`.
         momentum_buffer: (P,) in theta's dtype, or None for plain SGD.
         mask: (P,) bool, True = trainable; None trains all.
-        compute_copy: (P,) half-precision copy of `theta` that the forward pass reads, or None.
+        compute_copy: (P,) half-precision copy of `theta` that the forward pass reads, up to date
+            on entry, or None.
+        anchor: (P,) in theta's dtype, what the proximal term pulls towards, or None.
+        correction: (P,) in theta's dtype, added to the gradient, or None.
         lr: step size of this local step.
         first: the momentum buffer holds nothing yet; it is overwritten by g.
-        grad_scale: the loss scale that `grad` still carries.
+        prox: strength of the proximal term.
+        grad_scale: the loss scale that `grad` still carries, a number or a scalar tensor.
+        found_inf: scalar tensor; where it is not zero, no step is taken.
         backend: "auto" (Triton for CUDA tensors where it compiles), "triton" or "reference".
 
     Raises:
@@ -220,7 +265,7 @@ def sparse_sgdm_(
     if backend not in ("auto", "triton", "reference"):
         raise ValueError(f"backend must be auto, triton or reference, not {backend!r}")
     assert theta.dim() == 1 and grad.shape == theta.shape, (theta.shape, grad.shape)
-    tensors = (theta, grad, momentum_buffer, mask, compute_copy)
+    tensors = (theta, grad, momentum_buffer, mask, compute_copy, anchor, correction)
     options = dict(
         lr=lr,
         momentum=momentum,
@@ -228,7 +273,9 @@ def sparse_sgdm_(
         weight_decay=weight_decay,
         nesterov=nesterov,
         first=first,
+        prox=prox,
         grad_scale=grad_scale,
+        found_inf=found_inf,
     )
     if backend == "reference" or (backend == "auto" and not _triton_serves(theta)):
         return sparse_sgdm_reference_(*tensors, **options)
@@ -256,6 +303,9 @@ def check_sgd_options(lr, momentum, dampening, weight_decay, nesterov) -> None:
 class SparseSGDM(torch.optim.Optimizer):
     """Step any model by masked momentum SGD; the options are those of torch.optim.SGD.
 
+    torch.amp.GradScaler hands it scale and overflow, which the step takes in without a pass of its
+    own.
+
     Args:
         params: parameters or parameter groups.
         lr: per step; weight_decay: L2, added to the gradient of unmasked entries only.
@@ -265,6 +315,8 @@ class SparseSGDM(torch.optim.Optimizer):
     Raises:
         ValueError: an invalid option, or masks that do not match the parameters.
     """
+
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -304,6 +356,9 @@ class SparseSGDM(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             options = {k: v for k, v in group.items() if k in self.defaults}
+            options["found_inf"] = getattr(self, "found_inf", None)
+            if (scale := getattr(self, "grad_scale", None)) is not None:
+                options["grad_scale"] = scale
             for p in group["params"]:
                 if p.grad is not None:
                     self._step_parameter(p, options)
@@ -312,7 +367,7 @@ class SparseSGDM(torch.optim.Optimizer):
     def _step_parameter(self, p: Tensor, options: dict) -> None:
         state, first = self.state[p], False
         if options["momentum"] and "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.empty_like(p, memory_format=torch.contiguous_format)
+            state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
             first = True
         buffer = state["momentum_buffer"].view(-1) if options["momentum"] else None
         theta = p.data.contiguous().view(-1)

@@ -129,23 +129,41 @@ def test_masks_that_do_not_fit_are_refused():
 
 
 def test_the_flat_step_is_the_written_equation_in_float64():
-    theta, grad, b = torch.randn(3, 50, dtype=torch.float64)
+    theta, grad, b, anchor, correction = torch.randn(5, 50, dtype=torch.float64)
     mask = torch.rand(50) < 0.5
-    g = torch.where(mask, grad / 4 + 0.01 * theta, 0)
-    b_new = torch.where(mask, 0.9 * b + g, 0)
+    g = grad / 4 + 0.01 * theta + 0.3 * (theta - anchor) + correction
+    b_new = torch.where(mask, 0.9 * b + g, b)
     expected = torch.where(mask, theta - 0.1 * (g + 0.9 * b_new), theta)
-    sparse_sgdm_(
-        theta, grad, b, mask, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True, grad_scale=4
-    )
+    options = dict(momentum=0.9, weight_decay=0.01, nesterov=True, grad_scale=4, prox=0.3)
+    sparse_sgdm_(theta, grad, b, mask, None, anchor, correction, lr=0.1, **options)
     torch.testing.assert_close(theta, expected, rtol=1e-15, atol=1e-15)
     torch.testing.assert_close(b, b_new, rtol=1e-15, atol=1e-15)
 
 
-def test_a_mask_that_grew_tighter_leaves_no_stale_momentum():
-    theta, b = torch.randn(10), torch.ones(10)
+def test_the_momentum_of_frozen_entries_is_neither_read_nor_written():
+    theta, b = torch.randn(10), torch.full((10,), math.nan)
     before, mask = theta.clone(), torch.arange(10) < 5
+    b[mask] = 1.0
     sparse_sgdm_(theta, torch.ones(10), b, mask, lr=0.1, momentum=0.9)
-    assert torch.equal(theta[~mask], before[~mask]) and not b[~mask].any()
+    assert torch.equal(theta[~mask], before[~mask]) and b[~mask].isnan().all()
+    torch.testing.assert_close(theta[mask], before[mask] - 0.19)
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_a_grad_scaler_is_served_as_torchs_own_fused_optimiser_is(overflow):
+    mine, theirs = nn.Parameter(torch.ones(300)), nn.Parameter(torch.ones(300))
+    optimisers = SparseSGDM([mine], 0.1, 0.9), torch.optim.SGD([theirs], 0.1, 0.9, fused=True)
+    for p, optimiser in zip((mine, theirs), optimisers, strict=True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(3):
+            optimiser.zero_grad()
+            scaler.scale((torch.arange(300.0) * p**2).sum() / 300).backward()
+            if overflow and step == 1:
+                p.grad[7] = math.inf
+            scaler.step(optimiser)
+            scaler.update()
+    torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+    assert torch.isfinite(mine).all()
 
 
 def test_chunks_do_not_show(monkeypatch):
@@ -163,26 +181,35 @@ def test_chunks_do_not_show(monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [dict(), dict(momentum=0.9), dict(momentum=0.9, first=True, weight_decay=0.1),
-     dict(momentum=0.9, nesterov=True), dict(momentum=0.5, dampening=0.3, grad_scale=8.0)],
+     dict(momentum=0.9, nesterov=True, prox=0.2), dict(momentum=0.5, dampening=0.3, grad_scale=8.0),
+     dict(momentum=0.9, grad_scale=torch.tensor(8.0), found_inf=torch.tensor(0.0)),
+     dict(momentum=0.9, found_inf=torch.tensor(1.0))],
     ids=str,
 )  # fmt: skip
 def test_the_kernel_equals_the_reference(size, masked, options):
     generator = torch.Generator().manual_seed(size)
-    theta, grad, b = (torch.randn(size, generator=generator).to(DEVICE) for _ in range(3))
+    theta, grad, b, anchor, correction = (
+        torch.randn(size, generator=generator).to(DEVICE) for _ in range(5)
+    )
+    options = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in options.items()}
     mask = (torch.rand(size, generator=generator) < 0.3).to(DEVICE) if masked else None
     if masked:
+        mask[1024:2048] = False  # a block in which nothing trains
         grad[~mask] = math.nan
+    terms = (anchor, correction) if "prox" in options else ()
     buffer = b if "momentum" in options else None
-    ours = [theta.clone(), grad, None if buffer is None else b.clone(), mask]
+    ours = [theta.clone(), grad, None if buffer is None else b.clone(), mask, None, *terms]
     start = theta.clone()
-    sparse_sgdm_reference_(theta, grad, buffer, mask, lr=0.1, **options)
+    sparse_sgdm_reference_(theta, grad, buffer, mask, None, *terms, lr=0.1, **options)
     sparse_sgdm_(*ours, lr=0.1, backend="triton", **options)
     # a fused multiply-add rounds once where the reference rounds twice
-    torch.testing.assert_close(ours[0], theta, rtol=3e-7, atol=3e-7)
+    torch.testing.assert_close(ours[0], theta, rtol=5e-7, atol=5e-7)
     if buffer is not None:
-        torch.testing.assert_close(ours[2], b, rtol=3e-7, atol=3e-7)
+        torch.testing.assert_close(ours[2], b, rtol=5e-7, atol=5e-7)
     if masked:
         assert torch.equal(ours[0][~mask], start[~mask])
+    if "found_inf" in options and options["found_inf"]:
+        assert torch.equal(ours[0], start)
 
 
 @needs_triton
@@ -234,9 +261,12 @@ import sparse_sgdm, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 kernel = sparse_sgdm._sparse_sgdm_kernel
-pointers = dict(theta_ptr="*fp32", momentum_ptr="*fp32", mask_ptr="*u8")
-scalars = dict.fromkeys(["lr", "momentum", "rate", "weight_decay", "inverse_scale"], "fp32")
-flags = dict(HAS_MOMENTUM=True, HAS_MASK=True, HAS_COPY=True, NESTEROV=False, FIRST=False)
+fp32 = ["theta", "momentum", "anchor", "correction", "scale", "found_inf"]
+pointers = {f"{name}_ptr": "*fp32" for name in fp32} | {"mask_ptr": "*u8"}
+scalars = ["lr", "momentum", "rate", "weight_decay", "prox", "grad_scale"]
+scalars = dict.fromkeys(scalars, "fp32")
+names = ["MOMENTUM", "MASK", "COPY", "ANCHOR", "CORRECTION", "SCALE", "FOUND_INF"]
+flags = {f"HAS_{name}": True for name in names} | dict(NESTEROV=False, FIRST=False)
 for capability, half in ((75, "fp16"), (80, "bf16"), (90, "bf16")):
     types = pointers | scalars | dict(grad_ptr="*" + half, copy_ptr="*" + half, count="i32")
     constants = flags | dict(BLOCK=1024)
