@@ -18,6 +18,7 @@ taken of vectors hidden by pairwise masks that cancel mod 2^64 (Bonawitz 2017, d
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import zlib
@@ -70,11 +71,13 @@ def add_delta_(total: Tensor, theta: Tensor, start: Tensor, weight: float) -> Te
 
 
 @torch.no_grad()
-def apply_total_(theta: Tensor, total: Tensor, server_lr: float = 1.0) -> None:
+def apply_total_(
+    theta: Tensor, total: Tensor, unit: float = 1 / FIXED_POINT, server_lr: float = 1.0
+) -> None:
     """Move `theta` by server_lr times the fixed-point total, in place."""
     chunk = CHUNK if theta.is_cpu else max(1, theta.numel())
     for part, units in zip(theta.split(chunk), total.split(chunk), strict=True):
-        part.copy_(units.double().mul_(server_lr / FIXED_POINT).add_(part))
+        part.copy_(units.double().mul_(server_lr * unit).add_(part))
 
 
 def local_sgd(
@@ -148,6 +151,8 @@ class FedAvg:
         train_client: (client, round) -> (J,) losses; trains `theta` in place from where it stands.
         fraction: share C of the clients that take part in a round, in (0, 1].
         server_lr: factor on the averaged change.
+        server_step: optional (theta, total (P,) int64, unit) that moves theta in place by a rule of
+            its own; total * unit is the averaged change.
         client_bytes: what one client sends, and what it receives, in a round.
         on_reset: called after `theta` was overwritten, to bring copies of it up to date.
         on_round_end: called when all clients of a round are in.
@@ -175,6 +180,7 @@ class FedAvg:
         fraction: float = 0.1,
         seed: int = 0,
         server_lr: float = 1.0,
+        server_step: Callable[[Tensor, Tensor, float], None] | None = None,
         client_bytes: tuple[int, int] = (0, 0),
         on_reset: Callable[[], None] = lambda: None,
         on_round_end: Callable[[], None] = lambda: None,
@@ -189,7 +195,8 @@ class FedAvg:
         self.theta, self.theta_global = theta, theta.clone()
         self.total = torch.zeros(theta.shape, dtype=torch.int64, device=theta.device)
         self.shard_sizes, self.fraction, self.seed = shard_sizes, fraction, seed
-        self.server_lr, self.client_bytes, self.on_reset = server_lr, client_bytes, on_reset
+        self.client_bytes, self.on_reset = client_bytes, on_reset
+        self.server_step = server_step or functools.partial(apply_total_, server_lr=server_lr)
         self.on_round_end, self.on_merge, self.conceal = on_round_end, on_merge, conceal
         self.train_client, self.tensors = train_client, tensors or {}
         self.train_clients = train_clients or self._one_by_one
@@ -254,7 +261,7 @@ class FedAvg:
 
     def _finish_round(self, clients: np.ndarray) -> dict:
         self.group.sum_(self.total)
-        apply_total_(self.theta_global, self.total, self.server_lr)
+        self.server_step(self.theta_global, self.total, 1 / FIXED_POINT)
         self.on_merge()
         self.on_round_end()
         self.theta.copy_(self.theta_global)

@@ -52,6 +52,13 @@ class Entries:
             dense = self.momentum is not None and kept is not None
             self.stepped = [flat.theta, torch.zeros_like(flat.theta) if dense else self.momentum]
         self.size = flat.size if kept is None else len(self.index)
+        prox = getattr(options, "prox", 0.0)
+        self.anchor = torch.empty_like(self.stepped[0]) if prox else None
+
+    def start(self) -> None:
+        """Note where a client starts: the proximal term pulls back to it."""
+        if self.anchor is not None:
+            self.anchor.copy_(self.stepped[0])
 
     @torch.no_grad()
     def scatter(self) -> None:
@@ -79,15 +86,18 @@ class Entries:
         flat, changing = self.flat, dict(lr=lr, first=first, grad_scale=loss_scale)
         theta, momentum = self.stepped
         if self.compact:
-            self.step_flat(theta, flat.grad[self.index], momentum, **changing)
+            grad = flat.grad[self.index]
+            self.step_flat(theta, grad, momentum, None, None, self.anchor, **changing)
             self.scatter()
         else:
-            self.step_flat(theta, flat.grad, momentum, self.kept, flat.compute, **changing)
+            fixed = self.kept, flat.compute, self.anchor
+            self.step_flat(theta, flat.grad, momentum, *fixed, **changing)
 
     def step_flat(self, *tensors: Tensor | None, **changing) -> None:
         """Call `sparse_sgdm_` with the run's constants."""
         options = self.options
         constants = dict(momentum=options.momentum, weight_decay=options.weight_decay)
+        constants["prox"] = getattr(options, "prox", 0.0)  # of fedavg alone
         sparse_sgdm_(*tensors, nesterov=options.nesterov, **constants, **changing)
 
 
@@ -281,6 +291,7 @@ class ClientTraining:
         learner, entries, lr = self.learner, self.learner.entries, self.lr(round)
         draws = self.draws(client, round).to(entries.theta.device, non_blocking=True)
         start = entries.theta.clone() if learner.loss_scale.active else None
+        entries.start()
 
         def attempt(scale: float) -> Tensor:
             if start is not None:
@@ -302,6 +313,8 @@ class ClientTraining:
         grad = torch.zeros_like(theta)
         momentum = torch.empty_like(theta) if self.options.momentum else None
         flattened = [x if x is None else x.view(-1) for x in (theta, grad, momentum)]
+        if self.options.prox:
+            flattened += [None, None, theta.clone().view(-1)]
 
         def step(j: int) -> None:
             learner.entries.step_flat(*flattened, lr=lr, first=j == 0)

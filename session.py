@@ -28,6 +28,7 @@ import runs
 from calibration import given_mask, scoped_names
 from learner import ClientTraining, Evaluated, Learner
 from ranks import OneProcess
+from server import Server
 from workspace import Workspace, duration, fingerprint
 
 FREE = {"name", "runs_dir", "data_dir", "device", "threads", "eval_every", "eval_batch"}
@@ -59,6 +60,8 @@ def federate(learner: Learner, shards: list[np.ndarray]) -> fedavg.FedAvg:
     options, entries = learner.options, learner.entries
     training, scale, group = ClientTraining(learner, shards), learner.loss_scale, learner.group
     conceal = functools.partial(fedavg.conceal_, seed=options.seed)
+    settings = dict(lr=options.server_lr, momentum=options.server_momentum, tau=options.server_tau)
+    server = Server(options.server, entries.theta, **settings)
     return fedavg.FedAvg(
         entries.theta,
         [len(shard) for shard in shards],
@@ -66,12 +69,12 @@ def federate(learner: Learner, shards: list[np.ndarray]) -> fedavg.FedAvg:
         train_clients=training.heads if learner.on_features else None,
         fraction=options.fraction,
         seed=options.seed,
-        server_lr=options.server_lr,
+        server_step=server.step_,
         client_bytes=((8 if options.secure_aggregation else 4) * entries.size, 4 * entries.size),
         on_reset=entries.scatter,
         on_round_end=scale.next_round,
         conceal=conceal if options.secure_aggregation else None,
-        tensors={"loss_scale": scale.state},
+        tensors={"loss_scale": scale.state} | server.tensors,
         on_merge=lambda: scale.merge(group),
         group=group,
     )

@@ -27,6 +27,7 @@ import fedavg
 import masks
 import model as vit
 import runs
+import server
 from ranks import LostProcess, ToldByFirst
 from sparse_sgdm import check_sgd_options
 
@@ -410,10 +411,34 @@ def build_parser() -> Parser:
         help="share C of the clients in a round [%(default)s]",
     )
     add(
+        "--server",
+        choices=server.RULES,
+        default="fedavg",
+        help="what the server does with the averaged change [%(default)s]",
+    )
+    add(
         "--server-lr",
         type=number(float, 0, above=True),
-        default=1.0,
-        help="factor on the averaged change [%(default)s]",
+        help="server learning rate [1, of the adaptive rules 0.01]",
+    )
+    add(
+        "--server-momentum",
+        type=number(float, 0, 0.9999),
+        default=0.9,
+        help="beta of fedavgm, b1 of the adaptive rules [%(default)s]",
+    )
+    add(
+        "--server-tau",
+        type=number(float, 0, above=True),
+        default=1e-3,
+        help="adaptivity of the adaptive rules [%(default)s]",
+    )
+    add(
+        "--prox",
+        type=number(float, 0),
+        default=0.0,
+        metavar="MU",
+        help="FedProx: strength of each client's pull to where it started [%(default)g]",
     )
     add(
         "--secure-aggregation",
@@ -584,6 +609,8 @@ def resolve_training(o: argparse.Namespace) -> None:
     vit.check_train(o.train, vit.MODELS[o.model].depth)
     if o.lr is None:
         o.lr = default_lr(o)
+    if "server_lr" in o and o.server_lr is None:
+        o.server_lr = 1.0 if o.server in ("fedavg", "fedavgm") else 0.01
     if o.freeze_head is None:  # a fitted head is kept, unless it is all that trains
         o.freeze_head = o.head != "linear" and o.train != "head"
     if o.freeze_head and o.head == "linear":

@@ -119,3 +119,19 @@ def test_two_rounds_average_what_the_clients_did(small_data):
     # the fixed point's half unit per client, then one rounding to fp32
     average = (start.double() + expected).float()
     torch.testing.assert_close(federation.theta_global, average, rtol=2e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("extra", [[], ["--head", "ridge", "--mask-rule", "random"]])
+def test_the_proximal_steps_of_a_client_are_the_written_ones(small_data, extra):
+    """With one step the term is zero; with two the second pulls back by lr mu (theta_1 - start)."""
+    command = ["--momentum", "0", "--lr", "0.01", "--J", "2", *extra]
+    free, pulled = (build(small_data, *command, "--prox", str(mu)) for mu in (0.0, 5.0))
+    ends = []
+    for learner, training in (free, pulled):
+        start = learner.entries.theta.clone()
+        training.one(4, round=1)
+        ends.append(learner.entries.theta.clone())
+    one, _ = build(small_data, *command, "--J", "1")
+    ClientTraining(one, one.workspace.shards()).one(4, round=1)
+    first_step = one.entries.theta - start
+    torch.testing.assert_close(ends[0] - ends[1], 0.01 * 5.0 * first_step, rtol=1e-3, atol=1e-7)

@@ -9,7 +9,18 @@ import pytest
 from conftest import ROOT
 
 LEAVES = (
-    *("data", "model", "head", "sparse_sgdm", "fisher", "masks", "fedavg", "loss_scale", "ranks"),
+    *(
+        "data",
+        "model",
+        "head",
+        "sparse_sgdm",
+        "fisher",
+        "masks",
+        "fedavg",
+        "server",
+        "loss_scale",
+        "ranks",
+    ),
     *("centralized", "runs", "plots"),
 )
 

@@ -156,6 +156,20 @@ def test_training_steps_see_a_share_of_the_tokens_and_evaluations_all(cli, small
     assert whole["train_loss"] != half["train_loss"]
 
 
+@pytest.mark.parametrize("extra", [(), ("--train", "head"), ("--mask-rule", "random")])
+def test_the_proximal_term_holds_clients_back(cli, small_data, extra):
+    if extra[:1] != ():
+        extra += ("--head", "ridge", "--lr", 0.01)
+    for name, prox in (("free", 0.0), ("held", 3.0)):
+        assert cli(*TINY, "--J", 6, "--prox", prox, "--name", name, *extra)[0] == 0
+    start = json.loads((small_data / "runs" / "free" / "config.json").read_text())["options"]
+    assert start["prox"] == 0.0
+    free, held = (records(small_data / "runs" / name) for name in ("free", "held"))
+    assert free[0] == held[0]  # the same start
+    assert held[1]["train_loss"] != free[1]["train_loss"]
+    assert (small_data / "runs" / "held" / "summary.json").exists()
+
+
 def test_a_schedule_fixes_the_number_of_rounds(cli):
     cosine = (*TINY, "--schedule", "cosine", "--name", "c")
     assert cli(*cosine)[0] == 0
@@ -183,6 +197,8 @@ def test_another_seed_is_another_run(cli, small_data):
         ("--augment", "--schedule", "exponential", "--warmup", 1),
         ("--image-size", 48, "--normalisation", "imagenet"),
         ("--keep-tokens", 0.5, "--head", "ridge"),
+        ("--server", "fedyogi", "--prox", 0.1),
+        ("--server", "fedavgm", "--train", "head", "--prox", 0.1),
         ("--precision", "bf16", "--head", "ridge"),
         ("--precision", "fp16"),
     ],

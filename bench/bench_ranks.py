@@ -1,0 +1,79 @@
+"""Two processes of one thread against one process of two, round by round of the same run.
+
+    python bench/bench_ranks.py [--settings vit_demo vit_ti16] [--rounds 12] [--repeat 3]
+
+Runs `train.py fedavg` on the synthetic data set, under torchrun and without, in turn, and takes the
+seconds of each round from the logs (the first is left out). The final weights of the two processes
+must be those of one process of one thread, to the bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from timing import quantiles, write_csv
+
+import runs
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = {
+    "vit_demo": "--model vit_demo --image-size 32 --batch-size 8",
+    "vit_ti16": "--model vit_ti16 --image-size 64 --batch-size 32",
+}
+GOALS = {"vit_demo": 1.3}
+SHARED = "--data synthetic --weights none --head linear --J 4 --lr 0.001 --eval-every 100000"
+
+
+def run(
+    setting: str, processes: int, threads: int, rounds: int
+) -> tuple[list[float], torch.Tensor]:
+    """Return the seconds of the rounds after the first, and the final parameters."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    command = [*launcher, str(ROOT / "train.py"), "fedavg", *SHARED.split()]
+    command += [*SETTINGS[setting].split(), "--threads", f"{threads}", "--rounds", f"{rounds}"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with tempfile.TemporaryDirectory() as folder:
+        command += ["--runs-dir", folder, "--name", "x"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+        made = runs.Run(Path(folder) / "x")
+        theta = made.load()["state"]["process"]["theta"]
+        return [r["seconds"] for r in made.records()[2:]], theta
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS))
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--csv", type=Path, default=ROOT / "results/bench/ranks.csv")
+    options = parser.parse_args()
+    rows = []
+    for setting in options.settings:
+        seconds = {(1, 2): [], (2, 1): []}
+        for _ in range(options.repeat):
+            for shape, found in seconds.items():
+                rounds, theta = run(setting, *shape, options.rounds)
+                found.append(rounds)
+        assert torch.equal(theta, run(setting, 1, 1, options.rounds)[1])
+        one, two = (np.array(found).ravel() for found in seconds.values())
+        for name, values in (("1 process x 2 threads", one), ("2 processes x 1 thread", two)):
+            rows.append({"setting": setting, "figure": f"{name}, s a round"} | quantiles(values))
+        rows.append({"setting": setting, "figure": "speed-up, paired"} | quantiles(one / two))
+        rows[-1]["goal"] = GOALS.get(setting, "")
+        print(*rows[-3:], sep="\n")
+    write_csv(options.csv, rows, note="each process's threads are in the figure's name")
+
+
+if __name__ == "__main__":
+    main()
