@@ -201,10 +201,10 @@ class Calibration:
         self.preprocess = workspace.preprocess(torch.float32)
         draws = data.random(options.seed, "calibration labels")
         self.uniform = torch.from_numpy(draws.random(len(workspace.dataset.train.labels)))
-        sign = masks.RULES[options.mask_rule][1]
+        self.sign = masks.RULES[options.mask_rule][1]
         self.limits = dict(
             sparsity=options.sparsity,
-            threshold=None if options.threshold is None else sign * options.threshold,
+            threshold=None if options.threshold is None else self.sign * options.threshold,
             group_sizes=sizes if options.per_tensor else None,
         )
 
@@ -267,8 +267,7 @@ class Calibration:
                 how = dict(rounds=rounds, damp=options.damp, **self.limits)
                 kept = masks.calibrate(self.theta, keys, **how)
         except masks.NothingKept as error:
-            sign = masks.RULES[options.mask_rule][1]
-            low, high = sorted((sign * error.low, sign * error.high))
+            low, high = sorted((self.sign * error.low, self.sign * error.high))
             raise ValueError(
                 f"--threshold {options.threshold:g} keeps nothing in calibration round "
                 f"{error.round}, where the scores lie between {low:.3g} and {high:.3g}"

@@ -36,7 +36,7 @@ def run_fedavg(options: argparse.Namespace) -> None:
     """Train by FedAvg; with --search choose learning rate and weight decay first.
 
     torchrun --nproc-per-node=N train.py fedavg ... spreads the clients over N processes, to the
-    same bits; several nodes need a common file system.
+    same bits at the same --threads; several nodes need a common file system.
     """
     with launched_group() as group:
         workspace = Workspace(options, group)
@@ -161,7 +161,9 @@ def run_sweep(options: argparse.Namespace) -> None:
     finally:
         if folder.exists():
             text = experiment.table(folder)
-            runs.write_atomically(folder / "table.md", lambda path: path.write_text(text))
+            runs.write_atomically(
+                folder / "table.md", lambda path: path.write_text(text, encoding="utf-8")
+            )
     if failed:
         raise ValueError(f"{len(failed)} runs failed: {', '.join(sorted(failed))}")
     list_runs(experiment, folder, options.jobs, details=False)

@@ -150,7 +150,7 @@ class FedAvg:
         shard_sizes: samples per client; the weights of the average.
         train_client: (client, round) -> (J,) losses; trains `theta` in place from where it stands.
         fraction: share C of the clients that take part in a round, in (0, 1].
-        server_lr: factor on the averaged change.
+        server_lr: factor on the averaged change, where there is no server_step.
         server_step: optional (theta, total (P,) int64, unit) that moves theta in place by a rule of
             its own; total * unit is the averaged change.
         client_bytes: what one client sends, and what it receives, in a round.
@@ -217,6 +217,7 @@ class FedAvg:
         round, size, rank = self.round + 1, self.group.size, self.group.rank
         count = len(self.shard_sizes)
         self._clients = sample_clients(count, self.fraction, seed=self.seed, round=round)
+        self._sizes = [int(self.shard_sizes[k]) for k in self._clients]
         left = [i for i in range(len(self._clients)) if i not in self.losses]
         self._queue = [left[i : i + size] for i in range(0, len(left), size)]
         mine = self._clients[left[rank::size]]
@@ -246,9 +247,9 @@ class FedAvg:
     def _take_in(self, place: int, clients: np.ndarray, round: int) -> None:
         """Let the next client train, and add what it changed to this process's total."""
         theta_k, losses = next(self._results)
-        client, n = int(clients[place]), sum(int(self.shard_sizes[k]) for k in clients)
+        client = int(clients[place])
         target = self.total if self.conceal is None else torch.zeros_like(self.total)
-        weight = int(self.shard_sizes[client]) / n
+        weight = self._sizes[place] / sum(self._sizes)
         largest = add_delta_(target, theta_k, self.theta_global, weight)
         check_client(round, client, losses, largest)
         if self.conceal is not None:
@@ -266,7 +267,7 @@ class FedAvg:
         self.on_round_end()
         self.theta.copy_(self.theta_global)
         self.on_reset()
-        sizes, losses = [int(self.shard_sizes[k]) for k in clients], self._all_losses()
+        sizes, losses = self._sizes, self._all_losses()
         weighted = [n * losses[i] for i, n in enumerate(sizes)]
         self.round += 1
         record = {

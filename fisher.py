@@ -16,6 +16,7 @@ Source: Goodfellow 2015, arXiv:1510.01799, with its sums over tokens; the Fisher
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 import zlib
@@ -133,18 +134,25 @@ def square_accumulate_triton_(
         tf32 = torch.backends.cuda.matmul.allow_tf32 and grads.dtype == torch.float32
         shape = (samples, tokens, width_out, width_in)
         operands = (total, grads.contiguous(), inputs.contiguous())
-        _square_of_sum_kernel[tiles](
-            *operands, *shape, PRECISION="tf32" if tf32 else "ieee", **TILE
-        )
+        with _current(total.device):
+            _square_of_sum_kernel[tiles](
+                *operands, *shape, PRECISION="tf32" if tf32 else "ieee", **TILE
+            )
         return
     chunk = max(1, GPU_CHUNK // total.numel())
     blocks = (triton.cdiv(total.numel(), SQUARES_BLOCK),)
     for start in range(0, samples, chunk):
         part = slice(start, start + chunk)
         products = torch.bmm(grads[part].transpose(1, 2), inputs[part])
-        _add_squares_kernel[blocks](
-            total, products, len(products), total.numel(), BLOCK=SQUARES_BLOCK
-        )
+        with _current(total.device):
+            _add_squares_kernel[blocks](
+                total, products, len(products), total.numel(), BLOCK=SQUARES_BLOCK
+            )
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Make a device the one that Triton launches on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 _devices_without_triton: set[torch.device] = set()
@@ -254,8 +262,8 @@ def fisher_diagonal(
 
 def _sampled_labels(logits: Tensor, u: Tensor) -> Tensor:
     """Return labels (N,) drawn from the softmax of `logits` by inversion of its CDF at u (N,)."""
-    cdf = logits.detach().double().softmax(dim=1).cumsum(dim=1)
-    return (cdf < u.to(cdf)[:, None] * cdf[:, -1:]).sum(dim=1)
+    cdf = logits.detach().double().softmax(dim=1).cpu().cumsum(dim=1)  # not deterministic on CUDA
+    return (cdf < u.cpu().double()[:, None] * cdf[:, -1:]).sum(dim=1).to(logits.device)
 
 
 def _summed_score(logits: Tensor, labels: Tensor, score: str) -> Tensor:

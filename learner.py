@@ -168,6 +168,7 @@ class Learner:
         if self.on_features or not first or options.augment or options.keep_tokens < 1:
             return
         inputs = self.workspace.tokens(model, first)
+        self.workspace.keeps_activations = inputs is not None
         if inputs is None:
             print(f"activations below block {first} do not fit in memory: computed every time")
             return
@@ -259,13 +260,14 @@ def find_mask(
     """Return the run's mask, kept at `path`: --mask's, or one made by --mask-rule; else None."""
     if options.mask is None and options.mask_rule is None:
         return None
-    if options.mask:
+    if options.mask is not None:
         mask = given_mask(options, model, path)
     elif path.exists():
         return Mask.load(path, model)
     else:
         mask = cached_mask(Calibration(workspace, model, options, shards))
-    mask.save(path)
+    if not path.exists():
+        mask.save(path)
     return mask
 
 

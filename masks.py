@@ -93,7 +93,7 @@ def keep_lowest(keys: Tensor, count: int) -> Tensor:
     """Return the bool mask (P,) of the `count` lowest keys; among equal keys the first ones win."""
     if count <= 0:
         return torch.zeros_like(keys, dtype=torch.bool)
-    bar = keys.kthvalue(count).values
+    bar = keys.sort().values[count - 1]  # kthvalue has no deterministic form on CUDA
     mask = keys < bar
     ties = (keys == bar).nonzero()[:, 0]
     mask[ties[: count - int(mask.sum())]] = True

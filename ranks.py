@@ -74,13 +74,16 @@ class Group(OneProcess):
     """The processes of torchrun's environment; meets the others on construction."""
 
     def __init__(self):
-        dist.init_process_group(None if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        nccl = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=PATIENCE)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self._plain = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def sum_(self, tensor: Tensor) -> None:
         """Add up a tensor over all processes, in place; integers wrap mod 2^64."""
+        if tensor.is_cuda:
+            self.gather(None)  # a lost process shows here; NCCL would wait for it
         with _explained():
             dist.all_reduce(tensor)
 

@@ -74,7 +74,7 @@ class Server:
                     change = state[0].mul_(self.momentum).add_(change)
                 part.copy_(change.mul(self.lr * unit).add_(part))
             else:
-                part.copy_(self._adaptive(*state, change.mul_(unit)).mul_(self.lr).add_(part))
+                part.copy_(self._adaptive(*state, change * unit).mul_(self.lr).add_(part))
 
     def _adaptive(self, m: Tensor, v: Tensor, delta: Tensor) -> Tensor:
         """Update the moments; return m / (sqrt(v) + tau)."""

@@ -164,6 +164,8 @@ def search_then_train(
                 val_acc = 0.0
             results.append({"lr": lr, "weight_decay": weight_decay, "val_acc": val_acc})
     best = max(results, key=lambda r: r["val_acc"])
+    if not best["val_acc"]:
+        raise ValueError("--search: every try diverged; give lower rates by --search-lr")
     if group.rank == 0:
         found = {"cells": results, "best": best}
         runs.write_json(Path(options.runs_dir) / name / "search.json", found)

@@ -17,6 +17,7 @@ proximal term of FedProx (arXiv:1812.06127), the correction of SCAFFOLD (arXiv:1
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Iterable
@@ -191,22 +192,24 @@ def sparse_sgdm_triton_(
         SCALE=scale,
         FOUND_INF=found_inf,
     )
-    _sparse_sgdm_kernel[(triton.cdiv(count, TRITON_BLOCK),)](
-        theta,
-        grad,
-        *(theta if x is None else x for x in optional.values()),
-        count,
-        lr,
-        momentum,
-        1.0 - dampening,
-        weight_decay,
-        prox,
-        grad_scale if scale is None else 1.0,
-        **{f"HAS_{name}": x is not None for name, x in optional.items()},
-        NESTEROV=nesterov,
-        FIRST=first,
-        BLOCK=TRITON_BLOCK,
-    )
+    on = torch.cuda.device(theta.device) if theta.is_cuda else contextlib.nullcontext()
+    with on:
+        _sparse_sgdm_kernel[(triton.cdiv(count, TRITON_BLOCK),)](
+            theta,
+            grad,
+            *(theta if x is None else x for x in optional.values()),
+            count,
+            lr,
+            momentum,
+            1.0 - dampening,
+            weight_decay,
+            prox,
+            grad_scale if scale is None else 1.0,
+            **{f"HAS_{name}": x is not None for name, x in optional.items()},
+            NESTEROV=nesterov,
+            FIRST=first,
+            BLOCK=TRITON_BLOCK,
+        )
 
 
 _devices_without_triton: set[torch.device] = set()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,20 +35,22 @@ def run_cells(cells: Sequence[Cell], folder: Path, jobs: int) -> set[str]:
                 cell = waiting.pop(0)
                 command = [sys.executable, str(TRAIN), "fedavg", *cell.arguments]
                 command += ["--name", cell.name, "--runs-dir", str(folder)]
-                pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-                running[cell.name] = subprocess.Popen(command, env=environment, **pipes)
+                said = tempfile.TemporaryFile("w+")
+                pipes = dict(stdout=subprocess.DEVNULL, stderr=said)
+                running[cell.name] = subprocess.Popen(command, env=environment, **pipes), said
             time.sleep(0.2)
-            for name, process in list(running.items()):
+            for name, (process, said) in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
-                    reason = process.stderr.read().strip()
+                    said.seek(0)
+                    reason = said.read().strip()
                     print(f"{name}: {'done' if process.returncode == 0 else reason}", flush=True)
                     if process.returncode:
                         failed.add(name)
     finally:
-        for process in running.values():
+        for process, _ in running.values():
             process.terminate()
-        for process in running.values():
+        for process, _ in running.values():
             process.wait()
         signal.signal(signal.SIGTERM, before)
     return failed

@@ -653,7 +653,7 @@ def run_doctor(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns 0, 2 for bad input, 1 when a process of its group was lost, or
-    128 + signal when interrupted. Of several processes the first speaks for all.
+    128 + signal when interrupted. Of several processes the first speaks for those that fail alike.
     """
     first, shared = int(os.environ.get("RANK", 0)) == 0, True
     try:
@@ -665,7 +665,8 @@ def main(arguments: list[str] | None = None) -> int:
             options.run(options)
     except (ValueError, OSError) as error:
         if first or not (shared or isinstance(error, TOLD_ONCE)):
-            print(f"train.py: error: {error}", file=sys.stderr)
+            who = "" if first else f" of process {os.environ['RANK']}"
+            print(f"train.py: error{who}: {error}", file=sys.stderr)
         return 2
     except LostProcess as error:
         print(f"train.py: error: {error}", file=sys.stderr)

@@ -32,7 +32,8 @@ class Workspace:
 
     def __init__(self, options: argparse.Namespace, group: OneProcess | None = None):
         self.options, self.group = options, group or OneProcess()
-        self.device = choose_device(options.device, self.group.local_rank)
+        self.keeps_activations: bool | None = None  # None: none could be kept
+        self.device = choose_device(options.device, self.group)
         self.dtype = choose_precision(options.precision, self.device)
         if options.threads:
             torch.set_num_threads(options.threads)
@@ -131,25 +132,30 @@ class Workspace:
 
     @torch.no_grad()
     def tokens(self, model: vit.VisionTransformer, first: int) -> dict[str, Tensor] | None:
-        """Return the input (N, 1 + T, D) of block `first` for all images of each part, unaugmented.
+        """Return the input (N, 1 + T, D) of block `first` for all images of a part, unaugmented.
 
         They lie on the device where half of its free memory holds them, else on the host; None
-        where they fit on neither.
+        where they fit on neither, or not in every process of the group.
         """
         preprocess, images = self.preprocess(), {k: s.images for k, s in self.sets.items()}
-        shape = 1 + (preprocess.image_size // model.shape.patch) ** 2, model.shape.width
+        patches = (preprocess.image_size // model.shape.patch) ** 2
+        read = 1 + patches * (first < model.shape.depth)  # after the last block: the class token
+        shape = read, model.shape.width
         count = sum(map(len, images.values()))
         needed = count * math.prod(shape) * self.dtype.itemsize
         places = dict.fromkeys((self.device, torch.device("cpu")))
-        place = next((d for d in places if needed <= free_memory(d) / 2), None)
-        if place is None:
+        sharing = {"cuda": 1, "cpu": self.group.size}
+        free = {place: free_memory(place) / sharing[place.type] for place in places}
+        place = next((d for d in places if needed <= free[d] / 2), None)
+        if not all(self.group.gather(place is not None)):
             return None
         backbone, result = cast_copy(model, self.dtype), {}
         status, done = Status("activations of the images", count), 0
         for part, pixels in images.items():
             result[part] = torch.empty(len(pixels), *shape, dtype=self.dtype, device=place)
             for chunk in data.in_chunks(len(pixels), self.options.eval_batch):
-                result[part][chunk] = backbone.tokens(preprocess(pixels[chunk]), first)
+                tokens = backbone.tokens(preprocess(pixels[chunk]), first)
+                result[part][chunk] = tokens[:, :read]
                 status.show(done := done + len(pixels[chunk]))
         status.close()
         return result
@@ -173,25 +179,34 @@ class Workspace:
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "threads": None if cuda else torch.get_num_threads(),
             "precision": str(self.dtype).removeprefix("torch."),
+            "activations_kept": self.keeps_activations,
+            "eval_batch": self.options.eval_batch,
             "torch": str(torch.__version__),
             "numpy": np.__version__,
         }
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
+def choose_device(name: str, group: OneProcess) -> torch.device:
     """Return the device of --device; "auto" is a CUDA device, one a process, where there is one."""
+    given = name
     if name == "auto":
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{group.local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
+        raise ValueError(f"--device {given}: choose auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"--device {name}: PyTorch sees no CUDA device here; --device cpu runs anywhere"
+            f"--device {given}: PyTorch sees no CUDA device here; --device cpu runs anywhere"
         )
+    if device.type == "cuda" and device.index >= (count := torch.cuda.device_count()):
+        raise ValueError(f"--device {given}: {device} is wanted, and {count} are here")
+    if group.size > 1 and given.startswith("cuda:"):
+        raise ValueError(f"--device {given}: {group.size} processes need a device each: cuda")
     return device
 
 

@@ -30,7 +30,10 @@ from learner import Learner
 from session import federate
 from workspace import Workspace
 
-SHARED = "fedavg --data synthetic --weights none --head linear --clients 100 --fraction 0.1 --J 4"
+SHARED = (
+    "fedavg --data synthetic --weights none --head linear --clients 100 --fraction 0.1 --J 4 "
+    "--precision fp32"
+)
 SETTINGS = {  # options, rounds, goal
     "vit_ti16": ("--model vit_ti16 --image-size 64 --batch-size 32 --lr 0.01", 5, 1.05),
     "vit_demo": ("--model vit_demo --image-size 32 --batch-size 8 --lr 0.01", 40, 1.15),
