@@ -21,6 +21,7 @@ after its last checkpoint, and repeats that to the same bits when its process is
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import json
@@ -46,6 +47,7 @@ FORMAT = 1  # of the folder; a folder of another format is refused by number
 
 
 _locks: dict[Path, Any] = {}  # of the folders that this process has open
+atexit.register(lambda: [file.close() for file in _locks.values()])
 
 
 class DamagedFile(ValueError):

@@ -69,18 +69,11 @@ def alone(folder, *arguments):
     return outcome(folder)
 
 
-@pytest.mark.parametrize(
-    ("processes", "options"),
-    [
-        (3, ("--train", "head", "--head", "ridge", "--lr", 0.05)),
-        (2, ("--head", "ridge", "--mask-rule", "random", "--sparsity", 0.8, "--lr", 0.02)),
-    ],
-    ids=["heads", "masked"],
-)
-def test_several_processes_give_the_bits_of_one(processes, options, tmp_path, tmp_path_factory):
-    statuses, said = finish(launch(tmp_path, processes, *options))
-    assert statuses == [0] * processes, said
-    assert [bool(out) for out, _ in said] == [True] + [False] * (processes - 1)
+def test_three_processes_give_the_bits_of_one(tmp_path, tmp_path_factory):
+    options = ("--train", "head", "--head", "ridge", "--lr", 0.05)
+    statuses, said = finish(launch(tmp_path, 3, *options))
+    assert statuses == [0, 0, 0], said
+    assert [bool(out) for out, _ in said] == [True, False, False]
     (theta, records), expected = (
         outcome(tmp_path),
         alone(tmp_path_factory.mktemp("alone"), *options),
@@ -90,7 +83,8 @@ def test_several_processes_give_the_bits_of_one(processes, options, tmp_path, tm
 
 
 def test_a_concealed_pair_stops_and_goes_on_alone_to_the_same_bits(tmp_path, tmp_path_factory):
-    processes = launch(tmp_path, 2, "--secure-aggregation", "--J", 20)
+    options = ("--J", 20, "--lr", 0.02, "--head", "ridge", "--mask-rule", "random")
+    processes = launch(tmp_path, 2, "--secure-aggregation", *options)
     until(tmp_path / "runs" / "x" / "log.jsonl", processes[0])
     for process in processes:
         process.send_signal(signal.SIGTERM)
@@ -98,8 +92,8 @@ def test_a_concealed_pair_stops_and_goes_on_alone_to_the_same_bits(tmp_path, tmp
     assert statuses == [143, 143], said
     state = runs.Run(tmp_path / "runs" / "x").load()["state"]["process"]
     assert state["round"] < 3 and len(state.get("losses", ())) < 7
-    theta, records = alone(tmp_path, "--secure-aggregation", "--J", 20)
-    expected, plain = alone(tmp_path_factory.mktemp("alone"), "--J", 20)
+    theta, records = alone(tmp_path, "--secure-aggregation", *options)
+    expected, plain = alone(tmp_path_factory.mktemp("alone"), *options)
     assert torch.equal(theta, expected)
     assert [r["train_loss"] for r in records[1:]] == [r["train_loss"] for r in plain[1:]]
     assert [r["bytes_up"] for r in records[1:]] == [2 * r["bytes_up"] for r in plain[1:]]
@@ -114,9 +108,8 @@ def test_a_lost_process_ends_the_others_with_a_message(tmp_path):
     assert "another process of the job has gone" in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("bad", [("--clients", 10**9), ("--lr", 1e30)], ids=["early", "late"])
-def test_what_stops_all_processes_is_told_once(bad, tmp_path):
-    statuses, said = finish(launch(tmp_path, 2, *bad))
+def test_what_stops_all_processes_is_told_once(tmp_path):
+    statuses, said = finish(launch(tmp_path, 2, "--lr", 1e30))
     assert statuses == [2, 2]
     assert [err.count("train.py: error: ") for _, err in said] == [1, 0], said
 
