@@ -387,31 +387,20 @@ def drive(
         ValueError: the run is beyond `total` already.
         Interrupted: SIGINT or SIGTERM came; the state at the end of the advance in hand is saved.
     """
-    started = time.monotonic()
-    state = run.restore()
-    if state is None:
-        before = 0.0
-        record = {unit: 0}
-        complete(record)
-        run.log(record)
-    else:
-        before = state["wall_seconds"]
-        process.load_state_dict(state["process"])
-        if changes := _differences(state["environment"], environment):
-            at = getattr(process, unit)
-            run.log({"note": f"not bit-exact from {unit} {at + 1} on: {changes}"})
-    if (reached := getattr(process, unit)) > total:
-        raise ValueError(f"{run.folder} is at {unit} {reached} already, beyond {total}")
-    saved = time.monotonic()
-
-    def save() -> None:
-        nonlocal saved
-        wall = before + time.monotonic() - started
-        state = {"process": process.state_dict(), "wall_seconds": wall, "environment": environment}
-        run.save(state)
+    with caught_signals() as caught:
+        started = time.monotonic()
+        before = _begin(run, process, unit, complete, environment)
+        if (reached := getattr(process, unit)) > total:
+            raise ValueError(f"{run.folder} is at {unit} {reached} already, beyond {total}")
         saved = time.monotonic()
 
-    with caught_signals() as caught:
+        def save() -> None:
+            nonlocal saved
+            wall = before + time.monotonic() - started
+            state = {"process": process.state_dict(), "wall_seconds": wall}
+            run.save(state | {"environment": environment})
+            saved = time.monotonic()
+
         while getattr(process, unit) < total:
             record = process.advance()
             if record is not None:
@@ -427,6 +416,23 @@ def drive(
         save()
     run.close()
     return before + time.monotonic() - started
+
+
+def _begin(
+    run: Run, process: Any, unit: str, complete: Callable, environment: dict | None
+) -> float:
+    """Restore the process, or log the start; returns the wall time of earlier sessions."""
+    state = run.restore()
+    if state is None:
+        record = {unit: 0}
+        complete(record)
+        run.log(record)
+        return 0.0
+    process.load_state_dict(state["process"])
+    if changes := _differences(state["environment"], environment):
+        at = getattr(process, unit)
+        run.log({"note": f"not bit-exact from {unit} {at + 1} on: {changes}"})
+    return state["wall_seconds"]
 
 
 def _differences(before: dict | None, now: dict | None) -> str:

@@ -86,7 +86,6 @@ def test_a_concealed_pair_stops_and_goes_on_alone_to_the_same_bits(tmp_path, tmp
     options = ("--J", 20, "--lr", 0.02, "--head", "ridge", "--mask-rule", "random")
     processes = launch(tmp_path, 2, "--secure-aggregation", *options)
     until(tmp_path / "runs" / "x" / "log.jsonl", processes[0])
-    time.sleep(0.5)  # until both have come to where signals are waited for
     for process in processes:
         process.send_signal(signal.SIGTERM)
     statuses, said = finish(processes)

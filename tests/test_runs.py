@@ -173,3 +173,17 @@ def test_a_file_that_would_run_code_does_not(tmp_path):
     with pytest.raises(DamagedFile, match="more than tensors"):
         load_checked(tmp_path / "x.pt")
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_signal_during_the_first_evaluation_is_not_lost(tmp_path):
+    run = Run(tmp_path / "run")
+    run.open({})
+
+    def evaluate(record):
+        if not record["round"]:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as stop:
+        drive(run, Walk(), "round", 5, complete=evaluate)
+    assert stop.value.exit_status == 143
+    assert run.load()["state"]["process"]["round"] == 1
