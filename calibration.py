@@ -25,10 +25,9 @@ import fedavg
 import fisher
 import masks
 import model as vit
-import runs
+from mask_file import Mask
 from workspace import Status, Workspace, fingerprint
 
-FORMAT = 1  # of a mask file
 BATCH = 64  # images scored at a time; changes no score
 OVERLAP_CLIENTS = 10  # whose masks are compared
 MAKING = (  # the options that decide what a mask is
@@ -49,76 +48,6 @@ MAKING = (  # the options that decide what a mask is
 )
 
 
-class Mask:
-    """Which entries of which parameters train; everything else is frozen.
-
-    Args:
-        shapes: name -> shape of the parameters that took part, in the order of `kept`.
-        kept: (P,) bool, their entries end to end, True = trainable.
-        made: plain values that say how it was made.
-    """
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]], kept: Tensor, made: dict):
-        self.shapes, self.kept, self.made = shapes, kept.cpu(), made
-
-    @property
-    def bytes(self) -> int:
-        """What sending it costs: a bit an entry."""
-        return math.ceil(len(self.kept) / 8)
-
-    @property
-    def sha256(self) -> str:
-        """Hash which entries of which parameters are kept."""
-        digest = hashlib.sha256(repr(list(self.shapes.items())).encode())
-        digest.update(masks.pack(self.kept).numpy().tobytes())
-        return digest.hexdigest()
-
-    def parts(self) -> dict[str, Tensor]:
-        """Return name -> bool tensor of the parameter's shape."""
-        sizes = [math.prod(shape) for shape in self.shapes.values()]
-        pairs = zip(self.shapes.items(), self.kept.split(sizes), strict=True)
-        return {name: part.view(shape) for (name, shape), part in pairs}
-
-    def save(self, path: Path) -> None:
-        """Write the mask file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shapes = {name: list(shape) for name, shape in self.shapes.items()}
-        content = {"mask_format": FORMAT, "shapes": shapes, "bits": masks.pack(self.kept)}
-        runs.save_checked(path, content | {"made": self.made})
-
-    @classmethod
-    def load(cls, path: Path, model: vit.VisionTransformer) -> Mask:
-        """Read a mask file.
-
-        Raises:
-            ValueError: no such file, no mask, damaged, empty, or made for another model.
-        """
-        try:
-            content = runs.load_checked(path)
-        except (FileNotFoundError, IsADirectoryError):
-            raise ValueError(f"mask {path}: no such file") from None
-        except runs.DamagedFile:
-            raise ValueError(
-                f"mask {path}: damaged, or no mask that `calibrate` wrote; delete it to have it "
-                "made again"
-            ) from None
-        if not isinstance(content, dict) or content.get("mask_format") != FORMAT:
-            raise ValueError(f"mask {path}: not a mask of format {FORMAT}")
-        shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
-        own = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        for name, shape in shapes.items():
-            if own.get(name) != shape:
-                raise ValueError(
-                    f"mask {path}: made for another model, {name} is {shape} in the mask and "
-                    f"{own.get(name, 'absent')} in the model"
-                )
-        size = sum(math.prod(shape) for shape in shapes.values())
-        mask = cls(shapes, masks.unpack(content["bits"], size), content["made"])
-        if not mask.kept.any():
-            raise ValueError(f"mask {path}: it keeps no entry, so that nothing would train")
-        return mask
-
-
 def scoped_names(model: vit.VisionTransformer, patterns: list[str]) -> list[str]:
     """Return the backbone's parameters that match one of the shell patterns.
 
@@ -133,24 +62,6 @@ def scoped_names(model: vit.VisionTransformer, patterns: list[str]) -> list[str]
                 f"there are {backbone[0]}, {backbone[-1]} and others"
             )
     return [name for name in backbone if any(fnmatchcase(name, p) for p in patterns)]
-
-
-def given_mask(options: argparse.Namespace, model: vit.VisionTransformer, kept: Path) -> Mask:
-    """Return the mask of `--mask`, or where that file has gone the run's own copy at `kept`.
-
-    Raises:
-        ValueError: the file cannot serve, or is not the mask that the run was made with.
-    """
-    path = Path(options.mask)
-    if not kept.exists():
-        return Mask.load(path, model)
-    own = Mask.load(kept, model)
-    if path.exists() and Mask.load(path, model).sha256 != own.sha256:
-        raise ValueError(f"--mask {path} is not the mask that {kept.parent} was made with")
-    return own
-
-
-# ---------------------------------------------------------------------------- making one
 
 
 @contextlib.contextmanager
@@ -337,34 +248,3 @@ def cached_mask(calibration: Calibration) -> Mask:
         except OSError as error:
             print(f"warning: the mask is not kept for other runs: {error}", file=sys.stderr)
         return mask
-
-
-# ---------------------------------------------------------------------------- looking at one
-
-
-def layer_and_kinds(name: str) -> tuple[str, list[str]]:
-    """Split a parameter's name into its layer ("embed", "0", ..., "norm") and the kinds it holds.
-
-    A block's query, key and value weights are one tensor of three kinds.
-    """
-    parts = name.split(".")
-    if parts[0] == "blocks":
-        module, kind = parts[-2:]
-        modules = ("query", "key", "value") if module == "qkv" else (module,)
-        return parts[1], [f"{module}.{kind}" for module in modules]
-    layer = "norm" if parts[0] == "norm" else "embed"
-    return layer, [name.replace("patch_embed.proj", "patch")]
-
-
-def density_table(mask: Mask) -> tuple[list[str], list[str], np.ndarray]:
-    """Return kinds, layers and the kept share (kinds, layers) of their entries; NaN where none."""
-    layers, kinds = [], []
-    cells: dict[tuple[str, str], float] = {}
-    for name, part in mask.parts().items():
-        layer, held = layer_and_kinds(name)
-        layers += [layer] * (layer not in layers)
-        kinds += [kind for kind in held if kind not in kinds]
-        for kind, piece in zip(held, part.chunk(len(held)), strict=True):
-            cells[layer, kind] = piece.double().mean().item()
-    table = np.array([[cells.get((layer, kind), np.nan) for layer in layers] for kind in kinds])
-    return kinds, layers, table

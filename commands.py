@@ -18,8 +18,9 @@ import head
 import plots
 import runs
 import sweep
-from calibration import Calibration, cached_mask, density_table
+from calibration import Calibration, cached_mask
 from learner import Learner, set_fitted_head
+from mask_file import density_table
 from ranks import launched_group
 from session import (
     default_name,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -60,17 +59,18 @@ def examine(options: argparse.Namespace) -> dict:
 def environment(workspace: Workspace) -> dict:
     """Return what the machine is and which kernels run on it."""
     device = workspace.device
+    cuda = device.type == "cuda"
     return workspace.environment() | {
         "python": platform.python_version(),
         "free_memory_gb": round(free_memory(device) / 1e9, 1),
-        "kernels": {name: kernel(device) for name, kernel in KERNELS.items()},
+        "kernels": {
+            name: kernel(device) if cuda else NO_KERNEL for name, kernel in KERNELS.items()
+        },
     }
 
 
 def optimiser_kernel(device: torch.device) -> str:
     """Say whether the fused optimiser kernel compiles and equals the reference on the device."""
-    if not device.type == "cuda":
-        return "reference (no CUDA device)"
     theta, grad = torch.randn(2, 4099, device=device).unbind()
     mask, other = grad > 0, theta.clone()
     try:
@@ -83,8 +83,6 @@ def optimiser_kernel(device: torch.device) -> str:
 
 def scoring_kernel(device: torch.device) -> str:
     """Say the same of the kernel that accumulates squared sums."""
-    if not device.type == "cuda":
-        return "reference (no CUDA device)"
     grads, inputs = torch.randn(2, 3, 17, 65, device=device).unbind()
     totals = torch.zeros(2, 65, 65, device=device)
     try:
@@ -96,6 +94,7 @@ def scoring_kernel(device: torch.device) -> str:
     return "triton" if same else "triton DIFFERS from the reference"
 
 
+NO_KERNEL = "reference (no CUDA device)"
 KERNELS = {"optimiser": optimiser_kernel, "scoring": scoring_kernel}
 
 
@@ -162,4 +161,3 @@ def print_table(figures: dict) -> None:
             value = ", ".join(f"{k}: {v}" for k, v in value.items())
         print(f"{name.replace('_', ' '):22} {value}")
     print(f"{'time in all':22} {duration(figures['seconds_in_all'])}")
-    sys.stdout.flush()

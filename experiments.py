@@ -92,14 +92,16 @@ class Experiment(NamedTuple):
         best = {row.key: self.best(folder, row) for row in self.rows}
         for row in sorted(self.rows, key=lambda row: groups.index(row.key[0])):
             if best[row.key]:
-                base = best.get((row.key[0], *self.baseline))
+                base = (
+                    None if row.key[1:] == self.baseline else best.get((row.key[0], *self.baseline))
+                )
                 lines.append([*row.key, *self.line(folder, row, *best[row.key], base)])
             else:
                 lines.append([*row.key, "not run", *[""] * (len(COLUMNS) - 1)])
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
     def line(self, folder: Path, row: Row, lr: float, found: dict, base: tuple | None) -> list[str]:
-        """Return a row's COLUMNS; `base` is what `best` says of the baseline."""
+        """Return a row's COLUMNS; `base`: what `best` says of the row to compare with."""
         others = [
             f"{other:g}: {100 * mean(runs, 'val'):.1f}"
             for other, runs in self.tried(folder, row).items()
@@ -112,7 +114,7 @@ class Experiment(NamedTuple):
             f"{lr:g}",
             percent([accuracy(figures, "val") for figures in found.values()]),
             percent([accuracy(figures, "test") for figures in found.values()]),
-            percent(gains, sign="+") if any(gains) else "",
+            percent(gains, sign="+"),
             f"{len(found)}",
             f"{np.mean([figures['bytes_to_dense'] for figures in found.values()]):.3f}",
             ", ".join(others),

@@ -25,8 +25,9 @@ import fedavg
 import model as vit
 import plots
 import runs
-from calibration import given_mask, scoped_names
+from calibration import scoped_names
 from learner import ClientTraining, Evaluated, Learner
+from mask_file import given_mask
 from ranks import OneProcess
 from server import Server
 from workspace import Workspace, duration, fingerprint

@@ -11,13 +11,14 @@ from test_learner import build
 from test_train import FEDAVG, TINY, records, theta, without_seconds
 
 import calibration
-import learner as learning
+import entries
 import masks
 import runs
 import train
-from calibration import Calibration, Mask, density_table
+from calibration import Calibration
 from fisher import fisher_diagonal
 from learner import set_fitted_head
+from mask_file import Mask, density_table
 from workspace import Workspace
 
 MASK = ("--head", "ridge", "--mask-rule", "least-sensitive", "--calibration-images", 40)
@@ -134,7 +135,7 @@ def test_frozen_coordinates_keep_their_bits_through_a_whole_run(
 
 def test_compact_and_dense_steps_give_the_same_bits(cli, small_data, monkeypatch):
     for name, below in (("compact", 1.0), ("dense", 0.0)):
-        monkeypatch.setattr(learning, "COMPACT_BELOW", below)
+        monkeypatch.setattr(entries, "COMPACT_BELOW", below)
         extra = ("--name", name, "--sparsity", 0.5, "--weight-decay", 1e-3)
         assert cli(*SPARSE, *extra)[0] == 0
         assert (

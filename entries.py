@@ -1,0 +1,89 @@
+"""The entries that train, whether all of a flat view or those of a mask, and their step.
+
+`options` is the namespace of train.py's command line, its defaults resolved.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+
+import model as vit
+from sparse_sgdm import sparse_sgdm_
+
+COMPACT_BELOW = 0.7  # density below which a CPU steps the unmasked entries alone (bench_compact.py)
+
+
+class Entries:
+    """The entries of a flat view that train, as one vector: all of them, or those of a mask.
+
+    Rounds, checkpoints and messages know `theta` and `momentum` alone. On a CPU, below a density of
+    COMPACT_BELOW, so does the optimiser; elsewhere the fused kernel steps the whole view under the
+    mask. The bits are the same.
+
+    Args:
+        kept: (P,) bool in the layout of the view, or None.
+    """
+
+    def __init__(self, flat: vit.FlatView, kept: Tensor | None, options: argparse.Namespace):
+        self.flat, self.options = flat, options
+        self.index = None if kept is None else kept.nonzero()[:, 0]
+        self.theta = flat.theta if kept is None else flat.theta[self.index]
+        few = kept is not None and len(self.index) < COMPACT_BELOW * flat.size
+        self.compact = few and flat.theta.is_cpu
+        self.kept = None if self.compact else kept
+        self.momentum = torch.zeros_like(self.theta) if options.momentum else None
+        self.stepped = [self.theta, self.momentum]  # what the optimiser works on
+        if not self.compact:
+            dense = self.momentum is not None and kept is not None
+            self.stepped = [flat.theta, torch.zeros_like(flat.theta) if dense else self.momentum]
+        self.size = flat.size if kept is None else len(self.index)
+        prox = getattr(options, "prox", 0.0)
+        self.anchor = torch.empty_like(self.stepped[0]) if prox else None
+
+    def start(self) -> None:
+        """Note where a client starts: the proximal term pulls back to it."""
+        if self.anchor is not None:
+            self.anchor.copy_(self.stepped[0])
+
+    @torch.no_grad()
+    def scatter(self) -> None:
+        """Bring the model, and what the optimiser works on, up to date with theta and momentum."""
+        if self.index is not None:
+            self.flat.theta[self.index] = self.theta
+            if not self.compact and self.momentum is not None:
+                self.stepped[1][self.index] = self.momentum
+        self.flat.refresh()
+
+    def gather(self) -> None:
+        """Bring theta and momentum up to date with what the optimiser worked on."""
+        if self.index is not None and not self.compact:
+            for own, stepped in zip((self.theta, self.momentum), self.stepped, strict=True):
+                if own is not None:
+                    torch.index_select(stepped, 0, self.index, out=own)
+
+    def load(self, theta: Tensor) -> None:
+        """Set `theta`, and the model with it."""
+        self.theta.copy_(theta)
+        self.scatter()
+
+    def step(self, lr: float, first: bool, loss_scale: float = 1.0) -> None:
+        """Take one optimiser step from the flat gradient."""
+        flat, changing = self.flat, dict(lr=lr, first=first, grad_scale=loss_scale)
+        theta, momentum = self.stepped
+        if self.compact:
+            grad = flat.grad[self.index]
+            self.step_flat(theta, grad, momentum, None, None, self.anchor, **changing)
+            self.scatter()
+        else:
+            fixed = self.kept, flat.compute, self.anchor
+            self.step_flat(theta, flat.grad, momentum, *fixed, **changing)
+
+    def step_flat(self, *tensors: Tensor | None, **changing) -> None:
+        """Call `sparse_sgdm_` with the run's constants."""
+        options = self.options
+        constants = dict(momentum=options.momentum, weight_decay=options.weight_decay)
+        constants["prox"] = getattr(options, "prox", 0.0)  # of fedavg alone
+        sparse_sgdm_(*tensors, nesterov=options.nesterov, **constants, **changing)
