@@ -23,14 +23,14 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 FIXED_POINT = 2.0**48  # units per 1.0 of the int64 totals
-LIMIT = 2.0**14  # largest change of a parameter in one round: far from overflow, far above sense
+LIMIT = 2.0**14  # largest weighted change of a parameter in one round: far above sense
 CHUNK = 262_144  # elements; keeps the temporaries of a CPU in cache
 
 
@@ -108,6 +108,35 @@ def local_sgd(
     return torch.stack(losses)
 
 
+def step_weight_sum(steps: int, momentum: float = 0.0, nesterov: bool = False) -> float:
+    """Return ||a||_1, the sum over local steps of how often a step's gradient enters the change.
+
+    theta moves by -lr * sum over j of a_j g_j; without momentum every a_j is 1. Source: FedNova,
+    arXiv:2007.07481, section 4.
+    """
+    total = 0.0
+    for left in range(1, steps + 1):
+        geometric = sum(momentum**i for i in range(left))
+        total += 1 + momentum * geometric if nesterov else geometric
+    return total
+
+
+class Companion(Protocol):
+    """What lives beside theta through a federated run: a loss scale, server or client state."""
+
+    def merge(self, group: Any) -> None:
+        """Bring a group's processes to one value; called before `state_dict` and `next_round`."""
+
+    def next_round(self) -> None:
+        """Take in the round that ends, before the server's step."""
+
+    def state_dict(self) -> dict:
+        """Return all that the rest of the run depends on."""
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from `state_dict`'s answer."""
+
+
 class _Alone:
     rank, size = 0, 1
 
@@ -150,19 +179,19 @@ class FedAvg:
         shard_sizes: samples per client; the weights of the average.
         train_client: (client, round) -> (J,) losses; trains `theta` in place from where it stands.
         fraction: share C of the clients that take part in a round, in (0, 1].
+        sample: optional (round) -> (m,) the distinct clients that take part, in place of the
+            uniform draw; where it returns none the round changes nothing.
+        weigh: optional (clients, round) -> (m,) the weights p_k, in place of shares of samples.
         server_lr: factor on the averaged change, where there is no server_step.
         server_step: optional (theta, total (P,) int64, unit) that moves theta in place by a rule of
             its own; total * unit is the averaged change.
         client_bytes: what one client sends, and what it receives, in a round.
         on_reset: called after `theta` was overwritten, to bring copies of it up to date.
-        on_round_end: called when all clients of a round are in.
         train_clients: optional (theta_global, clients, round) -> iterable of (theta_k, losses), for
             clients that are trained together; replaces `train_client`.
         conceal: optional (contribution (P,) int64, client, clients, round); hides a client's
             contribution in place such that the round's sum stays what it is.
-        tensors: further state by name that training mutates (a loss scale); saved and restored.
-        on_merge: called before `tensors` are saved, and before on_round_end, to bring those of a
-            group's processes to one value.
+        companions: by name, what else changes over the rounds; merged, saved and restored.
         group: the processes that share the work, with rank, size, sum_(tensor) in place and
             gather(plain value) -> list by rank; None is this process alone.
 
@@ -179,26 +208,29 @@ class FedAvg:
         *,
         fraction: float = 0.1,
         seed: int = 0,
+        sample: Callable[[int], np.ndarray] | None = None,
+        weigh: Callable[[np.ndarray, int], Sequence[float]] | None = None,
         server_lr: float = 1.0,
         server_step: Callable[[Tensor, Tensor, float], None] | None = None,
         client_bytes: tuple[int, int] = (0, 0),
         on_reset: Callable[[], None] = lambda: None,
-        on_round_end: Callable[[], None] = lambda: None,
         train_clients: Callable | None = None,
         conceal: Callable[[Tensor, int, np.ndarray, int], None] | None = None,
-        tensors: dict[str, Tensor] | None = None,
-        on_merge: Callable[[], None] = lambda: None,
+        companions: dict[str, Companion] | None = None,
         group: Any = None,
     ):
         if not 0 < fraction <= 1:
             raise ValueError(f"the client fraction must lie in (0, 1], not {fraction}")
         self.theta, self.theta_global = theta, theta.clone()
         self.total = torch.zeros(theta.shape, dtype=torch.int64, device=theta.device)
-        self.shard_sizes, self.fraction, self.seed = shard_sizes, fraction, seed
+        self.shard_sizes = shard_sizes
+        drawn = functools.partial(sample_clients, len(shard_sizes), fraction, seed=seed)
+        self.sample = sample or (lambda round: drawn(round=round))
+        self.weigh = weigh or (lambda clients, round: self._sizes / self._sizes.sum())
         self.client_bytes, self.on_reset = client_bytes, on_reset
         self.server_step = server_step or functools.partial(apply_total_, server_lr=server_lr)
-        self.on_round_end, self.on_merge, self.conceal = on_round_end, on_merge, conceal
-        self.train_client, self.tensors = train_client, tensors or {}
+        self.train_client, self.conceal = train_client, conceal
+        self.companions = companions or {}
         self.train_clients = train_clients or self._one_by_one
         self.group = group or _Alone()
         self.round, self.seconds = 0, 0.0
@@ -215,9 +247,9 @@ class FedAvg:
     def _start_round(self) -> None:
         """Sample the round's clients, and deal out those that have not trained yet."""
         round, size, rank = self.round + 1, self.group.size, self.group.rank
-        count = len(self.shard_sizes)
-        self._clients = sample_clients(count, self.fraction, seed=self.seed, round=round)
-        self._sizes = [int(self.shard_sizes[k]) for k in self._clients]
+        self._clients = self.sample(round)
+        self._sizes = np.array([self.shard_sizes[k] for k in self._clients], np.int64)
+        self._weights = self.weigh(self._clients, round)
         left = [i for i in range(len(self._clients)) if i not in self.losses]
         self._queue = [left[i : i + size] for i in range(0, len(left), size)]
         mine = self._clients[left[rank::size]]
@@ -229,7 +261,7 @@ class FedAvg:
         if self._queue is None:
             self._start_round()
         round, rank, clients = self.round + 1, self.group.rank, self._clients
-        places, problem = self._queue.pop(0), None
+        places, problem = self._queue.pop(0) if self._queue else [], None
         if rank < len(places):
             try:
                 self._take_in(places[rank], clients, round)
@@ -249,9 +281,8 @@ class FedAvg:
         theta_k, losses = next(self._results)
         client = int(clients[place])
         target = self.total if self.conceal is None else torch.zeros_like(self.total)
-        weight = self._sizes[place] / sum(self._sizes)
-        largest = add_delta_(target, theta_k, self.theta_global, weight)
-        check_client(round, client, losses, largest)
+        largest = add_delta_(target, theta_k, self.theta_global, float(self._weights[place]))
+        check_client(round, client, losses, largest * max(1.0, float(sum(self._weights))))
         if self.conceal is not None:
             self.conceal(target, client, clients, round)
             self.total += target  # mod 2^64
@@ -260,32 +291,40 @@ class FedAvg:
     def _all_losses(self) -> dict[int, float]:
         return {i: loss for part in self.group.gather(self.losses) for i, loss in part.items()}
 
+    def _merge(self) -> None:
+        for companion in self.companions.values():
+            companion.merge(self.group)
+
     def _finish_round(self, clients: np.ndarray) -> dict:
-        self.group.sum_(self.total)
-        self.server_step(self.theta_global, self.total, 1 / FIXED_POINT)
-        self.on_merge()
-        self.on_round_end()
+        self.round += 1
+        record = {"round": self.round}
+        if len(clients):
+            self.group.sum_(self.total)
+            self._merge()
+            for companion in self.companions.values():
+                companion.next_round()
+            self.server_step(self.theta_global, self.total, 1 / FIXED_POINT)
+            losses = self._all_losses()
+            weighted = [int(n) * losses[i] for i, n in enumerate(self._sizes)]
+            record["train_loss"] = math.fsum(weighted) / int(self._sizes.sum())
+        else:
+            record["skipped"] = "no client took part"
         self.theta.copy_(self.theta_global)
         self.on_reset()
-        sizes, losses = self._sizes, self._all_losses()
-        weighted = [n * losses[i] for i, n in enumerate(sizes)]
-        self.round += 1
-        record = {
-            "round": self.round,
-            "train_loss": math.fsum(weighted) / sum(sizes),
+        self.total.zero_()
+        self.losses, self._queue = {}, None
+        return record | {
             "seconds": 0.0,
             "bytes_up": self.client_bytes[0] * len(clients),
             "bytes_down": self.client_bytes[1] * len(clients),
             "clients": [int(k) for k in clients],
         }
-        self.total.zero_()
-        self.losses, self._queue = {}, None
-        return record
 
     def state_dict(self) -> dict:
         """Return all that the rest of the run depends on, a round in hand included."""
-        self.on_merge()
-        state = {"theta": self.theta_global, "round": self.round, "tensors": dict(self.tensors)}
+        self._merge()
+        companions = {name: one.state_dict() for name, one in self.companions.items()}
+        state = {"theta": self.theta_global, "round": self.round, "companions": companions}
         if self._queue is not None or self.losses:
             total = self.total.clone()
             self.group.sum_(total)
@@ -295,8 +334,8 @@ class FedAvg:
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict`'s answer, to the same bits, in a group of any size."""
         self.theta_global.copy_(state["theta"])
-        for name, tensor in self.tensors.items():
-            tensor.copy_(state["tensors"][name])
+        for name, companion in self.companions.items():
+            companion.load_state_dict(state["companions"][name])
         self.theta.copy_(self.theta_global)
         self.on_reset()
         self.round, self.seconds = state["round"], state.get("seconds", 0.0)

@@ -22,8 +22,8 @@ class LossScale:
     """The loss scale of half-precision training: fixed within a round, adapted between rounds.
 
     A client that overflows is trained again at half the scale, whatever the others did, so neither
-    order nor process matters. `state` (3,) float64 is all there is to save: the scale, the lowest
-    that this round needed, and the rounds since the last change.
+    order nor process matters. `state` (3,) float64: the scale, the lowest that this round needed,
+    and the rounds since the last change.
     """
 
     def __init__(self, start: float = 2.0**14, patience: int = 200):
@@ -61,3 +61,11 @@ class LossScale:
         if quiet >= self.patience:
             lowest, quiet = min(scale * 2, 2.0**24), 0.0
         self.state[:] = torch.tensor([lowest, lowest, quiet])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all there is to save."""
+        return {"state": self.state}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict`'s answer."""
+        self.state.copy_(state["state"])

@@ -87,3 +87,18 @@ class Server:
         else:
             v.sub_(square * torch.sign(v - square), alpha=1 - self.beta2)
         return m / v.sqrt().add_(self.tau)
+
+    def merge(self, group: object) -> None:
+        """Do nothing: all processes of a group take the same steps."""
+
+    def next_round(self) -> None:
+        """Do nothing: the state changes in `step_`."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all there is to save."""
+        return dict(self.tensors)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict`'s answer."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(state[name])

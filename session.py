@@ -73,10 +73,8 @@ def federate(learner: Learner, shards: list[np.ndarray]) -> fedavg.FedAvg:
         server_step=server.step_,
         client_bytes=((8 if options.secure_aggregation else 4) * entries.size, 4 * entries.size),
         on_reset=entries.scatter,
-        on_round_end=scale.next_round,
         conceal=conceal if options.secure_aggregation else None,
-        tensors={"loss_scale": scale.state} | server.tensors,
-        on_merge=lambda: scale.merge(group),
+        companions={"loss_scale": scale, "server": server},
         group=group,
     )
 

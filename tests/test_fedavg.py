@@ -14,6 +14,7 @@ from fedavg import (
     apply_total_,
     local_sgd,
     sample_clients,
+    step_weight_sum,
 )
 
 TARGETS = torch.linspace(-1, 2, 60, dtype=torch.float64).view(12, 5)
@@ -171,6 +172,53 @@ def test_one_client_is_local_training():
     for t in range(3):
         quadratic(local)(0, t)
     torch.testing.assert_close(process.theta_global, local, rtol=0, atol=3 * 2.0**-48)
+
+
+def test_a_sample_and_weights_of_ones_own_take_the_place_of_the_usual_ones():
+    options = dict(sample=lambda t: np.array([t, 11]), weigh=lambda clients, t: [0.25, 1.5])
+    process, theta = federation(**options), torch.zeros(5, dtype=torch.float64)
+    for t in (1, 2):
+        (record,) = run(process, t)
+        assert record["clients"] == [t, 11]
+        pull = 0.25 * (TARGETS[t] - theta) + 1.5 * (TARGETS[11] - theta)
+        theta = theta + (1 - 0.7**3) * pull
+        torch.testing.assert_close(process.theta_global, theta, rtol=0, atol=1e-13)
+
+
+def test_a_round_without_clients_is_skipped_and_says_so():
+    def sample(round):
+        return np.empty(0, np.int64) if round == 2 else np.array([3, 8])
+
+    process, never = federation(sample=sample), federation(sample=lambda t: np.array([3, 8]))
+    records = run(process, 3)
+    assert records[1]["skipped"] and "train_loss" not in records[1] and not records[1]["clients"]
+    assert records[1]["bytes_up"] == 0 and records[2]["train_loss"] > 0
+    run(never, 2)
+    assert torch.equal(process.theta_global, never.theta_global)
+
+
+def test_weights_that_add_up_to_more_cannot_leave_the_fixed_point_range():
+    theta = torch.zeros(3)
+
+    def train(client, round):
+        theta.fill_(9000.0)  # alone below the limit of 2^14
+        return torch.ones(1)
+
+    process = FedAvg(theta, SIZES, train, weigh=lambda clients, t: [2.0] * len(clients))
+    with pytest.raises(ClientError, match="beyond the fixed-point range"):
+        process.advance()
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_step_weights_are_those_of_torch_sgd_under_a_constant_gradient(momentum, nesterov):
+    nesterov = nesterov and momentum > 0
+    w = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimiser = torch.optim.SGD([w], lr=0.5, momentum=momentum, nesterov=nesterov)
+    for tau in range(1, 7):
+        w.grad = torch.ones(1, dtype=torch.float64)
+        optimiser.step()
+        assert -w.item() == pytest.approx(0.5 * step_weight_sum(tau, momentum, nesterov), rel=1e-12)
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.1, math.nan])

@@ -54,7 +54,7 @@ def federation(rule=None, **options):
         return theta.mean()[None]
 
     server = rule and Server(rule, theta, **options)
-    extra = dict(server_step=server.step_, tensors=server.tensors) if server else {}
+    extra = dict(server_step=server.step_, companions={"server": server}) if server else {}
     return FedAvg(theta, range(1, 13), train, fraction=0.4, seed=3, **extra)
 
 
