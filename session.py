@@ -26,7 +26,8 @@ import model as vit
 import plots
 import runs
 from calibration import scoped_names
-from learner import ClientTraining, Evaluated, Learner
+from learner import Evaluated, Learner
+from local_training import ClientTraining
 from mask_file import given_mask
 from ranks import OneProcess
 from server import Server

@@ -8,7 +8,8 @@ from conftest import small_synthetic
 import fedavg
 import model as vit
 import train
-from learner import ClientTraining, Learner
+from learner import Learner
+from local_training import ClientTraining
 from workspace import Workspace
 
 
