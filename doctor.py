@@ -19,11 +19,12 @@ import torch
 import fisher
 import sparse_sgdm
 from fedavg import sample_clients
+from federation import federate
 from learner import Learner
-from session import federate
 from workspace import Workspace, duration, free_memory
 
 CLIENTS_TIMED = 5
+TRAINED = 45_000  # images of CIFAR-100 that train
 EVALUATED = 5_000 + 10_000  # images of an evaluation on CIFAR-100: validation and test
 
 
@@ -34,6 +35,9 @@ def examine(options: argparse.Namespace) -> dict:
     trial.head = "linear"  # frozen where the command freezes its own
     trial.nc = trial.dirichlet = None
     trial.clients = min(options.clients, 1000)
+    trial.dropout = trial.straggler_fraction = 0.0
+    if options.batch_size == "full":
+        trial.batch_size = max(1, TRAINED // options.clients)
     workspace = Workspace(trial)
     with tempfile.TemporaryDirectory() as folder:
         trial.data_dir = folder
@@ -48,7 +52,7 @@ def examine(options: argparse.Namespace) -> dict:
         "parameters": learner.entries.size,
         "seconds_a_client": float(f"{client:.4g}"),
         "seconds_a_round": float(f"{sampled * client:.4g}"),
-        "images_a_second": float(f"{options.J * options.batch_size / client:.4g}"),
+        "images_a_second": float(f"{options.J * trial.batch_size / client:.4g}"),
         "seconds_an_evaluation": float(f"{evaluation:.4g}"),
         "rounds": options.rounds,
         "seconds_in_all": float(f"{left:.4g}"),

@@ -42,11 +42,20 @@ class Entries:
         self.size = flat.size if kept is None else len(self.index)
         prox = getattr(options, "prox", 0.0)
         self.anchor = torch.empty_like(self.stepped[0]) if prox else None
+        scaffold = getattr(options, "scaffold", False)
+        self.correction = torch.zeros_like(self.stepped[0]) if scaffold else None
 
     def start(self) -> None:
         """Note where a client starts: the proximal term pulls back to it."""
         if self.anchor is not None:
             self.anchor.copy_(self.stepped[0])
+
+    def correct(self, correction: torch.Tensor) -> None:
+        """Set what every step adds to its gradient: one value per entry that trains."""
+        if self.stepped[0] is self.theta:
+            self.correction.copy_(correction)
+        else:
+            self.correction[self.index] = correction
 
     @torch.no_grad()
     def scatter(self) -> None:
@@ -75,11 +84,12 @@ class Entries:
         theta, momentum = self.stepped
         if self.compact:
             grad = flat.grad[self.index]
-            self.step_flat(theta, grad, momentum, None, None, self.anchor, **changing)
+            terms = None, None, self.anchor, self.correction
+            self.step_flat(theta, grad, momentum, *terms, **changing)
             self.scatter()
         else:
-            fixed = self.kept, flat.compute, self.anchor
-            self.step_flat(theta, flat.grad, momentum, *fixed, **changing)
+            terms = self.kept, flat.compute, self.anchor, self.correction
+            self.step_flat(theta, flat.grad, momentum, *terms, **changing)
 
     def step_flat(self, *tensors: Tensor | None, **changing) -> None:
         """Call `sparse_sgdm_` with the run's constants."""

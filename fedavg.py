@@ -122,7 +122,10 @@ def step_weight_sum(steps: int, momentum: float = 0.0, nesterov: bool = False) -
 
 
 class Companion(Protocol):
-    """What lives beside theta through a federated run: a loss scale, server or client state."""
+    """What lives beside theta through a federated run: a loss scale, server or client state.
+
+    One that has `bytes` is counted in the rounds' records, under state_bytes.
+    """
 
     def merge(self, group: Any) -> None:
         """Bring a group's processes to one value; called before `state_dict` and `next_round`."""
@@ -313,6 +316,9 @@ class FedAvg:
         self.on_reset()
         self.total.zero_()
         self.losses, self._queue = {}, None
+        kept = {name: getattr(one, "bytes", 0) for name, one in self.companions.items()}
+        if any(kept.values()):
+            record["state_bytes"] = {name: count for name, count in kept.items() if count}
         return record | {
             "seconds": 0.0,
             "bytes_up": self.client_bytes[0] * len(clients),

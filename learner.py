@@ -50,6 +50,7 @@ class Learner:
             set_fitted_head(workspace, model, options.head, folder / "head.pt")
         self.on_features = options.train == "head"
         fresh = not any(folder.glob("checkpoint*.pt"))
+        self.class_weights: Tensor | None = None  # (classes,) of a sample in the training loss
         self.start = None  # features of the untrained backbone, for the first evaluation
         if fresh and options.head != "linear" and not self.on_features:
             self.start = {part: workspace.features(model, part) for part in workspace.sets}
@@ -112,12 +113,16 @@ class Learner:
         return inputs[at.to(inputs.device)].to(at.device, non_blocking=True)
 
     def loss(self, draws: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the training samples that `draws` (B, 4 + R) names."""
+        """Return the mean cross-entropy of the training samples that `draws` (B, 4 + R) names.
+
+        Where classes have weights, it is the sum over samples divided by that of their weights.
+        """
         at, keep = draws[:, 0], draws[:, 4:] if draws.shape[1] > 4 else None
         augment = self.options.augment and not self.on_features
         inputs = self.inputs["train"]
         batch = data.crop_and_flip(inputs, draws) if augment else self.gather("train", at)
-        return F.cross_entropy(self.logits_of(batch, keep), self.labels["train"][at])
+        logits = self.logits_of(batch, keep)
+        return F.cross_entropy(logits, self.labels["train"][at], self.class_weights)
 
     def overflowed(self) -> bool:
         """Tell whether a parameter is Inf or NaN."""

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -14,16 +14,51 @@ from torch import Tensor
 import data
 import fedavg
 import head
+import participation
 from centralized import learning_rate
+from client_states import ClientStates, LocalEntries, Scaffold
 from learner import Learner
 from workspace import HEAD
 
 
 class ClientTraining:
-    """The local training of clients: one after the other on images, all at once on features."""
+    """The local training of clients, with what they keep from round to round.
 
-    def __init__(self, learner: Learner, shards: list[np.ndarray]):
+    Args:
+        store: (name, bytes of one client's state) -> keyword arguments of ClientStates: where the
+            clients' states lie.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        shards: list[np.ndarray],
+        store: Callable[[str, int], dict] = lambda name, each: {},
+    ):
         self.learner, self.shards, self.options = learner, shards, learner.options
+        entries, options = learner.entries, self.options
+        self.states: dict[str, ClientStates] = {}
+        self.scaffold = self.local = None
+        if options.scaffold:
+            kept = store("scaffold", entries.theta.nbytes)
+            zeros = torch.zeros_like(entries.theta)
+            self.scaffold = self.states["scaffold"] = Scaffold(zeros, len(shards), **kept)
+        if options.local_norm:
+            at = local_entries(learner)
+            kept = store("local_norm", len(at) * entries.theta.itemsize)
+            self.local = LocalEntries(entries.theta, at, len(shards), **kept)
+            self.states["local_norm"] = self.local
+        if options.fedir:
+            learner.class_weights = torch.ones(
+                learner.workspace.classes, device=entries.theta.device
+            )
+
+    @property
+    def together(self) -> bool:
+        """Whether a round's clients train at once: on features, if all take equal steps."""
+        o = self.options
+        alike = not (o.straggler_fraction or o.fedir or o.batch_size == "full")
+        return self.learner.on_features and alike
 
     def lr(self, round: int) -> float:
         """Return the round's client learning rate."""
@@ -31,16 +66,30 @@ class ClientTraining:
         schedule = dict(total=options.rounds, lr=options.lr, warmup=options.warmup)
         return learning_rate(options.schedule, round - 1, **schedule)
 
+    def steps(self, client: int, round: int) -> int:
+        """Return how many local steps a client takes in a round: J, of a straggler fewer."""
+        o, where = self.options, dict(round=round, client=int(client))
+        return participation.local_steps(o.J, o.straggler_fraction, seed=o.seed, **where)
+
+    def effort(self, client: int, round: int) -> float:
+        """Return the sum of the weights of a client's local steps in its change."""
+        o = self.options
+        return fedavg.step_weight_sum(self.steps(client, round), o.momentum, o.nesterov)
+
     def draws(self, client: int, round: int) -> Tensor:
-        """Draw the client's J batches: (J, B, 4 + R)."""
-        o, where = self.options, dict(round=round, client=int(client), keep=self.learner.kept)
-        return data.draw_batches(self.shards[client], o.batch_size, o.J, seed=o.seed, **where)
+        """Draw the batches of the client's local steps: (steps, B, 4 + R)."""
+        o, shard, steps = self.options, self.shards[client], self.steps(client, round)
+        size = len(shard) if o.batch_size == "full" else o.batch_size
+        where = dict(seed=o.seed, round=round, client=int(client), keep=self.learner.kept)
+        return data.draw_batches(shard, size, steps, **where)
 
     def one(self, client: int, round: int) -> Tensor:
-        """Take the client's J local steps on the learner's parameters; returns the (J,) losses."""
+        """Take the client's local steps on the learner's parameters; returns their losses."""
         learner, entries, lr = self.learner, self.learner.entries, self.lr(round)
         draws = self.draws(client, round).to(entries.theta.device, non_blocking=True)
-        start = entries.theta.clone() if learner.loss_scale.active else None
+        self._enter(client)
+        redone = learner.loss_scale.active or self.scaffold is not None
+        start = entries.theta.clone() if redone else None
         entries.start()
 
         def attempt(scale: float) -> Tensor:
@@ -54,7 +103,35 @@ class ClientTraining:
 
         losses, _ = learner.loss_scale.attempt(attempt, learner.overflowed)
         entries.gather()
+        self._leave(client, round, start)
         return losses
+
+    def _enter(self, client: int) -> None:
+        """Set up what is the client's own."""
+        learner, entries = self.learner, self.learner.entries
+        if self.local is not None:
+            self.local.enter_(entries.theta, client)
+            entries.scatter()
+        if self.scaffold is not None:
+            entries.correct(self.scaffold.correction(client))
+        if self.options.fedir:
+            workspace, shard = learner.workspace, self.shards[client]
+            labels = workspace.dataset.train.labels.numpy()
+            everywhere, here = labels[workspace.train_index], labels[shard]
+            weights = participation.importance_weights(everywhere, here, workspace.classes)
+            learner.class_weights.copy_(torch.from_numpy(weights))
+
+    def _leave(self, client: int, round: int, start: Tensor | None) -> None:
+        """Take in what the client keeps."""
+        entries = self.learner.entries
+        if self.scaffold is not None:
+            self._update_variate(client, round, start, entries.theta)
+        if self.local is not None:
+            self.local.leave_(entries.theta, client)
+
+    def _update_variate(self, client: int, round: int, start: Tensor, end: Tensor) -> None:
+        if rate := self.lr(round) * self.effort(client, round):
+            self.scaffold.update(client, start, end, rate)
 
     def heads(self, theta_global: Tensor, clients: np.ndarray, round: int) -> Iterator:
         """Train the heads of all `clients` together on features; yields each (theta_k, losses)."""
@@ -62,9 +139,12 @@ class ClientTraining:
         theta = theta_global.repeat(len(clients), 1)  # (m, P)
         grad = torch.zeros_like(theta)
         momentum = torch.empty_like(theta) if self.options.momentum else None
-        flattened = [x if x is None else x.view(-1) for x in (theta, grad, momentum)]
-        if self.options.prox:
-            flattened += [None, None, theta.clone().view(-1)]
+        anchor = theta.clone() if self.options.prox else None
+        correction = None
+        if self.scaffold is not None:
+            correction = torch.stack([self.scaffold.correction(int(k)) for k in clients])
+        tensors = theta, grad, momentum, None, None, anchor, correction
+        flattened = [x if x is None else x.view(-1) for x in tensors]
 
         def step(j: int) -> None:
             learner.entries.step_flat(*flattened, lr=lr, first=j == 0)
@@ -78,4 +158,24 @@ class ClientTraining:
             step,
             *(flat.view(grad, name) for name in HEAD),
         )
-        yield from zip(theta, losses, strict=True)
+        for client, theta_k, own in zip(clients, theta, losses, strict=True):
+            if self.scaffold is not None:
+                self._update_variate(int(client), round, theta_global, theta_k)
+            yield theta_k, own
+
+
+def local_entries(learner: Learner) -> Tensor:
+    """Return which entries belong to LayerNorm parameters: (S,) int64.
+
+    Raises:
+        ValueError: none of what trains does.
+    """
+    flat, entries = learner.flat, learner.entries
+    marked = torch.zeros_like(flat.theta, dtype=torch.bool)
+    for name in flat.shapes:
+        if "norm" in name:
+            flat.view(marked, name).fill_(True)
+    at = (marked if entries.index is None else marked[entries.index]).nonzero()[:, 0]
+    if not len(at):
+        raise ValueError("--local-norm keeps LayerNorm parameters local, and none of them trains")
+    return at

@@ -88,6 +88,11 @@ class Server:
             v.sub_(square * torch.sign(v - square), alpha=1 - self.beta2)
         return m / v.sqrt().add_(self.tau)
 
+    @property
+    def bytes(self) -> int:
+        """Memory of the server's state."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def merge(self, group: object) -> None:
         """Do nothing: all processes of a group take the same steps."""
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import hashlib
 import json
 import platform
@@ -26,11 +25,10 @@ import model as vit
 import plots
 import runs
 from calibration import scoped_names
+from federation import federate
 from learner import Evaluated, Learner
-from local_training import ClientTraining
 from mask_file import given_mask
 from ranks import OneProcess
-from server import Server
 from workspace import Workspace, duration, fingerprint
 
 FREE = {"name", "runs_dir", "data_dir", "device", "threads", "eval_every", "eval_batch"}
@@ -48,36 +46,13 @@ def train_federated(
         with run.opening():
             learner = Learner(workspace, model, options, run.folder, shards)
     learner.keep_activations()
-    federation = federate(learner, shards)
+    federation = federate(learner, shards, run)
     opening = opening_bytes(learner, len(shards))
 
     def account() -> dict:
         return communication(run.records(), learner.dense_size)
 
     return drive_to_summary(run, federation, "round", options.rounds, learner, opening, account)
-
-
-def federate(learner: Learner, shards: list[np.ndarray]) -> fedavg.FedAvg:
-    """Return the federated loop over a learner's entries."""
-    options, entries = learner.options, learner.entries
-    training, scale, group = ClientTraining(learner, shards), learner.loss_scale, learner.group
-    conceal = functools.partial(fedavg.conceal_, seed=options.seed)
-    settings = dict(lr=options.server_lr, momentum=options.server_momentum, tau=options.server_tau)
-    server = Server(options.server, entries.theta, **settings)
-    return fedavg.FedAvg(
-        entries.theta,
-        [len(shard) for shard in shards],
-        training.one,
-        train_clients=training.heads if learner.on_features else None,
-        fraction=options.fraction,
-        seed=options.seed,
-        server_step=server.step_,
-        client_bytes=((8 if options.secure_aggregation else 4) * entries.size, 4 * entries.size),
-        on_reset=entries.scatter,
-        conceal=conceal if options.secure_aggregation else None,
-        companions={"loss_scale": scale, "server": server},
-        group=group,
-    )
 
 
 def opening_bytes(learner: Learner, clients: int) -> dict[str, int]:

@@ -63,6 +63,7 @@ LR_HELP = (
     "0.01, with --nc below 10: 0.001, below 5: 0.0001; a fitted head alone: 0.003, with --nc "
     "below 5: 0.0003; synthetic: 0.2, with a fitted head 0.01"
 )
+AGGREGATES = ("mean", "fednova")
 # Of a mask that is made; without one these options stay None.
 MASK_DEFAULTS = dict(
     sparsity=0.9,
@@ -109,6 +110,11 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
         return value
 
     return parse
+
+
+def batch_size(text: str) -> int | str:
+    """The argparse type of a client's batch: a number of images, or "full"."""
+    return text if text == "full" else number(int, 1)(text)
 
 
 def path(text: str) -> str:
@@ -197,8 +203,9 @@ def add_training_options(parser: argparse.ArgumentParser, unit: str) -> None:
     add(
         "--batch-size",
         "--B",
-        type=number(int, 1),
-        help=f"images a step {default_text('batch_size')}",
+        type=batch_size if unit == "round" else number(int, 1),
+        help=f"images a step {default_text('batch_size')}"
+        + ("; full: all of a client's, which with --J 1 is FedSGD" if unit == "round" else ""),
     )
     add("--lr", type=number(float, 0), help=f"learning rate of a step [{LR_HELP}]")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum [%(default)s]")
@@ -440,6 +447,36 @@ def build_parser() -> Parser:
         metavar="MU",
         help="FedProx: strength of each client's pull to where it started [%(default)g]",
     )
+    add("--scaffold", action="store_true", help="SCAFFOLD: control variates correct client drift")
+    add("--fedir", action="store_true", help="FedIR: samples weighted by class, p(y) / p_k(y)")
+    add(
+        "--fedvc",
+        action="store_true",
+        help="FedVC: clients drawn in proportion to their samples, and weighted alike",
+    )
+    add(
+        "--local-norm",
+        action="store_true",
+        help="LayerNorm parameters stay with each client; evaluations see their average",
+    )
+    add(
+        "--aggregate",
+        choices=AGGREGATES,
+        default="mean",
+        help="how clients' changes become one; fednova: per unit of local work [%(default)s]",
+    )
+    add(
+        "--straggler-fraction",
+        type=number(float, 0, 1),
+        default=0.0,
+        help="share of the clients that take fewer than J steps in a round [%(default)g]",
+    )
+    add(
+        "--dropout",
+        type=number(float, 0, 1),
+        default=0.0,
+        help="probability that a sampled client does not answer [%(default)g]",
+    )
     add(
         "--secure-aggregation",
         action="store_true",
@@ -539,7 +576,44 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
         resolve_mask(o)
     if hasattr(o, "train"):
         resolve_training(o)
+    if o.command == "fedavg":
+        refuse_combinations(o)
     return o
+
+
+def refuse_combinations(o: argparse.Namespace) -> None:
+    """The part of `resolve` for federated methods that do not go together."""
+    for given, why in (
+        (
+            o.scaffold and o.prox,
+            "--scaffold with --prox: the proximal pull would enter the control variates as if it "
+            "were a gradient",
+        ),
+        (
+            o.scaffold and o.local_norm,
+            "--scaffold with --local-norm: control variates pull towards a common model, and local "
+            "parameters have none",
+        ),
+        (
+            o.scaffold and o.secure_aggregation,
+            "--scaffold with --secure-aggregation: the server would see each client's control "
+            "variate",
+        ),
+        (
+            o.scaffold and not o.lr,
+            "--scaffold divides by --lr, which must be above 0",
+        ),
+        (
+            o.local_norm and o.train == "head",
+            "--local-norm with --train head: the head has no LayerNorm",
+        ),
+        (
+            o.straggler_fraction and o.J == 1,
+            "--straggler-fraction with --J 1: no client can take fewer steps than one",
+        ),
+    ):
+        if given:
+            raise ValueError(why)
 
 
 @contextlib.contextmanager

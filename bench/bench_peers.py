@@ -36,8 +36,8 @@ from timing import ROOT, keep_memory, megabytes, quantiles, write_csv
 import data
 import fedavg
 import train
+from federation import federate
 from learner import Learner
-from session import federate
 from workspace import Workspace
 
 SHARED = "fedavg --data synthetic --weights none --head linear --clients 100 --fraction 0.1 --J 4"

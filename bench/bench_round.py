@@ -26,8 +26,8 @@ from timing import interleaved, keep_memory, quantiles, timed, write_csv
 import data
 import train
 from fedavg import sample_clients
+from federation import federate
 from learner import Learner
-from session import federate
 from workspace import Workspace
 
 SHARED = (

@@ -26,8 +26,8 @@ from timing import MALLOC, interleaved, keep_memory, megabytes, quantiles, timed
 
 import data
 import train
+from federation import federate
 from learner import Learner
-from session import federate
 from workspace import Workspace
 
 CLIENTS = (100, 1_000, 10_000, 100_000)

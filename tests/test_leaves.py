@@ -19,6 +19,8 @@ LEAVES = (
         "fedavg",
         "server",
         "loss_scale",
+        "participation",
+        "client_states",
         "ranks",
     ),
     *("centralized", "runs", "plots"),

@@ -1,0 +1,111 @@
+"""The federated loop of a run: who takes part, what they train, what becomes of their changes.
+
+`options` is the namespace of train.py's command line, its defaults resolved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+
+import numpy as np
+import torch
+
+import fedavg
+import participation
+import runs
+from learner import Learner
+from local_training import ClientTraining
+from server import Server
+from workspace import free_memory
+
+
+def federate(
+    learner: Learner, shards: list[np.ndarray], run: runs.Run | None = None
+) -> fedavg.FedAvg:
+    """Return the federated loop over a learner's entries; clients' states are kept with `run`."""
+    options, entries, scale = learner.options, learner.entries, learner.loss_scale
+    sizes = [len(shard) for shard in shards]
+    training = ClientTraining(learner, shards, functools.partial(client_store, learner, sizes, run))
+    settings = dict(lr=options.server_lr, momentum=options.server_momentum, tau=options.server_tau)
+    server = Server(options.server, entries.theta, **settings)
+    local = training.local
+
+    def server_step(theta: torch.Tensor, total: torch.Tensor, unit: float) -> None:
+        server.step_(theta, total, unit)
+        if local is not None:
+            local.average_into_(theta)
+
+    conceal = functools.partial(fedavg.conceal_, seed=options.seed)
+    return fedavg.FedAvg(
+        entries.theta,
+        sizes,
+        training.one,
+        train_clients=training.heads if training.together else None,
+        sample=functools.partial(sampled_clients, options, sizes),
+        weigh=functools.partial(client_weights, training, sizes),
+        server_step=server_step,
+        client_bytes=client_bytes(learner, training),
+        on_reset=entries.scatter,
+        conceal=conceal if options.secure_aggregation else None,
+        companions={"loss_scale": scale, "server": server} | training.states,
+        group=learner.group,
+    )
+
+
+def sampled_clients(options: argparse.Namespace, sizes: list[int], round: int) -> np.ndarray:
+    """Return the clients that take part in a round."""
+    where = dict(seed=options.seed, round=round)
+    if options.fedvc:
+        clients = participation.sample_by_size(sizes, options.fraction, **where)
+    else:
+        clients = fedavg.sample_clients(len(sizes), options.fraction, **where)
+    return participation.drop_out(clients, options.dropout, **where) if options.dropout else clients
+
+
+def client_weights(
+    training: ClientTraining, sizes: list[int], clients: np.ndarray, round: int
+) -> np.ndarray:
+    """Return how much each of a round's clients counts: (m,)."""
+    options = training.options
+    counted = [1] * len(sizes) if options.fedvc else sizes
+    weights = participation.shares(counted, clients)
+    if options.aggregate == "fednova":
+        efforts = [training.effort(k, round) for k in clients]
+        weights = participation.normalised_averaging(weights, efforts)
+    return weights
+
+
+def client_bytes(learner: Learner, training: ClientTraining) -> tuple[int, int]:
+    """Return what a client sends and what it receives in a round."""
+    sent = learner.entries.size - (len(training.local.at) if training.local else 0)
+    up = sent * (8 if learner.options.secure_aggregation else 4)
+    variates = 4 * sent if training.scaffold else 0  # the change of c_k, and c
+    return up + variates, 4 * sent + variates
+
+
+def client_store(
+    learner: Learner, sizes: list[int], run: runs.Run | None, name: str, each: int
+) -> dict:
+    """Return where a method's client states lie: on the device where they fit, else the host.
+
+    Raises:
+        ValueError: they fit on neither.
+    """
+    options, workspace = learner.options, learner.workspace
+    taking_part = max(1, round(options.fraction * len(sizes))) * options.rounds
+    needed = each * min(len(sizes), taking_part)
+    places = dict.fromkeys((workspace.device, torch.device("cpu")))
+    free = {place: free_memory(place) for place in places}
+    place = next((d for d in places if needed <= free[d] / 2), None)
+    if place is None and free[torch.device("cpu")]:  # a host that does not say is trusted
+        raise ValueError(
+            f"--{name.replace('_', '-')} keeps {needed / 1e9:,.1f} GB, {each / 1e6:,.1f} MB for "
+            f"each client, and may take half of the {max(free.values()) / 1e9:,.1f} GB that are "
+            "free: fewer --clients, or a mask (--mask-rule), whose entries alone are kept"
+        )
+    store = {"place": place or torch.device("cpu")}
+    if run is not None:
+        write = runs.save_checked if run.writes else None
+        store |= dict(folder=run.folder / name, write=write, read=runs.load_checked)
+    return store

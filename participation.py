@@ -1,0 +1,103 @@
+"""Who takes part in a round, for how many local steps, and with what weight.
+
+Clients that do not answer, clients that are slow, shards of unequal size: whatever happens is a
+function of (seed, round, client), and the weights of those that remain are what keeps the average
+unbiased.
+
+    uniform      p_k = n_k / sum of n over the round      McMahan 2017, arXiv:1602.05629
+    FedVC        clients drawn in proportion to n_k, p_k = 1 / m     Hsu 2020, arXiv:2003.08082
+    FedNova      p_k times (sum of p_i |a_i|) / |a_k|, |a_k| the weight of k's local steps in its
+                 change (tau_k without momentum)           Wang 2020, arXiv:2007.07481
+    FedIR        sample weights p(y) / q_k(y) in client k's loss     Hsu 2020, arXiv:2003.08082
+
+    import numpy as np; from participation import drop_out, sample_by_size, shares
+    clients = sample_by_size([100, 300, 50], 0.7, seed=0, round=1)  # two of three
+    clients = drop_out(clients, 0.2, seed=0, round=1)  # those that answer
+    shares([100, 300, 50], clients)  # p_k: adds up to 1 over them
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def _random(seed: int, purpose: str, round: int, client: int = 0) -> np.random.Generator:
+    key = [seed, zlib.crc32(purpose.encode())]
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, client, round, 0]))
+
+
+def sample_by_size(sizes: Sequence[int], fraction: float, *, seed: int, round: int) -> np.ndarray:
+    """Draw max(1, round(fraction * K)) distinct clients, each draw in proportion to its samples.
+
+    With equal weights a large client then counts by being drawn more often, not by a longer step.
+
+    Args:
+        sizes: (K,) samples per client.
+
+    Returns:
+        (m,) int64.
+    """
+    sizes = np.asarray(sizes, np.float64)
+    count = max(1, int(fraction * len(sizes) + 0.5))
+    generator = _random(seed, "clients by size", round)
+    return generator.choice(len(sizes), count, replace=False, p=sizes / sizes.sum())
+
+
+def drop_out(clients: np.ndarray, probability: float, *, seed: int, round: int) -> np.ndarray:
+    """Return those of a round's clients that answer; each fails on its own with `probability`."""
+    draws = [_random(seed, "dropout", round, int(k)).random() for k in clients]
+    return clients[np.array(draws) >= probability] if len(clients) else clients
+
+
+def local_steps(
+    steps: int, straggler_fraction: float, *, seed: int, round: int, client: int
+) -> int:
+    """Return how many of `steps` local steps a client manages in a round.
+
+    A straggler, which each client is with probability `straggler_fraction`, manages 1..steps - 1,
+    all equally likely (arXiv:1812.06127, section 5.2).
+    """
+    generator = _random(seed, "stragglers", round, client)
+    slow = steps > 1 and generator.random() < straggler_fraction
+    return int(generator.integers(1, steps)) if slow else steps
+
+
+def shares(sizes: Sequence[int], clients: np.ndarray) -> np.ndarray:
+    """Return each client's share of the samples of all `clients`: (m,) float64."""
+    held = np.array([sizes[k] for k in clients], np.int64)
+    return held / held.sum()
+
+
+def normalised_averaging(weights: np.ndarray, efforts: Sequence[float]) -> np.ndarray:
+    """Return FedNova's weights: clients count alike however many steps they took.
+
+    Args:
+        weights: (m,) p_k, which add up to 1.
+        efforts: (m,) |a_k|, the sum of the weights of a client's local steps in its change.
+
+    Returns:
+        (m,) weights of the changes; `weights` itself, to the bit, where all efforts are equal.
+    """
+    efforts = np.asarray(efforts, np.float64)
+    ratios = [1 + float(weights @ (efforts / own - 1)) for own in efforts]
+    return weights * np.array(ratios)
+
+
+def importance_weights(labels: np.ndarray, held: np.ndarray, classes: int) -> np.ndarray:
+    """Return FedIR's weight p(y) / q(y) of each class in a client's loss, 0 where it has none.
+
+    A batch's loss is divided by the sum of its samples' weights, so a client of a single class
+    trains as ever.
+
+    Args:
+        labels: (N,) of all clients' samples, whose distribution is p.
+        held: (n,) labels of the client's, whose distribution is q.
+
+    Returns:
+        (classes,) float64.
+    """
+    p, q = (np.bincount(y, minlength=classes) / len(y) for y in (labels, held))
+    return np.divide(p, q, out=np.zeros(classes), where=q > 0)
