@@ -115,7 +115,8 @@ class ClientStates:
     @torch.no_grad()
     def next_round(self) -> None:
         """Let the average take in what changed."""
-        self.mean.copy_(self.initial.double().add_(self.total.double().div_(UNITS)))
+        changes = (self.total + self._own).double() / UNITS
+        self.mean.copy_(self.initial.double() + changes)
 
     def state_dict(self) -> dict:
         """Return all that the rest of the run depends on; vectors as files that hold them."""

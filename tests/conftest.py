@@ -2,6 +2,7 @@
 
 import functools
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,41 @@ def assert_frozen_stayed(learner) -> None:
         assert torch.equal(now[name][~trains], start[name][~trains]), name
         moved += (now[name][trains] != start[name][trains]).sum().item()
     assert moved > 0.9 * learner.mask.made["kept"] == 0.9 * learner.entries.size
+
+
+class Threads:
+    """A group of threads, each of which takes the rank it is given."""
+
+    def __init__(self, size):
+        self.size, self.values, self.barrier = size, [None] * size, threading.Barrier(size)
+        self.own = threading.local()
+
+    @property
+    def rank(self):
+        return self.own.rank
+
+    def gather(self, value):
+        self.values[self.rank] = value
+        self.barrier.wait()
+        values = list(self.values)
+        self.barrier.wait()
+        return values
+
+    def sum_(self, tensor):
+        tensor.copy_(sum(self.gather(tensor.clone())))
+
+
+def in_threads(size, work):
+    """Run `work(group)` in `size` threads that are a group; returns the results by rank."""
+    group, results = Threads(size), {}
+
+    def run(rank):
+        group.own.rank = rank
+        results[rank] = work(group)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results

@@ -5,12 +5,11 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, in_threads
 
 import fedavg
 import runs
@@ -114,34 +113,10 @@ def test_what_stops_all_processes_is_told_once(tmp_path):
     assert [err.count("train.py: error: ") for _, err in said] == [1, 0], said
 
 
-class Threads:
-    """A group of threads, each of which takes the rank it is given."""
-
-    def __init__(self, size):
-        self.size, self.values, self.barrier = size, [None] * size, threading.Barrier(size)
-        self.own = threading.local()
-
-    @property
-    def rank(self):
-        return self.own.rank
-
-    def gather(self, value):
-        self.values[self.rank] = value
-        self.barrier.wait()
-        values = list(self.values)
-        self.barrier.wait()
-        return values
-
-    def sum_(self, tensor):
-        tensor.copy_(sum(self.gather(tensor.clone())))
-
-
 def federate(size, calls, state=None):
     """Advance a federation of 7 sampled clients in `size` threads; return what rank 0 has."""
-    group, results = Threads(size), {}
 
-    def work(rank):
-        group.own.rank = rank
+    def work(group):
         theta, targets = torch.zeros(5), torch.arange(100.0).view(20, 5)
 
         def one(client, round):
@@ -152,15 +127,9 @@ def federate(size, calls, state=None):
         if state is not None:
             federation.load_state_dict(state)
         records = [federation.advance() for _ in range(calls)]
-        records = [r | {"seconds": 0} for r in records if r]
-        results[rank] = records, federation.state_dict()
+        return [r | {"seconds": 0} for r in records if r], federation.state_dict()
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results[0]
+    return in_threads(size, work)[0]
 
 
 @pytest.mark.parametrize("size", [2, 3, 7, 9])
