@@ -71,7 +71,7 @@ def communication(records: list[dict], dense_size: int) -> dict[str, float]:
     """
     up, down = (sum(r.get(key, 0) for r in records) for key in ("bytes_up", "bytes_down"))
     dense = 2 * 4 * dense_size * sum(len(r.get("clients", ())) for r in records)
-    return {"bytes_up": up, "bytes_down": down, "bytes_to_dense": (up + down) / dense}
+    return {"bytes_up": up, "bytes_down": down, "bytes_to_dense": (up + down) / max(1, dense)}
 
 
 def train_centralized(workspace: Workspace, options: argparse.Namespace, name: str) -> dict:

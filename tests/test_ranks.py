@@ -69,7 +69,7 @@ def alone(folder, *arguments):
 
 
 def test_three_processes_give_the_bits_of_one(tmp_path, tmp_path_factory):
-    options = ("--train", "head", "--head", "ridge", "--lr", 0.05)
+    options = ("--train", "head", "--head", "ridge", "--lr", 0.05, "--scaffold")
     statuses, said = finish(launch(tmp_path, 3, *options))
     assert statuses == [0, 0, 0], said
     assert [bool(out) for out, _ in said] == [True, False, False]
@@ -82,7 +82,8 @@ def test_three_processes_give_the_bits_of_one(tmp_path, tmp_path_factory):
 
 
 def test_a_concealed_pair_stops_and_goes_on_alone_to_the_same_bits(tmp_path, tmp_path_factory):
-    options = ("--J", 20, "--lr", 0.02, "--head", "ridge", "--mask-rule", "random")
+    masked = ("--head", "ridge", "--mask-rule", "random", "--local-norm")
+    options = ("--J", 20, "--lr", 0.02, "--straggler-fraction", 0.5, *masked)
     processes = launch(tmp_path, 2, "--secure-aggregation", *options)
     until(tmp_path / "runs" / "x" / "log.jsonl", processes[0])
     for process in processes:
