@@ -20,7 +20,7 @@ CPU = (
     *("--model", "vit_ti16", "--weights", "data/vit_tiny_patch16_224.pth", "--image-size", "64"),
     *("--batch-size", "32", "--threads", "1"),
 )
-SHARDINGS = {"iid": (), "nc1": ("--nc", "1")}
+SHARDINGS = {"iid": (), "nc1": ("--nc", "1"), "nc5": ("--nc", "5")}
 
 
 class Cell(NamedTuple):
@@ -88,7 +88,8 @@ class Experiment(NamedTuple):
     def table(self, folder: Path) -> str:
         """Return a Markdown table from the runs' summaries; accuracies in percent."""
         groups = list(dict.fromkeys(row.key[0] for row in self.rows))
-        lines = [[*self.columns, *COLUMNS], ["---"] * (len(self.columns) + len(COLUMNS))]
+        heading = [*self.columns, *(f"to {self.baseline[0]}" if c == TO else c for c in COLUMNS)]
+        lines = [heading, ["---"] * len(heading)]
         best = {row.key: self.best(folder, row) for row in self.rows}
         for row in sorted(self.rows, key=lambda row: groups.index(row.key[0])):
             if best[row.key]:
@@ -121,8 +122,9 @@ class Experiment(NamedTuple):
         ]
 
 
+TO = "to baseline"
 # of a table, after those of the rows' keys
-COLUMNS = ("lr", "validation", "test", "to dense", "seeds", "bytes to dense", "other lr")
+COLUMNS = ("lr", "validation", "test", TO, "seeds", "bytes to dense", "other lr")
 
 
 def summary(folder: Path, cell: Cell) -> dict | None:
@@ -152,7 +154,7 @@ def percent(values: list[float], sign: str = "") -> str:
 # ---------------------------------------------------------------------------- the experiments
 
 
-LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # learning rates to choose from
+LADDER = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # to choose from
 RUNGS = {  # the lower of the two rates tried, iid: the less the entries matter, the longer the step
     ("dense", "0"): 0.003,
     **{("least-sensitive", s): lr for s, lr in (("0.5", 0.01), ("0.9", 0.03), ("0.99", 0.3))},
@@ -167,9 +169,8 @@ def rules() -> Experiment:
     """Five mask rules at three sparsities against dense training, and calibration rounds 1 to 8."""
     training = (*CPU, "--J", "4", "--rounds", "4", "--eval-every", "4")
     rows = []
-    for ((rule, sparsity), low), (sharding, split) in itertools.product(
-        RUNGS.items(), SHARDINGS.items()
-    ):
+    for ((rule, sparsity), low), sharding in itertools.product(RUNGS.items(), ("iid", "nc1")):
+        split = SHARDINGS[sharding]
         rung = LADDER.index(low) - (0 if sharding == "iid" else 3)
         options, rates = (*training, *split), LADDER[rung : rung + 2]
         if rule != "dense":
@@ -182,4 +183,36 @@ def rules() -> Experiment:
     return Experiment(("sharding", "rule", "sparsity"), tuple(rows), (0, 1), ("dense", "0"))
 
 
-EXPERIMENTS = {"rules": rules()}
+METHODS = {
+    "fedavg": (),
+    "fedprox": ("--prox", "0.01"),
+    "scaffold": ("--scaffold",),
+    "fedir": ("--fedir",),
+    "fedvc": ("--fedvc",),
+    "local-norm": ("--local-norm",),
+    "fedavgm": ("--server", "fedavgm"),
+    "fedadagrad": ("--server", "fedadagrad"),
+    "fedadam": ("--server", "fedadam"),
+    "fedyogi": ("--server", "fedyogi"),
+    "fedavg-stragglers": ("--straggler-fraction", "0.5"),
+    "fednova-stragglers": ("--straggler-fraction", "0.5", "--aggregate", "fednova"),
+    "fedsgd": ("--J", "1", "--batch-size", "full"),
+}
+
+
+def methods() -> Experiment:
+    """Every federated method at the same budget of local steps, under a frozen ridge head.
+
+    fedsgd takes one step a round, on all of a client's images.
+    """
+    training = (*CPU, "--J", "16", "--batch-size", "16", "--fraction", "0.05", "--rounds", "4")
+    rows = []
+    for (method, options), sharding in itertools.product(METHODS.items(), ("nc1", "nc5")):
+        rung = LADDER.index(1e-4 if sharding == "nc1" else 1e-3) + 4 * (method == "fedsgd")
+        options = (*training, "--eval-every", "4", *SHARDINGS[sharding], *options)
+        rates = tuple(LADDER[i] for i in (rung, rung - 1, rung + 1))
+        rows.append(Row((sharding, method), options, rates))
+    return Experiment(("sharding", "method"), tuple(rows), (0,), ("fedavg",))
+
+
+EXPERIMENTS = {"rules": rules(), "methods": methods()}
