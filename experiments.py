@@ -88,7 +88,8 @@ class Experiment(NamedTuple):
     def table(self, folder: Path) -> str:
         """Return a Markdown table from the runs' summaries; accuracies in percent."""
         groups = list(dict.fromkeys(row.key[0] for row in self.rows))
-        heading = [*self.columns, *(f"to {self.baseline[0]}" if c == TO else c for c in COLUMNS)]
+        named = {TO: f"to {self.baseline[0]}"} if self.baseline else {}
+        heading = [*self.columns, *(named.get(column, column) for column in COLUMNS)]
         lines = [heading, ["---"] * len(heading)]
         best = {row.key: self.best(folder, row) for row in self.rows}
         for row in sorted(self.rows, key=lambda row: groups.index(row.key[0])):
