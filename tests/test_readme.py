@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+import train
+
 PAGES = [ROOT / "README.md", ROOT / "results" / "README.md"]
 LINK = re.compile(r"\[[^\]]*\]\(([^)#]+)\)")
 
@@ -69,3 +71,13 @@ def test_the_tables_hold_figures():
 def test_links_lead_somewhere(page):
     for target in LINK.findall(page.read_text()):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_the_notebook_calls_commands_that_exist():
+    cells = json.loads((ROOT / "notebooks" / "colab.ipynb").read_text())["cells"]
+    lines = [line for c in cells if c["cell_type"] == "code" for line in c["source"]]
+    commands = [line.split()[2:] for line in lines if line.startswith("!python train.py")]
+    assert len(commands) >= 3
+    for command in commands:
+        options = train.resolve(train.build_parser().parse_args(command))
+        assert options.run
