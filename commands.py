@@ -193,7 +193,12 @@ def run_eval(options: argparse.Namespace) -> None:
     stored = argparse.Namespace(**run.config()["options"])
     for name in ("data_dir", "device", "threads", "eval_batch"):
         setattr(stored, name, getattr(options, name))
-    for name, value in {"mask": None, "mask_rule": None, "keep_tokens": 1.0}.items():
+    for name, value in {
+        "mask": None,
+        "mask_rule": None,
+        "keep_tokens": 1.0,
+        "compile": False,
+    }.items():
         vars(stored).setdefault(name, value)  # a run from before these were options
     if options.precision != "auto":
         stored.precision = options.precision

@@ -21,6 +21,7 @@ import sparse_sgdm
 from fedavg import sample_clients
 from federation import federate
 from learner import Learner
+from local_training import ClientTraining
 from workspace import Workspace, duration, free_memory
 
 CLIENTS_TIMED = 5
@@ -54,6 +55,7 @@ def examine(options: argparse.Namespace) -> dict:
         "seconds_a_round": float(f"{sampled * client:.4g}"),
         "images_a_second": float(f"{options.J * trial.batch_size / client:.4g}"),
         "seconds_an_evaluation": float(f"{evaluation:.4g}"),
+        "cuda_graph": cuda_graph(learner, shards),
         "rounds": options.rounds,
         "seconds_in_all": float(f"{left:.4g}"),
         "largest_batch": largest_batch(learner),
@@ -98,8 +100,19 @@ def scoring_kernel(device: torch.device) -> str:
     return "triton" if same else "triton DIFFERS from the reference"
 
 
-NO_KERNEL = "reference (no CUDA device)"
+NO_KERNEL, NO_GRAPH = "reference (no CUDA device)", "off (no CUDA device)"
 KERNELS = {"optimiser": optimiser_kernel, "scoring": scoring_kernel}
+
+
+def cuda_graph(learner: Learner, shards: list[np.ndarray]) -> str:
+    """Say whether a local step is replayed as a CUDA graph, or why not."""
+    training = ClientTraining(learner, shards)
+    if training.together:
+        return "off (heads train together)"
+    if training.graphed is None:
+        return NO_GRAPH
+    training.one(0, round=1)
+    return training.graphed.status
 
 
 def time_client(learner: Learner, shards: list[np.ndarray]) -> float:

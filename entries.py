@@ -45,6 +45,12 @@ class Entries:
         scaffold = getattr(options, "scaffold", False)
         self.correction = torch.zeros_like(self.stepped[0]) if scaffold else None
 
+    @property
+    def state(self) -> list[Tensor]:
+        """Return the tensors that a step changes in place."""
+        flat = self.flat
+        return [x for x in (*self.stepped, flat.compute, flat.grad) if x is not None]
+
     def start(self) -> None:
         """Note where a client starts: the proximal term pulls back to it."""
         if self.anchor is not None:
@@ -56,6 +62,11 @@ class Entries:
             self.correction.copy_(correction)
         else:
             self.correction[self.index] = correction
+
+    def clear_momentum(self) -> None:
+        """Zero the momentum: a step that reads it then does what a first step does."""
+        if self.momentum is not None:
+            self.stepped[1].zero_()
 
     @torch.no_grad()
     def scatter(self) -> None:
@@ -78,7 +89,9 @@ class Entries:
         self.theta.copy_(theta)
         self.scatter()
 
-    def step(self, lr: float, first: bool, loss_scale: float = 1.0) -> None:
+    def step(
+        self, lr: float | Tensor, first: bool = False, loss_scale: float | Tensor = 1.0
+    ) -> None:
         """Take one optimiser step from the flat gradient."""
         flat, changing = self.flat, dict(lr=lr, first=first, grad_scale=loss_scale)
         theta, momentum = self.stepped

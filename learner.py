@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,11 @@ import head
 import model as vit
 import runs
 from calibration import Calibration, cached_mask
+from cuda_graph import GraphedStep
 from entries import Entries
 from loss_scale import LossScale
 from mask_file import Mask, given_mask
-from workspace import HEAD, Status, Workspace
+from workspace import HEAD, Status, Workspace, compiled
 
 
 class Learner:
@@ -68,7 +70,7 @@ class Learner:
         if self.on_features:
             self.inputs = {part: workspace.features(model, part) for part in workspace.sets}
             self.flat = vit.FlatView(trained)
-            self.logits_of = lambda features, keep: model.classify(features)
+            self._read_by(lambda features, keep: model.classify(features))
         else:
             self.inputs = {part: images.images for part, images in workspace.sets.items()}
             self.flat = vit.FlatView(trained, compute_dtype=workspace.dtype)
@@ -76,12 +78,17 @@ class Learner:
                 if name not in names and name not in HEAD:
                     parameter.data = parameter.data.to(workspace.dtype)
             preprocess = workspace.preprocess()
-            self.logits_of = lambda images, keep: model(preprocess(images), keep)
+            self._read_by(lambda images, keep: model(preprocess(images), keep))
         kept = torch.zeros_like(self.flat.theta, dtype=torch.bool) if self.mask else None
         for name in names if self.mask else ():
             self.flat.view(kept, name).copy_(parts[name])
         self.entries = Entries(self.flat, kept, options)
         self.loss_scale = LossScale(2.0**14 if self.flat.grad.dtype == torch.float16 else 1.0)
+
+    def _read_by(self, logits_of: Callable[[Tensor, Tensor | None], Tensor]) -> None:
+        """Let evaluations read the inputs so, and the training steps as --compile wants it."""
+        self.logits_of = logits_of
+        self.trained_logits_of = compiled(logits_of) if self.options.compile else logits_of
 
     def keep_activations(self) -> None:
         """Below the first block that trains, compute the tokens of all images once, where they fit.
@@ -98,7 +105,7 @@ class Learner:
             return
         print(f"activations below block {first} are computed once")
         self.inputs = inputs
-        self.logits_of = lambda x, keep: model.classify(model.features_from(x, first))
+        self._read_by(lambda x, keep: model.classify(model.features_from(x, first)))
 
     @property
     def kept(self) -> tuple[int, int]:
@@ -121,8 +128,34 @@ class Learner:
         augment = self.options.augment and not self.on_features
         inputs = self.inputs["train"]
         batch = data.crop_and_flip(inputs, draws) if augment else self.gather("train", at)
-        logits = self.logits_of(batch, keep)
+        logits = self.trained_logits_of(batch, keep)
         return F.cross_entropy(logits, self.labels["train"][at], self.class_weights)
+
+    def backward(self, draws: Tensor, loss_scale: float | Tensor) -> Tensor:
+        """Fill the flat gradient with that of the loss times `loss_scale`; returns the loss."""
+        self.flat.grad.zero_()
+        loss = self.loss(draws)
+        (loss * loss_scale).backward()
+        return loss.detach()
+
+    def local_step(self, draws: Tensor, lr: Tensor, loss_scale: Tensor) -> Tensor:
+        """Take a local step whose momentum holds something, or zeros; returns the loss."""
+        loss = self.backward(draws, loss_scale)
+        self.entries.step(lr, loss_scale=loss_scale)
+        return loss
+
+    def graphed(self, step: Callable[..., Tensor]) -> GraphedStep | None:
+        """Return the step as --cuda-graph wants it; None on a CPU, which launches nothing."""
+        device, options = self.workspace.device, self.options
+        if device.type != "cuda":
+            return None
+        away = self.inputs["train"].device.type != "cuda"
+        obstacle = (
+            f"the activations below block {self.first} are kept on the host" if away else None
+        )
+        return GraphedStep(
+            step, self.entries.state, device, mode=options.cuda_graph, obstacle=obstacle
+        )
 
     def overflowed(self) -> bool:
         """Tell whether a parameter is Inf or NaN."""

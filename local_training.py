@@ -37,6 +37,7 @@ class ClientTraining:
     ):
         self.learner, self.shards, self.options = learner, shards, learner.options
         entries, options = learner.entries, self.options
+        self.graphed = learner.graphed(learner.local_step)
         self.states: dict[str, ClientStates] = {}
         self.scaffold = self.local = None
         if options.scaffold:
@@ -95,6 +96,9 @@ class ClientTraining:
         def attempt(scale: float) -> Tensor:
             if start is not None:
                 entries.load(start)
+            if self.graphed is not None:
+                entries.clear_momentum()
+                return torch.stack([self.graphed(draws=d, lr=lr, loss_scale=scale) for d in draws])
 
             def step(j: int) -> None:
                 entries.step(lr, first=j == 0, loss_scale=scale)

@@ -31,7 +31,10 @@ from mask_file import given_mask
 from ranks import OneProcess
 from workspace import Workspace, duration, fingerprint
 
-FREE = {"name", "runs_dir", "data_dir", "device", "threads", "eval_every", "eval_batch"}
+FREE = {
+    *("name", "runs_dir", "data_dir", "device", "threads"),
+    *("cuda_graph", "eval_every", "eval_batch"),
+}
 
 
 def train_federated(
@@ -84,6 +87,7 @@ def train_centralized(workspace: Workspace, options: argparse.Namespace, name: s
         learner = Learner(workspace, model, options, run.folder, [workspace.train_index])
     learner.keep_activations()
     entries, scale, grad = learner.entries, learner.loss_scale, learner.flat.grad
+    backward = learner.graphed(learner.backward) or learner.backward
     tensors = {"theta": entries.theta, "loss_scale": scale.state}
     if entries.momentum is not None:
         tensors["momentum"] = entries.momentum
@@ -97,17 +101,17 @@ def train_centralized(workspace: Workspace, options: argparse.Namespace, name: s
         schedule = dict(total=options.epochs, lr=options.lr, warmup=options.warmup)
         lr = centralized.learning_rate(options.schedule, at, **schedule)
 
-        def backward(loss_scale: float) -> torch.Tensor:
-            return fedavg.local_sgd([draws], learner.loss, grad, lambda j: None, loss_scale)
+        def attempt(loss_scale: float) -> torch.Tensor:
+            return backward(draws=draws, loss_scale=loss_scale)
 
         def overflowed() -> bool:
             return not torch.isfinite(grad).all().item()
 
-        loss, used = scale.attempt(backward, overflowed)
+        loss, used = scale.attempt(attempt, overflowed)
         entries.step(lr, first=at == 0, loss_scale=used)
         entries.gather()
         scale.next_round()
-        return loss[0]
+        return loss
 
     process = centralized.Centralized(draw, train_batch, tensors, entries.scatter)
     return drive_to_summary(run, process, "epoch", options.epochs, learner)

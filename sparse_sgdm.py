@@ -44,7 +44,7 @@ def sparse_sgdm_reference_(
     anchor: Tensor | None = None,
     correction: Tensor | None = None,
     *,
-    lr: float,
+    lr: float | Tensor,
     momentum: float = 0.0,
     dampening: float = 0.0,
     weight_decay: float = 0.0,
@@ -83,7 +83,10 @@ def sparse_sgdm_reference_(
             d = g.add(new, alpha=momentum) if nesterov else new
             if m is not None:
                 d = torch.where(m, d, zero)
-        part.add_(d, alpha=-lr)
+        if isinstance(lr, Tensor):
+            part.sub_(d * lr)
+        else:
+            part.add_(d, alpha=-lr)
         if copy is not None:
             copy.copy_(part)
 
@@ -99,6 +102,7 @@ if triton is not None:
         copy_ptr,
         anchor_ptr,
         correction_ptr,
+        lr_ptr,
         scale_ptr,
         found_inf_ptr,
         count,
@@ -113,6 +117,7 @@ if triton is not None:
         HAS_COPY: tl.constexpr,
         HAS_ANCHOR: tl.constexpr,
         HAS_CORRECTION: tl.constexpr,
+        HAS_LR: tl.constexpr,
         HAS_SCALE: tl.constexpr,
         HAS_FOUND_INF: tl.constexpr,
         NESTEROV: tl.constexpr,
@@ -127,6 +132,8 @@ if triton is not None:
             trains = trains & (tl.load(mask_ptr + at, mask=trains, other=0) != 0)
         # a block in which nothing trains reads its mask and moves no other byte
         theta = tl.load(theta_ptr + at, mask=trains, other=0.0)
+        if HAS_LR:
+            lr = tl.load(lr_ptr).to(theta.dtype)
         if HAS_SCALE:
             grad_scale = tl.load(scale_ptr)
         g = tl.load(grad_ptr + at, mask=trains, other=0.0).to(theta.dtype) / grad_scale
@@ -159,7 +166,7 @@ def sparse_sgdm_triton_(
     anchor: Tensor | None = None,
     correction: Tensor | None = None,
     *,
-    lr: float,
+    lr: float | Tensor,
     momentum: float = 0.0,
     dampening: float = 0.0,
     weight_decay: float = 0.0,
@@ -182,13 +189,14 @@ def sparse_sgdm_triton_(
     count = theta.numel()
     if count == 0:
         return
-    scale = grad_scale if isinstance(grad_scale, Tensor) else None
+    lr_tensor, scale = (x if isinstance(x, Tensor) else None for x in (lr, grad_scale))
     optional = dict(
         MOMENTUM=momentum_buffer,
         MASK=mask if mask is None else mask.view(torch.uint8),
         COPY=compute_copy,
         ANCHOR=anchor,
         CORRECTION=correction,
+        LR=lr_tensor,
         SCALE=scale,
         FOUND_INF=found_inf,
     )
@@ -199,7 +207,7 @@ def sparse_sgdm_triton_(
             grad,
             *(theta if x is None else x for x in optional.values()),
             count,
-            lr,
+            lr if lr_tensor is None else 0.0,
             momentum,
             1.0 - dampening,
             weight_decay,
@@ -229,7 +237,7 @@ def sparse_sgdm_(
     anchor: Tensor | None = None,
     correction: Tensor | None = None,
     *,
-    lr: float,
+    lr: float | Tensor,
     momentum: float = 0.0,
     dampening: float = 0.0,
     weight_decay: float = 0.0,
@@ -254,7 +262,8 @@ def sparse_sgdm_(
             on entry, or None.
         anchor: (P,) in theta's dtype, what the proximal term pulls towards, or None.
         correction: (P,) in theta's dtype, added to the gradient, or None.
-        lr: step size of this local step.
+        lr: step size of this local step, a number or a scalar tensor on theta's device, which a
+            CUDA graph reads anew in every replay.
         first: the momentum buffer holds nothing yet; it is overwritten by g.
         prox: strength of the proximal term.
         grad_scale: the loss scale that `grad` still carries, a number or a scalar tensor.
@@ -297,7 +306,7 @@ def sparse_sgdm_(
 def check_sgd_options(lr, momentum, dampening, weight_decay, nesterov) -> None:
     """Raise ValueError for what torch.optim.SGD refuses as well."""
     for name, value in dict(lr=lr, momentum=momentum, weight_decay=weight_decay).items():
-        if not value >= 0:
+        if not isinstance(value, Tensor) and not value >= 0:  # a tensor would have to be waited for
             raise ValueError(f"{name} must not be negative: {value}")
     if nesterov and (momentum <= 0 or dampening != 0):
         raise ValueError("nesterov needs a momentum above 0 and no dampening")
@@ -311,7 +320,8 @@ class SparseSGDM(torch.optim.Optimizer):
 
     Args:
         params: parameters or parameter groups.
-        lr: per step; weight_decay: L2, added to the gradient of unmasked entries only.
+        lr: per step, a number or a scalar tensor; weight_decay: L2, added to the gradient of
+            unmasked entries only.
         masks: one bool tensor per parameter in the order of `params` (True = trainable, of the
             parameter's shape), or None for a parameter that trains whole; None trains everything.
 
@@ -324,7 +334,7 @@ class SparseSGDM(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable,
-        lr: float,
+        lr: float | Tensor,
         momentum: float = 0.0,
         dampening: float = 0.0,
         weight_decay: float = 0.0,

@@ -236,6 +236,11 @@ def add_training_options(parser: argparse.ArgumentParser, unit: str) -> None:
         metavar="R",
         help="random share of an image's patches that a training step sees [%(default)g]",
     )
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile what trains: other last bits, and half a minute at the start",
+    )
     group = parser.add_argument_group("search, on validation accuracy")
     add = group.add_argument
     add("--search", action="store_true", help="choose learning rate and weight decay first")
@@ -379,6 +384,13 @@ def add_run_options(parser: argparse.ArgumentParser, unit: str | None = None) ->
         add("--name", help="the run's folder below --runs-dir [made from the options]")
         add("--runs-dir", default="runs", help="where runs go [%(default)s]")
     if unit:
+        add(
+            "--cuda-graph",
+            choices=("auto", "on", "off"),
+            default="auto",
+            help="launch a step's kernels all at once, to the same bits [%(default)s: on a GPU, "
+            "where a first step shows that it works]",
+        )
         add(
             "--eval-every",
             type=number(int, 1),
@@ -697,6 +709,12 @@ def resolve_training(o: argparse.Namespace) -> None:
         raise ValueError("--augment changes images, and --train head sees their features")
     if o.freeze_head and o.train == "head":
         raise ValueError("--train head with --freeze-head leaves nothing to train")
+    if o.cuda_graph == "on" and o.train == "head" and o.command == "fedavg":
+        raise ValueError(
+            "--cuda-graph on: --train head takes all clients' steps together, and none of their own"
+        )
+    if o.compile and o.train == "head":
+        raise ValueError("--compile compiles the backbone, and --train head does not run it")
     if o.search and not o.val_fraction:
         raise ValueError("--search chooses on validation data: --val-fraction above 0")
     if not o.search:

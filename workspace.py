@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,10 @@ class Workspace:
         self.keeps_activations: bool | None = None  # None: none could be kept
         self.device = choose_device(options.device, self.group)
         self.dtype = choose_precision(options.precision, self.device)
+        if getattr(options, "cuda_graph", "auto") == "on" and self.device.type != "cuda":
+            raise ValueError(
+                f"--cuda-graph on: it needs a CUDA device, and this is a {self.device}"
+            )
         if options.threads:
             torch.set_num_threads(options.threads)
         if self.device.type == "cuda":
@@ -237,6 +242,30 @@ def fingerprint(model: vit.VisionTransformer) -> str:
         if name not in HEAD:
             digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def compiled(function: Callable) -> Callable:
+    """Return a function that is compiled at its first call, or, saying so, stays as it is."""
+    steady = (
+        "deterministic" in torch._inductor.list_options()
+    )  # choices are not timed, from 2.10 on
+    fast = torch.compile(function, dynamic=False, options={"deterministic": True} if steady else {})
+    chosen = []
+
+    def call(*arguments):
+        if chosen:
+            return chosen[0](*arguments)
+        try:
+            result = fast(*arguments)
+        except Exception as error:  # compilers fail in many ways
+            said = str(error).strip().partition("\n")[0]
+            print(f"--compile: PyTorch cannot, steps stay as they are: {said}")
+            chosen.append(function)
+            return function(*arguments)
+        chosen.append(fast)
+        return result
+
+    return call
 
 
 def cast_copy(model: vit.VisionTransformer, dtype: torch.dtype) -> vit.VisionTransformer:

@@ -7,12 +7,14 @@ floor   forward and backward of the same batches, made beforehand, no gradient a
         plus bytes / copy bandwidth: 5 P fp32 a step (read gradient, parameter, momentum; write
         two), 1 copy a client, and a client's sum (read two P fp32, read and write P int64)
 Clients take turns, one of the round, then the floor of its batches; a ratio is one round's sum over
-the other. The bandwidth is that of copies around a ring as large as the round's own buffers.
+the other. On CUDA a setting is measured with --cuda-graph off and on. The bandwidth is that of
+copies around a ring as large as the round's own buffers.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -85,10 +87,11 @@ def copy_bandwidth(size: int, device: str) -> float:
     return 2 * 4 * size * len(ring) * loops / np.median(seconds)
 
 
-def measure(name: str, options: argparse.Namespace) -> list[dict]:
-    """Return one row per figure of a setting."""
+def measure(name: str, graph: str, options: argparse.Namespace) -> list[dict]:
+    """Return one row per figure of a setting; graph: as --cuda-graph."""
     arguments, count, goal = SETTINGS[name]
     arguments = f"{SHARED} {arguments} --device {options.device} --threads {options.threads}"
+    arguments += f" --cuda-graph {graph}"
     o = train.resolve(train.build_parser().parse_args(arguments.split()))
     workspace = Workspace(o)
     shards, device = workspace.shards(), workspace.device.type
@@ -120,11 +123,13 @@ def measure(name: str, options: argparse.Namespace) -> list[dict]:
     ]
     ratio = rows[4]
     print(
-        f"{name}: P = {learner.entries.size:,}; a round {rows[0]['median']:.3f} s, "
+        f"{name}: P = {learner.entries.size:,}, CUDA graph {graph}; a round "
+        f"{rows[0]['median']:.3f} s, "
         f"passes {rows[1]['median']:.3f} s, bytes {moved:.4f} s; round / floor "
         f"{ratio['median']:.3f} (p20 {ratio['p20']:.3f}, p80 {ratio['p80']:.3f}), goal {goal}"
     )
-    return [{"setting": name, "parameters": learner.entries.size, **row} for row in rows]
+    about = {"setting": name, "cuda_graph": graph, "parameters": learner.entries.size}
+    return [about | row for row in rows]
 
 
 def main() -> None:
@@ -135,7 +140,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--csv", type=Path, default="results/bench/round.csv")
     options = parser.parse_args()
-    rows = [row for name in options.settings for row in measure(name, options)]
+    graphs = ("off",) if options.device == "cpu" else ("off", "on")
+    pairs = itertools.product(options.settings, graphs)
+    rows = [row for name, graph in pairs for row in measure(name, graph, options)]
     write_csv(options.csv, rows, options.device)
 
 

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_synthetic
+from test_cuda_graph import faithful
 
+import cuda_graph
 import fedavg
 import model as vit
 import train
@@ -136,3 +138,109 @@ def test_the_proximal_steps_of_a_client_are_the_written_ones(small_data, extra):
     ClientTraining(one, one.workspace.shards()).one(4, round=1)
     first_step = one.entries.theta - start
     torch.testing.assert_close(ends[0] - ends[1], 0.01 * 5.0 * first_step, rtol=1e-3, atol=1e-7)
+
+
+def graphed(monkeypatch, training, mode="auto"):
+    """Let a client's steps on this CPU take the way of those on a GPU."""
+    learner = training.learner
+    monkeypatch.setattr(cuda_graph, "record", faithful)
+    state = learner.entries.state
+    training.graphed = cuda_graph.GraphedStep(learner.local_step, state, "cpu", mode=mode)
+    return training.graphed
+
+
+ON_STATIC_INPUTS = {
+    "dense": ["--augment"],
+    "without momentum": ["--momentum", "0", "--weight-decay", "0.01"],
+    "Nesterov, thinned out": ["--nesterov", "--keep-tokens", "0.5"],
+    "mask": ["--head", "ridge", "--mask-rule", "random", "--sparsity", "0.2", "--prox", "0.5"],
+    "class weights": ["--fedir", "--nc", "30"],
+    "control variates": ["--scaffold"],
+    "bf16": ["--precision", "bf16"],
+}
+
+
+@pytest.mark.parametrize("options", ON_STATIC_INPUTS.values(), ids=ON_STATIC_INPUTS)
+def test_steps_on_static_inputs_are_the_eager_ones(small_data, monkeypatch, options):
+    """At rates that are powers of two, where lr * d is exact, a GPU's way gives the CPU's bits."""
+    learner, training = build(small_data, "--lr", "0.125", *options)
+    ends = []
+    for on_static_inputs in (False, True):
+        start = learner.entries.theta.clone()
+        if on_static_inputs:
+            steps = graphed(monkeypatch, training)
+        losses = []
+        for client, lr in ((4, 0.125), (9, 0.03125)):  # another client and rate, the same graph
+            monkeypatch.setattr(training, "lr", lambda round, lr=lr: lr)
+            losses.append(training.one(client, round=1))
+        ends.append([learner.entries.theta.clone(), *losses])
+        learner.entries.load(start)
+    assert steps.status == "on" and not torch.equal(ends[0][0], start)
+    for eager, replayed in zip(*ends, strict=True):
+        assert torch.equal(eager, replayed)
+
+
+def test_replays_are_redone_at_a_lower_scale_after_an_overflow(small_data, monkeypatch):
+    learner, training = build(small_data, "--precision", "fp16", "--lr", "0.125")
+    start, ends = learner.entries.theta.clone(), []
+    for on_static_inputs in (False, True):
+        if on_static_inputs:
+            graphed(monkeypatch, training)
+        learner.entries.load(start)
+        learner.loss_scale.state[:] = torch.tensor([2.0**22, 2.0**22, 0.0])
+        training.one(4, round=1)
+        ends.append((learner.entries.theta.clone(), learner.loss_scale.state.clone()))
+    assert ends[0][1][1] < 2.0**22 and torch.equal(ends[0][1], ends[1][1])
+    assert torch.equal(ends[0][0], ends[1][0])
+
+
+def test_a_compiled_forward_pass_fills_the_flat_gradient(small_data, monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, dynamic, options: compile(f, backend="aot_eager")
+    )
+    ends = []
+    for options in ([], ["--compile"]):
+        learner, training = build(small_data, "--head", "ridge", "--augment", *options)
+        start = learner.entries.theta.clone()
+        training.one(4, round=1)
+        ends.append(learner.entries.theta - start)
+    assert (ends[0] - ends[1]).norm() < 1e-5 * ends[0].norm()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_what_cannot_be_compiled_trains_as_it_is(small_data, monkeypatch, capsys):
+    plain, training = build(small_data)
+    training.one(4, round=1)
+
+    def broken(function, dynamic, options):
+        def call(*arguments):
+            raise RuntimeError("no C++ compiler\nmore")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    learner, training = build(small_data, "--compile")
+    training.one(4, round=1)
+    assert torch.equal(learner.entries.theta, plain.entries.theta)
+    said = "--compile: PyTorch cannot, steps stay as they are: no C++ compiler\n"
+    assert capsys.readouterr().out == said
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+ON_A_GPU = ON_STATIC_INPUTS | {"fp16": ["--precision", "fp16"], "fp32": ["--precision", "fp32"]}
+ON_A_GPU.pop("Nesterov, thinned out")  # the backward of its gather may have to wait
+
+
+@needs_cuda
+@pytest.mark.parametrize("options", ON_A_GPU.values(), ids=ON_A_GPU)
+def test_on_a_gpu_replays_give_the_bits_of_eager_steps(small_data, options):
+    ends = []
+    for mode in ("off", "on"):
+        learner, training = build(small_data, "--cuda-graph", mode, *options)
+        losses = [training.one(client, round=1) for client in (4, 9)]
+        ends.append([learner.entries.theta, *losses])
+        assert training.graphed.status == mode
+    for eager, replayed in zip(*ends, strict=True):
+        assert torch.equal(eager, replayed)

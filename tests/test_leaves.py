@@ -19,6 +19,7 @@ LEAVES = (
         "fedavg",
         "server",
         "loss_scale",
+        "cuda_graph",
         "participation",
         "client_states",
         "ranks",

@@ -166,6 +166,31 @@ def test_a_grad_scaler_is_served_as_torchs_own_fused_optimiser_is(overflow):
     assert torch.isfinite(mine).all()
 
 
+@pytest.mark.parametrize("options", VALID, ids=str)
+def test_a_step_size_in_a_tensor_is_read_in_each_step(options):
+    theta, grad, b = torch.randn(3, 1000)
+    rates, moved = (0.5, 2.0**-7, 0.0), []  # powers of two: lr * d is exact, rounded or not
+    for tensor in (False, True):
+        x, buffer, lr = theta.clone(), b.clone() if options["momentum"] else None, torch.zeros(())
+        for rate in rates:
+            sparse_sgdm_(x, grad, buffer, lr=lr.fill_(rate) if tensor else rate, **options)
+        moved.append(x)
+    assert torch.equal(*moved) and not torch.equal(moved[0], theta)
+
+
+def test_the_optimiser_takes_its_step_size_from_a_tensor():
+    mine, theirs, lr = parameters(), parameters(), torch.tensor(0.05)
+    optimisers = SparseSGDM(mine, lr=lr, momentum=0.9), SparseSGDM(theirs, lr=0.05, momentum=0.9)
+    for step in range(3):
+        lr.fill_(0.05 / (1 + step))
+        optimisers[1].param_groups[0]["lr"] = 0.05 / (1 + step)
+        for params, optimiser in zip((mine, theirs), optimisers, strict=True):
+            set_gradients(params, step)
+            optimiser.step()
+    for a, b in zip(mine, theirs, strict=True):  # lr * d is rounded once more
+        torch.testing.assert_close(a, b, rtol=5e-7, atol=5e-7)
+
+
 def test_chunks_do_not_show(monkeypatch):
     theta, grad, b = torch.randn(3, 1000)
     copies = [x.clone() for x in (theta, grad, b)]
@@ -183,7 +208,7 @@ def test_chunks_do_not_show(monkeypatch):
     [dict(), dict(momentum=0.9), dict(momentum=0.9, first=True, weight_decay=0.1),
      dict(momentum=0.9, nesterov=True, prox=0.2), dict(momentum=0.5, dampening=0.3, grad_scale=8.0),
      dict(momentum=0.9, grad_scale=torch.tensor(8.0), found_inf=torch.tensor(0.0)),
-     dict(momentum=0.9, found_inf=torch.tensor(1.0))],
+     dict(momentum=0.9, found_inf=torch.tensor(1.0)), dict(lr=torch.tensor(0.1), momentum=0.9)],
     ids=str,
 )  # fmt: skip
 def test_the_kernel_equals_the_reference(size, masked, options):
@@ -200,8 +225,9 @@ def test_the_kernel_equals_the_reference(size, masked, options):
     buffer = b if "momentum" in options else None
     ours = [theta.clone(), grad, None if buffer is None else b.clone(), mask, None, *terms]
     start = theta.clone()
-    sparse_sgdm_reference_(theta, grad, buffer, mask, None, *terms, lr=0.1, **options)
-    sparse_sgdm_(*ours, lr=0.1, backend="triton", **options)
+    options = dict(lr=0.1) | options
+    sparse_sgdm_reference_(theta, grad, buffer, mask, None, *terms, **options)
+    sparse_sgdm_(*ours, backend="triton", **options)
     # a fused multiply-add rounds once where the reference rounds twice
     torch.testing.assert_close(ours[0], theta, rtol=5e-7, atol=5e-7)
     if buffer is not None:
@@ -210,6 +236,17 @@ def test_the_kernel_equals_the_reference(size, masked, options):
         assert torch.equal(ours[0][~mask], start[~mask])
     if "found_inf" in options and options["found_inf"]:
         assert torch.equal(ours[0], start)
+
+
+@needs_triton
+def test_the_kernel_steps_to_the_same_bits_by_a_number_and_by_a_tensor():
+    theta, grad, b = torch.randn(3, 1025, device=DEVICE)
+    ends = []
+    for lr in (0.1, torch.tensor(0.1, device=DEVICE)):
+        x, buffer = theta.clone(), b.clone()
+        sparse_sgdm_(x, grad, buffer, lr=lr, momentum=0.9, backend="triton")
+        ends.append(x)
+    assert torch.equal(*ends)
 
 
 @needs_triton
@@ -261,11 +298,11 @@ import sparse_sgdm, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 kernel = sparse_sgdm._sparse_sgdm_kernel
-fp32 = ["theta", "momentum", "anchor", "correction", "scale", "found_inf"]
+fp32 = ["theta", "momentum", "anchor", "correction", "lr", "scale", "found_inf"]
 pointers = {f"{name}_ptr": "*fp32" for name in fp32} | {"mask_ptr": "*u8"}
 scalars = ["lr", "momentum", "rate", "weight_decay", "prox", "grad_scale"]
 scalars = dict.fromkeys(scalars, "fp32")
-names = ["MOMENTUM", "MASK", "COPY", "ANCHOR", "CORRECTION", "SCALE", "FOUND_INF"]
+names = ["MOMENTUM", "MASK", "COPY", "ANCHOR", "CORRECTION", "LR", "SCALE", "FOUND_INF"]
 flags = {f"HAS_{name}": True for name in names} | dict(NESTEROV=False, FIRST=False)
 for capability, half in ((75, "fp16"), (80, "bf16"), (90, "bf16")):
     types = pointers | scalars | dict(grad_ptr="*" + half, copy_ptr="*" + half, count="i32")

@@ -170,6 +170,13 @@ def test_the_proximal_term_holds_clients_back(cli, small_data, extra):
     assert (small_data / "runs" / "held" / "summary.json").exists()
 
 
+def test_the_graph_may_change_on_resume_and_compiling_may_not(cli, small_data):
+    assert cli(*TINY, "--cuda-graph", "off", "--name", "x", "--device", "cpu")[0] == 0
+    assert cli(*TINY, "--name", "x", "--rounds", 3, "--device", "cpu")[0] == 0
+    status, _, err = cli(*TINY, "--name", "x", "--rounds", 4, "--compile")
+    assert status == 2 and "compile is False there and True here" in err
+
+
 def test_a_schedule_fixes_the_number_of_rounds(cli):
     cosine = (*TINY, "--schedule", "cosine", "--name", "c")
     assert cli(*cosine)[0] == 0
@@ -277,6 +284,7 @@ def test_doctor_says_what_a_command_will_cost(cli, small_data, options):
     least = 50 * figures["seconds_a_round"]
     assert least < figures["seconds_in_all"] < 2 * least + 100 * figures["seconds_an_evaluation"]
     assert "seconds a round" in out and "time in all" in out
+    assert figures["cuda_graph"].startswith("on" if torch.cuda.is_available() else "off (")
     assert not (small_data / "runs").exists() and not (small_data / "data").exists()
     assert cli("doctor", "ridge")[0] == 2
 
@@ -342,6 +350,11 @@ BAD = {
     "unrecognized arguments: --round": (*FEDAVG, "--round", 5),
     "is no run folder": ("eval", "runs/none"),
     "no run folder": ("plot", "runs/none"),
+    "--cuda-graph on: it needs a CUDA device, and this is a cpu": (
+        *(*FEDAVG, "--cuda-graph", "on", "--device", "cpu"),
+    ),
+    "--cuda-graph on: --train head": (*FEDAVG, "--cuda-graph", "on", "--train", "head"),
+    "--compile compiles the backbone": (*FEDAVG, "--compile", "--train", "head"),
     "chooses on validation data": (*FEDAVG, "--search", "--val-fraction", 0),
 }  # fmt: skip
 

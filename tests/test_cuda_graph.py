@@ -1,0 +1,182 @@
+"""A replayed step: the bits of the eager one, or the eager one itself and a word on why."""
+
+import math
+
+import pytest
+import torch
+
+import cuda_graph
+from cuda_graph import CaptureError, GraphedStep
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+class Descent:
+    """Steps of gradient descent on a small network whose gradients are views of one vector."""
+
+    def __init__(self, device="cpu"):
+        generator = torch.Generator().manual_seed(0)
+        self.theta = torch.randn(20, generator=generator).to(device)
+        self.grad = torch.zeros(20, device=device)
+        self.weight = torch.nn.Parameter(self.theta.view(4, 5))
+        self.weight.data, self.weight.grad = self.theta.view(4, 5), self.grad.view(4, 5)
+        self.calls = 0
+
+    def step(self, x, lr):
+        self.calls += 1
+        self.grad.zero_()
+        loss = (x @ self.weight).tanh().square().mean()
+        loss.backward()
+        self.theta.sub_(self.grad * lr)
+        return loss.detach()
+
+
+def run(take_step, steps=4):
+    """Take steps on inputs and at rates that change; returns the losses."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(3, 4, generator=generator) for _ in range(steps)]
+    return torch.stack([take_step(x=x, lr=0.5 / (1 + j)) for j, x in enumerate(inputs)]).cpu()
+
+
+def faithful(run, device):
+    """What `record` returns on a GPU, by a replay that runs the step."""
+    output = run()
+
+    class Graph:
+        def replay(self):
+            output.copy_(run())
+
+    return Graph(), output
+
+
+def unfaithful(run, device):
+    graph, output = faithful(run, device)
+    replay = graph.replay
+    graph.replay = lambda: (replay(), output.add_(1e-6))
+    return graph, output
+
+
+def failing(run, device):
+    run()
+    raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors ...")
+
+
+def without_memory(run, device):
+    run()
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def expected(device="cpu"):
+    plain = Descent(device)
+    losses = run(lambda x, lr: plain.step(x.to(device), torch.tensor(lr, device=device)))
+    return losses, plain.theta
+
+
+def test_replays_read_new_inputs_and_the_capture_leaves_no_trace(monkeypatch):
+    monkeypatch.setattr(cuda_graph, "record", faithful)
+    descent, said = Descent(), []
+    graphed = GraphedStep(descent.step, [descent.theta, descent.grad], "cpu", say=said.append)
+    losses, theta = expected()
+    assert torch.equal(run(graphed), losses) and torch.equal(descent.theta, theta)
+    assert graphed.status == "on" and not said
+
+
+FAILURES = {
+    failing: "RuntimeError: operation not permitted when stream is capturing",
+    without_memory: "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
+    unfaithful: "a replay differs from the eager step",
+    cuda_graph.record: "it needs a CUDA device, and the step runs on a cpu",
+}
+
+
+@pytest.mark.parametrize("record", FAILURES, ids=lambda f: f.__name__)
+def test_where_a_capture_fails_the_step_is_eager_and_says_so_once(monkeypatch, record):
+    monkeypatch.setattr(cuda_graph, "record", record)
+    descent, said = Descent(), []
+    graphed = GraphedStep(descent.step, [descent.theta, descent.grad], "cpu", say=said.append)
+    losses, theta = expected()
+    assert torch.equal(run(graphed), losses) and torch.equal(descent.theta, theta)
+    why = FAILURES[record]
+    assert said == [f"no CUDA graph, kernels are launched one by one: {why}"]
+    assert graphed.status == f"off ({why})"
+
+
+@pytest.mark.parametrize("record", FAILURES, ids=lambda f: f.__name__)
+def test_a_graph_that_is_insisted_on_is_an_error_instead(monkeypatch, record):
+    monkeypatch.setattr(cuda_graph, "record", record)
+    descent = Descent()
+    graphed = GraphedStep(descent.step, [descent.theta], "cpu", mode="on")
+    start = descent.theta.clone()
+    with pytest.raises(CaptureError, match="CUDA graph 'on': " + FAILURES[record][:20]):
+        run(graphed)
+    assert torch.equal(descent.theta, start)
+
+
+def test_an_obstacle_known_beforehand_is_not_tried(monkeypatch):
+    monkeypatch.setattr(cuda_graph, "record", None)
+    descent, said = Descent(), []
+    graphed = GraphedStep(descent.step, [], "cpu", obstacle="no room", say=said.append)
+    run(graphed)
+    assert len(said) == 1 and graphed.status == "off (no room)" and descent.calls == 4
+    quiet = GraphedStep(descent.step, [], "cpu", mode="off", obstacle="no room", say=said.append)
+    run(quiet)
+    assert len(said) == 1 and quiet.status == "off" and descent.calls == 8
+
+
+def test_a_diverged_step_is_no_difference(monkeypatch):
+    monkeypatch.setattr(cuda_graph, "record", faithful)
+    x = torch.tensor([math.inf, 1.0])
+
+    def step(by):
+        return x.sub_(by * x).sum()  # Inf - Inf
+
+    graphed = GraphedStep(step, [x], "cpu")
+    assert graphed(by=0.5).isnan() and graphed.status == "on" and x[1] == 0.5
+
+
+def test_what_cannot_be_meant_is_refused():
+    with pytest.raises(ValueError, match="mode must be auto, on or off, not 'yes'"):
+        GraphedStep(lambda: None, [], "cpu", mode="yes")
+    graphed = GraphedStep(lambda x: x.sum(), [], "cpu", mode="off")
+    graphed(x=torch.zeros(3, 4))
+    with pytest.raises(
+        ValueError, match=r"input x was of shape \(3, 4\) at first, and is \(1, 4\)"
+    ):
+        graphed(x=torch.zeros(1, 4))
+
+
+@needs_cuda
+def test_on_a_gpu_a_replay_gives_the_bits_of_the_eager_step():
+    descent = Descent("cuda")
+    graphed = GraphedStep(descent.step, [descent.theta, descent.grad], "cuda", mode="on")
+    losses, theta = expected("cuda")
+    assert torch.equal(run(graphed), losses) and torch.equal(descent.theta, theta)
+    # one eager step, the warm-ups and the capture itself: no replay runs Python
+    assert graphed.status == "on" and descent.calls == 2 + cuda_graph.WARM_UPS
+
+
+@needs_cuda
+def test_on_a_gpu_a_step_that_waits_is_not_captured_and_later_ones_are():
+    descent, said = Descent("cuda"), []
+
+    def waiting(x, lr):
+        loss = descent.step(x, lr)
+        loss.item()
+        return loss
+
+    graphed = GraphedStep(waiting, [descent.theta, descent.grad], "cuda", say=said.append)
+    losses, theta = expected("cuda")
+    assert torch.equal(run(graphed), losses) and torch.equal(descent.theta, theta)
+    assert len(said) == 1
+    again = Descent("cuda")
+    graphed = GraphedStep(again.step, [again.theta, again.grad], "cuda", mode="on")
+    assert torch.equal(run(graphed), losses)
+
+
+@needs_cuda
+def test_on_a_gpu_little_memory_is_not_taken(monkeypatch):
+    monkeypatch.setattr(cuda_graph, "ROOM", 1e12)
+    descent = Descent("cuda")
+    graphed = GraphedStep(descent.step, [descent.theta], "cuda", say=lambda text: None)
+    run(graphed)
+    assert "to itself, and" in graphed.status
