@@ -70,7 +70,7 @@ class GraphedStep:
         self.status = "off" if mode == "off" else None
 
     def __call__(self, **values: Tensor | float) -> Tensor:
-        """Take one step on these inputs, the same names in each call; replays want the same shapes."""
+        """Take one step on these inputs; a replay wants the shapes of the first call."""
         for name, value in values.items():
             self._fill(name, value)
         if self.status is None:

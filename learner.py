@@ -149,13 +149,13 @@ class Learner:
         device, options = self.workspace.device, self.options
         if device.type != "cuda":
             return None
-        away = self.inputs["train"].device.type != "cuda"
-        obstacle = (
-            f"the activations below block {self.first} are kept on the host" if away else None
-        )
-        return GraphedStep(
-            step, self.entries.state, device, mode=options.cuda_graph, obstacle=obstacle
-        )
+        obstacle = None
+        if self.inputs["train"].device.type != "cuda":
+            obstacle = f"the activations below block {self.first} are kept on the host"
+        elif options.batch_size == "full":
+            obstacle = "--batch-size full makes batches of many sizes"
+        settings = dict(mode=options.cuda_graph, obstacle=obstacle)
+        return GraphedStep(step, self.entries.state, device, **settings)
 
     def overflowed(self) -> bool:
         """Tell whether a parameter is Inf or NaN."""

@@ -134,15 +134,16 @@ def test_a_diverged_step_is_no_difference(monkeypatch):
     assert graphed(by=0.5).isnan() and graphed.status == "on" and x[1] == 0.5
 
 
-def test_what_cannot_be_meant_is_refused():
+def test_what_cannot_be_meant_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="mode must be auto, on or off, not 'yes'"):
         GraphedStep(lambda: None, [], "cpu", mode="yes")
-    graphed = GraphedStep(lambda x: x.sum(), [], "cpu", mode="off")
-    graphed(x=torch.zeros(3, 4))
-    with pytest.raises(
-        ValueError, match=r"input x was of shape \(3, 4\) at first, and is \(1, 4\)"
-    ):
-        graphed(x=torch.zeros(1, 4))
+    monkeypatch.setattr(cuda_graph, "record", faithful)
+    eager, graphed = (GraphedStep(torch.sum, [], "cpu", mode=mode) for mode in ("off", "on"))
+    for step in (eager, graphed):
+        assert step(input=torch.ones(3, 4)) == 12
+    assert eager(input=torch.ones(1, 4)) == 4
+    with pytest.raises(ValueError, match=r"input was captured as \(3, 4\), and is \(1, 4\) now"):
+        graphed(input=torch.ones(1, 4))  # copying would broadcast
 
 
 @needs_cuda
