@@ -81,18 +81,18 @@ class GraphedStep:
         return self.output.clone()  # the next replay writes over it
 
     def _fill(self, name: str, value: Tensor | float) -> None:
+        shape = tuple(getattr(value, "shape", ()))
         static = self.inputs.get(name)
-        known = static is not None and static.shape == getattr(value, "shape", ())
-        if static is not None and not known and self.graph is not None:
-            shapes = tuple(static.shape), tuple(value.shape)
-            raise ValueError(f"input {name} was captured as {shapes[0]}, and is {shapes[1]} now")
-        if not known:
+        if static is not None and static.shape == shape:  # copy_ alone would broadcast
+            static.copy_(value, non_blocking=True) if torch.is_tensor(value) else static.fill_(
+                value
+            )
+        elif self.graph is not None:
+            known = None if static is None else tuple(static.shape)
+            raise ValueError(f"input {name} was captured as {known}, and is {shape} now")
+        else:
             fresh = torch.as_tensor(value, dtype=None if torch.is_tensor(value) else torch.float32)
             self.inputs[name] = fresh.detach().to(self.device, copy=True)
-        elif not torch.is_tensor(value):
-            static.fill_(value)
-        else:
-            static.copy_(value, non_blocking=True)
 
     def _try_capture(self) -> None:
         try:

@@ -39,6 +39,7 @@ def examine(options: argparse.Namespace) -> dict:
     trial.dropout = trial.straggler_fraction = 0.0
     if options.batch_size == "full":
         trial.batch_size = max(1, TRAINED // options.clients)
+        trial.cuda_graph = "off"  # the run's batches are of many sizes
     workspace = Workspace(trial)
     with tempfile.TemporaryDirectory() as folder:
         trial.data_dir = folder
