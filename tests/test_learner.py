@@ -163,18 +163,16 @@ ON_STATIC_INPUTS = {
 @pytest.mark.parametrize("options", ON_STATIC_INPUTS.values(), ids=ON_STATIC_INPUTS)
 def test_steps_on_static_inputs_are_the_eager_ones(small_data, monkeypatch, options):
     """At rates that are powers of two, where lr * d is exact, a GPU's way gives the CPU's bits."""
-    learner, training = build(small_data, "--lr", "0.125", *options)
     ends = []
     for on_static_inputs in (False, True):
-        start = learner.entries.theta.clone()
+        learner, training = build(small_data, "--lr", "0.125", *options)
+        start, losses = learner.entries.theta.clone(), []
         if on_static_inputs:
             steps = graphed(monkeypatch, training)
-        losses = []
         for client, lr in ((4, 0.125), (9, 0.03125)):  # another client and rate, the same graph
             monkeypatch.setattr(training, "lr", lambda round, lr=lr: lr)
             losses.append(training.one(client, round=1))
-        ends.append([learner.entries.theta.clone(), *losses])
-        learner.entries.load(start)
+        ends.append([learner.entries.theta, *losses])
     assert steps.status == "on" and not torch.equal(ends[0][0], start)
     for eager, replayed in zip(*ends, strict=True):
         assert torch.equal(eager, replayed)
