@@ -192,8 +192,15 @@ class FedAvg:
         on_reset: called after `theta` was overwritten, to bring copies of it up to date.
         train_clients: optional (theta_global, clients, round) -> iterable of (theta_k, losses), for
             clients that are trained together; replaces `train_client`.
-        conceal: optional (contribution (P,) int64, client, clients, round); hides a client's
-            contribution in place such that the round's sum stays what it is.
+        gain: factor on every client's change, as a part of its weight.
+        edit: optional (contribution (P,) int64, client, clients, round) that changes a client's
+            contribution in place, before it is added; must not make an entry larger, unless it
+            hides them all such that the round's sum stays what it is.
+        apart: optional (round) -> whether the round keeps its contributions apart, (m, P) int64 by
+            place in the sample, in place of their sum (1, P).
+        combine: optional (contributions, weights (m,), clients, round) -> (P,) int64 that takes the
+            place of their sum; must not depend on their order. A round that was saved in the
+            middle is combined as it was begun.
         companions: by name, what else changes over the rounds; merged, saved and restored.
         group: the processes that share the work, with rank, size, sum_(tensor) in place and
             gather(plain value) -> list by rank; None is this process alone.
@@ -218,21 +225,25 @@ class FedAvg:
         client_bytes: tuple[int, int] = (0, 0),
         on_reset: Callable[[], None] = lambda: None,
         train_clients: Callable | None = None,
-        conceal: Callable[[Tensor, int, np.ndarray, int], None] | None = None,
+        gain: float = 1.0,
+        edit: Callable[[Tensor, int, np.ndarray, int], None] | None = None,
+        apart: Callable[[int], bool] = lambda round: False,
+        combine: Callable[[Tensor, np.ndarray, np.ndarray, int], Tensor] | None = None,
         companions: dict[str, Companion] | None = None,
         group: Any = None,
     ):
         if not 0 < fraction <= 1:
             raise ValueError(f"the client fraction must lie in (0, 1], not {fraction}")
         self.theta, self.theta_global = theta, theta.clone()
-        self.total = torch.zeros(theta.shape, dtype=torch.int64, device=theta.device)
+        self.total = self._zeros(1)  # or a row for each sampled client
         self.shard_sizes = shard_sizes
         drawn = functools.partial(sample_clients, len(shard_sizes), fraction, seed=seed)
         self.sample = sample or (lambda round: drawn(round=round))
         self.weigh = weigh or (lambda clients, round: self._sizes / self._sizes.sum())
         self.client_bytes, self.on_reset = client_bytes, on_reset
         self.server_step = server_step or functools.partial(apply_total_, server_lr=server_lr)
-        self.train_client, self.conceal = train_client, conceal
+        self.train_client, self.edit, self.gain = train_client, edit, gain
+        self.apart, self.combine = apart, combine or (lambda rows, *_: add_up(rows))
         self.companions = companions or {}
         self.train_clients = train_clients or self._one_by_one
         self.group = group or _Alone()
@@ -240,6 +251,9 @@ class FedAvg:
         self._clients = np.empty(0, np.int64)  # sampled for the round in hand
         self.losses: dict[int, float] = {}  # theirs, by place in the sample
         self._queue: list[list[int]] | None = None  # places still to train: one a process, a call
+
+    def _zeros(self, rows: int) -> Tensor:
+        return torch.zeros(rows, *self.theta.shape, dtype=torch.int64, device=self.theta.device)
 
     def _one_by_one(self, theta_global: Tensor, clients: Sequence[int], round: int):
         for client in clients:
@@ -253,6 +267,9 @@ class FedAvg:
         self._clients = self.sample(round)
         self._sizes = np.array([self.shard_sizes[k] for k in self._clients], np.int64)
         self._weights = self.weigh(self._clients, round)
+        rows = len(self._clients) if self.apart(round) and len(self._clients) else 1
+        if not self.losses and rows != len(self.total):
+            self.total = self._zeros(rows)
         left = [i for i in range(len(self._clients)) if i not in self.losses]
         self._queue = [left[i : i + size] for i in range(0, len(left), size)]
         mine = self._clients[left[rank::size]]
@@ -282,13 +299,15 @@ class FedAvg:
     def _take_in(self, place: int, clients: np.ndarray, round: int) -> None:
         """Let the next client train, and add what it changed to this process's total."""
         theta_k, losses = next(self._results)
-        client = int(clients[place])
-        target = self.total if self.conceal is None else torch.zeros_like(self.total)
-        largest = add_delta_(target, theta_k, self.theta_global, float(self._weights[place]))
-        check_client(round, client, losses, largest * max(1.0, float(sum(self._weights))))
-        if self.conceal is not None:
-            self.conceal(target, client, clients, round)
-            self.total += target  # mod 2^64
+        client, weights = int(clients[place]), self._weights
+        row = self.total[place % len(self.total)]
+        target = row if self.edit is None else torch.zeros_like(row)
+        weight = self.gain * float(weights[place])
+        largest = add_delta_(target, theta_k, self.theta_global, weight)
+        check_client(round, client, losses, largest * max(1.0, self.gain * float(sum(weights))))
+        if self.edit is not None:
+            self.edit(target, client, clients, round)
+            row += target  # mod 2^64
         self.losses[place] = losses.double().mean().item()
 
     def _all_losses(self) -> dict[int, float]:
@@ -306,7 +325,8 @@ class FedAvg:
             self._merge()
             for companion in self.companions.values():
                 companion.next_round()
-            self.server_step(self.theta_global, self.total, 1 / FIXED_POINT)
+            total = self.combine(self.total, self._weights, clients, self.round)
+            self.server_step(self.theta_global, total, 1 / FIXED_POINT)
             losses = self._all_losses()
             weighted = [int(n) * losses[i] for i, n in enumerate(self._sizes)]
             record["train_loss"] = math.fsum(weighted) / int(self._sizes.sum())
@@ -346,9 +366,15 @@ class FedAvg:
         self.on_reset()
         self.round, self.seconds = state["round"], state.get("seconds", 0.0)
         self.losses, self._queue = dict(state.get("losses", {})), None
-        self.total.zero_()
+        total = state["total"].reshape(-1, *self.theta.shape) if self.losses else self.total[:1]
+        self.total = self._zeros(len(total))
         if self.losses and self.group.rank == 0:
-            self.total.copy_(state["total"])
+            self.total.copy_(total)
+
+
+def add_up(rows: Tensor) -> Tensor:
+    """Return the sum (P,) of rows (m, P)."""
+    return rows[0] if len(rows) == 1 else rows.sum(dim=0)
 
 
 def check_client(round: int, client: int, losses: Tensor, largest: Tensor) -> None:

@@ -1,0 +1,248 @@
+"""Task vectors: what changed from a common start, added, negated, merged, and how they interfere.
+
+    tau_k = theta_k - theta_0,    theta = theta_0 + scale * merge(tau_1, ..., tau_m)
+    mean    sum of p_k tau_k
+    ties    keep each tau_k's largest entries; per entry elect the sign of their sum, and average
+            those that have it
+    sign    the same of all entries, rescaled to the norm of the mean
+    dare    the mean of tau_k / (1 - drop), each entry of which is zero with probability `drop`
+    fisher  sum of F_k tau_k / sum of F_k
+Source: task arithmetic, Ilharco 2023, arXiv:2212.04089; TIES, Yadav 2023, arXiv:2306.01708; DARE, Yu
+2024, arXiv:2311.03099; Fisher-weighted averaging, Matena 2022, arXiv:2111.09832; the disentanglement
+error and the view of edits as linear, Ortiz-Jimenez 2023, arXiv:2305.12827.
+
+The rules take `parts`, (m, P): what each has to say with its weight p_k in it, p_k tau_k. Parts are
+floating-point, or int64 in any unit: sums of integers do not depend on the order of the parts, and
+where every part agrees, `ties` and `sign` give the very sum.
+
+    import torch; from editing import add_task_vectors, ties
+    start, tuned = torch.zeros(4), torch.tensor([[1.0, 2.0, 0.0, -1.0], [3.0, -1.0, 0.1, -1.0]])
+    tau = ties((tuned - start) / 2, [0.5, 0.5], keep=0.5)  # 2, 2, 0, -1 on average
+    add_task_vectors(start, tau[None], scale=-1.0)  # the model that has unlearned it
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+CHUNK = 262_144  # entries of each part at a time; keeps temporaries small
+UNIT = 2.0**48  # weights are summed as integers, so that their order does not matter
+
+
+# ---------------------------------------------------------------------------- merging
+
+
+@torch.no_grad()
+def add_task_vectors(theta: Tensor, vectors: Tensor, scale: float = 1.0) -> Tensor:
+    """Return theta (P,) + scale * the sum of vectors (m, P); a negative scale takes them away."""
+    return theta + scale * vectors.sum(dim=0)
+
+
+def check_keep(keep: float) -> None:
+    """Raise ValueError unless `keep` lies in (0, 1]."""
+    if not 0 < keep <= 1:
+        raise ValueError(f"the share that is kept must lie in (0, 1], not {keep:g}")
+
+
+def check_drop(drop: float) -> None:
+    """Raise ValueError unless `drop` lies in [0, 1)."""
+    if not 0 <= drop < 1:
+        raise ValueError(f"the share that is dropped must lie in [0, 1), not {drop:g}")
+
+
+@torch.no_grad()
+def ties(
+    parts: Tensor, weights: Sequence[float], *, keep: float = 0.2, size: int | None = None
+) -> Tensor:
+    """Merge by trimming, electing a sign per entry, and averaging the parts that have it.
+
+    With weights, the elected sign is that of sum of p_k tau_k over what trimming left, and what
+    agrees is averaged as sum of p_k tau_k / sum of p_k, both over those that agree; equal weights
+    give the published rule. The result is (sum of all p_k) times that average, in the scale of the
+    plain sum of the parts. An entry whose parts cancel out elects no sign and stays.
+
+    Args:
+        parts: (m, P) p_k tau_k.
+        weights: (m,) p_k.
+        keep: share of entries that each part keeps, its largest by magnitude, in (0, 1]; entries
+            that equal the last of them are kept too.
+        size: entries that the share is taken of, where P holds padding zeros too.
+
+    Returns:
+        (P,) in the dtype of the parts.
+
+    Raises:
+        ValueError: `keep` outside its range.
+    """
+    check_keep(keep)
+    if keep == 1:
+        return _agreeing_mean(parts, weights, None)
+    count = max(1, int(keep * (size or parts.shape[1]) + 0.5))
+    return _agreeing_mean(parts, weights, torch.stack([_largest(part, count) for part in parts]))
+
+
+@torch.no_grad()
+def sign_elected(parts: Tensor, weights: Sequence[float]) -> Tensor:
+    """Merge by averaging, per entry, what has the sign of the sum, at the norm of the sum.
+
+    What disagrees shortens the sum; here it does not count, and the length is that of the sum all
+    the same, so that only the direction differs from FedAvg's. Arguments and result as of `ties`.
+    """
+    plain, merged = parts.sum(dim=0), _agreeing_mean(parts, weights, None)
+    norms = [torch.linalg.vector_norm(x.double()) for x in (plain, merged)]
+    if norms[0] == norms[1]:  # both may be zero
+        return merged
+    return _as(merged.double() * (norms[0] / norms[1]), parts.dtype)
+
+
+def _largest(part: Tensor, count: int) -> Tensor:
+    """Return the count-th largest magnitude."""
+    sizes, at = part.abs(), len(part) - count
+    # kthvalue has no deterministic form on CUDA
+    return sizes.kthvalue(at + 1).values if part.is_cpu else sizes.sort().values[at]
+
+
+def _agreeing_mean(parts: Tensor, weights: Sequence[float], bars: Tensor | None) -> Tensor:
+    """Average per entry the parts that have the sign of the sum; bars (m,): what trimming keeps."""
+    units = (torch.as_tensor(np.asarray(weights, np.float64)) * UNIT).round().long()
+    units = units.to(parts.device)[:, None]
+    whole, exact = units.sum(), not parts.is_floating_point()
+    result = torch.empty_like(parts[0])
+    for start in range(0, parts.shape[1], CHUNK):
+        block = parts[:, start : start + CHUNK]
+        block = block if exact else block.double()
+        if bars is not None:
+            block = block.masked_fill(block.abs() < bars[:, None], 0)
+        elected = block.sum(dim=0).sign()
+        against = (block.sign() != elected) | (elected == 0)
+        total = block.masked_fill(against, 0).sum(dim=0)
+        share = units.expand_as(block).masked_fill(against, 0).sum(dim=0)
+        mean = _as(total.double() * (whole.double() / share.clamp(min=1)), parts.dtype)
+        result[start : start + CHUNK] = torch.where(share == whole, total.to(parts.dtype), mean)
+    return result
+
+
+def _as(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.to(dtype) if dtype.is_floating_point else values.round().to(dtype)
+
+
+@torch.no_grad()
+def drop_(vector: Tensor, drop: float, *, seed: int = 0, round: int = 0, client: int = 0) -> Tensor:
+    """Zero each entry of a vector (P,), in place, with probability `drop`; returns it.
+
+    The pattern is a function of seed, round and client.
+    """
+    key = [seed, zlib.crc32(b"dare")]
+    generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, round, client]))
+    dropped = torch.from_numpy(generator.random(len(vector), dtype=np.float32) < drop)
+    return vector.masked_fill_(dropped.to(vector.device), 0)
+
+
+def dare(vector: Tensor, drop: float, *, seed: int = 0, round: int = 0, client: int = 0) -> Tensor:
+    """Return the vector (P,) with entries dropped and the others divided by 1 - drop.
+
+    Its expectation over patterns is the vector itself; `drop_` says what decides the pattern.
+
+    Raises:
+        ValueError: `drop` outside [0, 1).
+    """
+    check_drop(drop)
+    return drop_(vector / (1 - drop), drop, seed=seed, round=round, client=client)
+
+
+@torch.no_grad()
+def fisher_mean(vectors: Tensor, scores: Tensor) -> Tensor:
+    """Average vectors (m, P) by scores (m, P) at least 0; where all scores are 0, evenly."""
+    result = torch.empty_like(vectors[0])
+    for start in range(0, vectors.shape[1], CHUNK):
+        at = slice(start, start + CHUNK)
+        block, weights = vectors[:, at].double(), scores[:, at].double()
+        total = weights.sum(dim=0)
+        weighted = (weights * block).sum(dim=0) / total
+        result[at] = torch.where(total > 0, weighted, block.mean(dim=0))
+    return result
+
+
+# ---------------------------------------------------------------------------- interference
+
+
+class Interference(NamedTuple):
+    """How vectors relate: norms (m,), and over all pairs the mean cosine and sign agreement."""
+
+    norms: Tensor
+    cosine: float | None
+    sign_agreement: float | None
+
+
+@torch.no_grad()
+def interference(vectors: Tensor) -> Interference:
+    """Compare vectors (m, P), of any numeric dtype, two by two.
+
+    The sign agreement of a pair is the share of equal signs among the entries that neither has at
+    zero. A mean is None where no pair has it: of one vector, or beside vectors of zeros.
+    """
+    m = len(vectors)
+    dots, signs, both = torch.zeros(3, m, m, dtype=torch.float64, device=vectors.device)
+    for start in range(0, vectors.shape[1], CHUNK):
+        block = vectors[:, start : start + CHUNK].double()
+        sign = block.sign()
+        dots += block @ block.T
+        signs += sign @ sign.T
+        both += sign.abs() @ sign.abs().T
+    norms = dots.diagonal().sqrt()
+    first, second = torch.triu_indices(m, m, offset=1, device=vectors.device)
+    cosines = (dots / (norms[:, None] * norms))[first, second]
+    agreements = ((both + signs) / (2 * both))[first, second]
+    return Interference(norms, _known_mean(cosines), _known_mean(agreements))
+
+
+def _known_mean(values: Tensor) -> float | None:
+    mean = values.nanmean().item()
+    return None if mean != mean else mean
+
+
+def linearity_error(function: Callable[[Tensor], Tensor], theta: Tensor, tau: Tensor) -> float:
+    """Return ||f(theta + tau) - f(theta) - J tau|| / ||f(theta + tau) - f(theta)||.
+
+    J tau is exact, by one forward-mode product. Zero for a model that is linear in its parameters;
+    zero too where nothing changes.
+
+    Args:
+        function: theta (P,) -> outputs of any shape, made of differentiable operations.
+    """
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the others have no forward mode
+        before, slope = torch.func.jvp(function, (theta,), (tau,))
+        change = (function(theta + tau) - before).double()
+    left = torch.linalg.vector_norm(change - slope)
+    return (left / torch.linalg.vector_norm(change)).item() if change.any() else left.item()
+
+
+@torch.no_grad()
+def disentanglement_error(
+    logits: Callable[[Tensor, Tensor], Tensor],
+    theta: Tensor,
+    vectors: Tensor,
+    inputs: Sequence[Tensor],
+) -> float:
+    """Return the sum over tasks of the share of predictions that the other vectors change.
+
+    For task k it compares, on its own inputs, the classes that theta + vectors[k] predicts with
+    those of theta + the sum of all vectors. Zero: no vector disturbs the others.
+
+    Args:
+        logits: (theta (P,), inputs) -> (N, C).
+        vectors: (m, P).
+        inputs: of each task.
+    """
+    together, total = add_task_vectors(theta, vectors), 0.0
+    for vector, own in zip(vectors, inputs, strict=True):
+        alone = logits(theta + vector, own).argmax(dim=-1)
+        total += (logits(together, own).argmax(dim=-1) != alone).double().mean().item()
+    return total
