@@ -19,11 +19,13 @@ import plots
 import runs
 import sweep
 from calibration import Calibration, cached_mask
-from learner import Learner, set_fitted_head
+from learner import set_fitted_head
 from mask_file import density_table
+from merging import Merger
 from ranks import launched_group
 from session import (
     default_name,
+    load_run,
     open_run,
     search_then_train,
     sharding_name,
@@ -189,29 +191,23 @@ def list_runs(
 
 def run_eval(options: argparse.Namespace) -> None:
     """Evaluate a run's last checkpoint on the validation and the test set."""
-    run = runs.Run(options.run_folder)
-    stored = argparse.Namespace(**run.config()["options"])
-    for name in ("data_dir", "device", "threads", "eval_batch"):
-        setattr(stored, name, getattr(options, name))
-    for name, value in {
-        "mask": None,
-        "mask_rule": None,
-        "keep_tokens": 1.0,
-        "compile": False,
-    }.items():
-        vars(stored).setdefault(name, value)  # a run from before these were options
-    if options.precision != "auto":
-        stored.precision = options.precision
-    checkpoint = run.load()
-    if checkpoint is None:
-        raise ValueError(f"{run.folder} holds no checkpoint yet")
-    workspace = Workspace(stored)
-    shards = workspace.shards() if "clients" in stored else [workspace.train_index]
-    learner = Learner(workspace, workspace.build_model(), stored, run.folder, shards)
-    process = checkpoint["state"]["process"]
-    learner.entries.load(process["theta"] if "theta" in process else process["tensors"]["theta"])
-    unit = "round" if "round" in process else "epoch"
-    print_figures({unit: process[unit]} | learner.evaluate())
+    learner, state, _ = load_run(options.run_folder, options)
+    unit = "round" if "round" in state else "epoch"
+    print_figures({unit: state[unit]} | learner.evaluate())
+
+
+def run_merge(options: argparse.Namespace) -> None:
+    """Merge the models of runs that started alike, evaluate the result, and say how they interfere.
+
+    The model is start + scale * merge(what each run changed): --scale -1 with one run unlearns what
+    that run learned.
+    """
+    merger = Merger(options.run_folders, options)
+    change = options.scale * merger.merge()
+    print_figures(merger.interference() | merger.evaluate(change))
+    if options.out:
+        merger.save(options.out, change)
+        print(f"written to {options.out}, which --weights takes")
 
 
 def run_plot(options: argparse.Namespace) -> None:

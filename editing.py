@@ -7,9 +7,9 @@
     sign    the same of all entries, rescaled to the norm of the mean
     dare    the mean of tau_k / (1 - drop), each entry of which is zero with probability `drop`
     fisher  sum of F_k tau_k / sum of F_k
-Source: task arithmetic, Ilharco 2023, arXiv:2212.04089; TIES, Yadav 2023, arXiv:2306.01708; DARE, Yu
-2024, arXiv:2311.03099; Fisher-weighted averaging, Matena 2022, arXiv:2111.09832; the disentanglement
-error and the view of edits as linear, Ortiz-Jimenez 2023, arXiv:2305.12827.
+Source: task arithmetic, Ilharco 2023, arXiv:2212.04089; TIES, Yadav 2023, arXiv:2306.01708; DARE,
+Yu 2024, arXiv:2311.03099; Fisher-weighted averaging, Matena 2022, arXiv:2111.09832; the
+disentanglement error and edits as linear maps, Ortiz-Jimenez 2023, arXiv:2305.12827.
 
 The rules take `parts`, (m, P): what each has to say with its weight p_k in it, p_k tau_k. Parts are
 floating-point, or int64 in any unit: sums of integers do not depend on the order of the parts, and
@@ -23,6 +23,7 @@ where every part agrees, `ties` and `sign` give the very sum.
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -211,13 +212,15 @@ def _known_mean(values: Tensor) -> float | None:
 def linearity_error(function: Callable[[Tensor], Tensor], theta: Tensor, tau: Tensor) -> float:
     """Return ||f(theta + tau) - f(theta) - J tau|| / ||f(theta + tau) - f(theta)||.
 
-    J tau is exact, by one forward-mode product. Zero for a model that is linear in its parameters;
+    J tau is exact, by one forward-mode product (which only attention's MATH
+    backend has). Zero for a model that is linear in its parameters;
     zero too where nothing changes.
 
     Args:
         function: theta (P,) -> outputs of any shape, made of differentiable operations.
     """
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the others have no forward mode
+    with torch.no_grad(), warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
         before, slope = torch.func.jvp(function, (theta,), (tau,))
         change = (function(theta + tau) - before).double()
     left = torch.linalg.vector_norm(change - slope)

@@ -192,7 +192,6 @@ class FedAvg:
         on_reset: called after `theta` was overwritten, to bring copies of it up to date.
         train_clients: optional (theta_global, clients, round) -> iterable of (theta_k, losses), for
             clients that are trained together; replaces `train_client`.
-        gain: factor on every client's change, as a part of its weight.
         edit: optional (contribution (P,) int64, client, clients, round) that changes a client's
             contribution in place, before it is added; must not make an entry larger, unless it
             hides them all such that the round's sum stays what it is.
@@ -225,7 +224,6 @@ class FedAvg:
         client_bytes: tuple[int, int] = (0, 0),
         on_reset: Callable[[], None] = lambda: None,
         train_clients: Callable | None = None,
-        gain: float = 1.0,
         edit: Callable[[Tensor, int, np.ndarray, int], None] | None = None,
         apart: Callable[[int], bool] = lambda round: False,
         combine: Callable[[Tensor, np.ndarray, np.ndarray, int], Tensor] | None = None,
@@ -242,7 +240,7 @@ class FedAvg:
         self.weigh = weigh or (lambda clients, round: self._sizes / self._sizes.sum())
         self.client_bytes, self.on_reset = client_bytes, on_reset
         self.server_step = server_step or functools.partial(apply_total_, server_lr=server_lr)
-        self.train_client, self.edit, self.gain = train_client, edit, gain
+        self.train_client, self.edit = train_client, edit
         self.apart, self.combine = apart, combine or (lambda rows, *_: add_up(rows))
         self.companions = companions or {}
         self.train_clients = train_clients or self._one_by_one
@@ -299,12 +297,10 @@ class FedAvg:
     def _take_in(self, place: int, clients: np.ndarray, round: int) -> None:
         """Let the next client train, and add what it changed to this process's total."""
         theta_k, losses = next(self._results)
-        client, weights = int(clients[place]), self._weights
-        row = self.total[place % len(self.total)]
+        client, row = int(clients[place]), self.total[place % len(self.total)]
         target = row if self.edit is None else torch.zeros_like(row)
-        weight = self.gain * float(weights[place])
-        largest = add_delta_(target, theta_k, self.theta_global, weight)
-        check_client(round, client, losses, largest * max(1.0, self.gain * float(sum(weights))))
+        largest = add_delta_(target, theta_k, self.theta_global, float(self._weights[place]))
+        check_client(round, client, losses, largest * max(1.0, float(sum(self._weights))))
         if self.edit is not None:
             self.edit(target, client, clients, round)
             row += target  # mod 2^64

@@ -7,21 +7,30 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
+import editing
 import fedavg
 import participation
 import runs
+from diagnostics import Diagnostics
 from learner import Learner
 from local_training import ClientTraining
 from server import Server
 from workspace import free_memory
 
+APART = ("ties", "sign")  # values of --aggregate that need each client's change by itself
+
 
 def federate(
-    learner: Learner, shards: list[np.ndarray], run: runs.Run | None = None
+    learner: Learner,
+    shards: list[np.ndarray],
+    run: runs.Run | None = None,
+    diagnostics: Diagnostics | None = None,
 ) -> fedavg.FedAvg:
     """Return the federated loop over a learner's entries; clients' states are kept with `run`."""
     options, entries, scale = learner.options, learner.entries, learner.loss_scale
@@ -36,8 +45,15 @@ def federate(
         if local is not None:
             local.average_into_(theta)
 
-    conceal = functools.partial(fedavg.conceal_, seed=options.seed)
-    return fedavg.FedAvg(
+    def apart(round: int) -> bool:
+        return options.aggregate in APART or (diagnostics is not None and diagnostics.due(round))
+
+    def combine(rows: Tensor, weights: np.ndarray, clients: np.ndarray, round: int) -> Tensor:
+        if diagnostics is not None and len(rows) == len(clients) and diagnostics.due(round):
+            diagnostics.watch(federation.theta_global, rows, weights, clients)
+        return combined(options, rows, weights, entries.size)
+
+    federation = fedavg.FedAvg(
         entries.theta,
         sizes,
         training.one,
@@ -47,9 +63,35 @@ def federate(
         server_step=server_step,
         client_bytes=client_bytes(learner, training),
         on_reset=entries.scatter,
-        conceal=conceal if options.secure_aggregation else None,
+        edit=contribution_edit(options),
+        apart=apart,
+        combine=combine,
         companions={"loss_scale": scale, "server": server} | training.states,
         group=learner.group,
+    )
+    return federation
+
+
+def contribution_edit(options: argparse.Namespace) -> Callable | None:
+    """Return what a client does to its contribution before it is sent, if anything."""
+    dropping, concealing = options.aggregate == "dare", options.secure_aggregation
+
+    def edit(contribution: Tensor, client: int, clients: np.ndarray, round: int) -> None:
+        where = dict(seed=options.seed, round=round, client=client)
+        if dropping:
+            editing.drop_(contribution, options.dare_drop, **where)
+        if concealing:
+            fedavg.conceal_(contribution, clients=clients, **where)
+
+    return edit if dropping or concealing else None
+
+
+def combined(options: argparse.Namespace, rows: Tensor, weights: np.ndarray, size: int) -> Tensor:
+    """Return what --aggregate makes of contributions (m, P), or of their sum (1, P)."""
+    if options.aggregate == "ties":
+        return editing.ties(rows, weights, keep=options.ties_keep, size=size)
+    return (
+        editing.sign_elected(rows, weights) if options.aggregate == "sign" else fedavg.add_up(rows)
     )
 
 
@@ -73,6 +115,8 @@ def client_weights(
     if options.aggregate == "fednova":
         efforts = [training.effort(k, round) for k in clients]
         weights = participation.normalised_averaging(weights, efforts)
+    if options.aggregate == "dare":
+        weights = weights / (1 - options.dare_drop)
     return weights
 
 

@@ -232,16 +232,30 @@ def find_mask(
     return mask
 
 
+def evaluation_due(at: int, every: int, total: int) -> bool:
+    """Tell whether an evaluation follows round or epoch `at`."""
+    return at % every == 0 or at >= total
+
+
 class Evaluated:
     """Completes the records of a loop: evaluation every so often, and a word to whoever watches.
 
     Args:
         opening: figures of the first record, which stands for the start.
+        measure: returns further figures of later records that have an evaluation.
     """
 
-    def __init__(self, learner: Learner, unit: str, total: int, every: int, opening: dict):
+    def __init__(
+        self,
+        learner: Learner,
+        unit: str,
+        total: int,
+        every: int,
+        opening: dict,
+        measure: Callable[[], dict] = dict,
+    ):
         self.learner, self.unit, self.total, self.every = learner, unit, total, every
-        self.opening = opening
+        self.opening, self.measure = opening, measure
         self.status, self.note = None, ""
 
     def __call__(self, record: dict) -> None:
@@ -252,8 +266,9 @@ class Evaluated:
             self.status.show(at, self.note)
         else:
             record |= self.opening
-        if at % self.every == 0 or at >= self.total:
+        if evaluation_due(at, self.every, self.total):
             record |= self.learner.evaluate()
+            record |= self.measure() if at else {}
             figures = ", ".join(
                 f"{label} {100 * record[key]:.2f} %"
                 for label, key in (("validation", "val_acc"), ("test", "test_acc"))

@@ -25,6 +25,7 @@ import model as vit
 import plots
 import runs
 from calibration import scoped_names
+from diagnostics import Diagnostics
 from federation import federate
 from learner import Evaluated, Learner
 from mask_file import given_mask
@@ -33,7 +34,7 @@ from workspace import Workspace, duration, fingerprint
 
 FREE = {
     *("name", "runs_dir", "data_dir", "device", "threads"),
-    *("cuda_graph", "eval_every", "eval_batch"),
+    *("cuda_graph", "eval_every", "eval_batch", "diagnostics"),
 }
 
 
@@ -49,13 +50,15 @@ def train_federated(
         with run.opening():
             learner = Learner(workspace, model, options, run.folder, shards)
     learner.keep_activations()
-    federation = federate(learner, shards, run)
+    diagnostics = Diagnostics(learner, shards) if options.diagnostics else None
+    federation = federate(learner, shards, run, diagnostics)
     opening = opening_bytes(learner, len(shards))
 
     def account() -> dict:
         return communication(run.records(), learner.dense_size)
 
-    return drive_to_summary(run, federation, "round", options.rounds, learner, opening, account)
+    further = dict(account=account, measure=diagnostics.measure if diagnostics else dict)
+    return drive_to_summary(run, federation, "round", options.rounds, learner, opening, **further)
 
 
 def opening_bytes(learner: Learner, clients: int) -> dict[str, int]:
@@ -219,6 +222,35 @@ def open_run(
     return run
 
 
+def load_run(folder: str | Path, options: argparse.Namespace) -> tuple[Learner, dict, torch.Tensor]:
+    """Return a run's learner at its last checkpoint, its loop's state, and where theta began (P,).
+
+    Args:
+        options: data_dir, device, threads, eval_batch and precision, in place of the run's own.
+
+    Raises:
+        ValueError: no run folder, or one without a checkpoint.
+    """
+    run = runs.Run(folder)
+    stored = argparse.Namespace(**run.config()["options"])
+    for name in ("data_dir", "device", "threads", "eval_batch"):
+        setattr(stored, name, getattr(options, name))
+    absent = {"mask": None, "mask_rule": None, "keep_tokens": 1.0, "compile": False}
+    for name, value in absent.items():
+        vars(stored).setdefault(name, value)  # a run from before these were options
+    if options.precision != "auto":
+        stored.precision = options.precision
+    checkpoint = run.load()
+    if checkpoint is None:
+        raise ValueError(f"{run.folder} holds no checkpoint yet")
+    workspace = Workspace(stored)
+    shards = workspace.shards() if "clients" in stored else [workspace.train_index]
+    learner = Learner(workspace, workspace.build_model(), stored, run.folder, shards)
+    state, start = checkpoint["state"]["process"], learner.flat.theta.clone()
+    learner.entries.load(state["theta"] if "theta" in state else state["tensors"]["theta"])
+    return learner, state, start
+
+
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """np.savez_compressed to exactly this path."""
     with open(path, "wb") as file:
@@ -265,15 +297,18 @@ def drive_to_summary(
     learner: Learner,
     opening: dict | None = None,
     account: Callable[[], dict] = dict,
+    measure: Callable[[], dict] = dict,
 ) -> dict:
     """Drive the process to `total` rounds or epochs, then write summary and curves.
 
     Args:
         opening: what the log's first record says beside its evaluation.
         account: returns further figures of the summary, when the log is complete.
+        measure: returns further figures of each evaluation but the first.
     """
     print(f"{run.folder}: {learner.entries.size:,} parameters train on {learner.workspace.device}")
-    evaluated = Evaluated(learner, unit, total, learner.options.eval_every, opening or {})
+    every = learner.options.eval_every
+    evaluated = Evaluated(learner, unit, total, every, opening or {}, measure)
     watching = dict(complete=evaluated, environment=learner.workspace.environment())
     try:
         wall = runs.drive(run, process, unit, total, **watching, gather=learner.group.gather)

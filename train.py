@@ -22,9 +22,12 @@ from pathlib import Path
 import centralized
 import commands
 import doctor
+import editing
 import experiments
 import fedavg
+import federation
 import masks
+import merging
 import model as vit
 import runs
 import server
@@ -63,7 +66,7 @@ LR_HELP = (
     "0.01, with --nc below 10: 0.001, below 5: 0.0001; a fitted head alone: 0.003, with --nc "
     "below 5: 0.0003; synthetic: 0.2, with a fitted head 0.01"
 )
-AGGREGATES = ("mean", "fednova")
+AGGREGATES = ("mean", "fednova", "ties", "dare", "sign")
 # Of a mask that is made; without one these options stay None.
 MASK_DEFAULTS = dict(
     sparsity=0.9,
@@ -357,6 +360,24 @@ def mask_default(name: str) -> str:
     return f"[{MASK_DEFAULTS[name]}]"
 
 
+def add_merging_options(add: Callable) -> None:
+    """Declare the options of merging rules; add: add_argument of a group or parser."""
+    add(
+        "--ties-keep",
+        type=number(float, 0, 1, above=True),
+        default=0.2,
+        metavar="SHARE",
+        help="ties: share of its entries that each change keeps, the largest [%(default)s]",
+    )
+    add(
+        "--dare-drop",
+        type=number(float, 0),
+        default=0.9,
+        metavar="P",
+        help="dare: probability that an entry of a change is dropped, below 1 [%(default)s]",
+    )
+
+
 def add_run_options(parser: argparse.ArgumentParser, unit: str | None = None) -> None:
     """Declare what a command runs on; unit: rounds or epochs, "" of a run that has none, or None
     of a command that makes no run."""
@@ -475,8 +496,10 @@ def build_parser() -> Parser:
         "--aggregate",
         choices=AGGREGATES,
         default="mean",
-        help="how clients' changes become one; fednova: per unit of local work [%(default)s]",
+        help="how clients' changes become one; fednova: per unit of local work; ties, dare, sign: "
+        "merging rules of model editing [%(default)s]",
     )
+    add_merging_options(add)
     add(
         "--straggler-fraction",
         type=number(float, 0, 1),
@@ -493,6 +516,12 @@ def build_parser() -> Parser:
         "--secure-aggregation",
         action="store_true",
         help="hide each client's update under pairwise masks that cancel in the sum",
+    )
+    add(
+        "--diagnostics",
+        action="store_true",
+        help="with each evaluation, log how clients' changes relate, how far the model has moved, "
+        "and how linear that move is",
     )
     add_shard_options(sub)
     add_training_options(sub, "round")
@@ -557,6 +586,28 @@ def build_parser() -> Parser:
     sub.add_argument("--data-dir", default="data", help="folder of data and weights [%(default)s]")
     add_run_options(sub)
 
+    sub = command("merge", commands.run_merge)
+    add = sub.add_argument
+    add("run_folders", metavar="RUN", nargs="+", help="run folders, of one model and one start")
+    add(
+        "--rule",
+        choices=merging.RULES,
+        default="mean",
+        help="how the runs' changes become one; add: their sum [%(default)s]",
+    )
+    add("--scale", type=number(float, -math.inf), default=1.0, help="factor on it [%(default)g]")
+    add_merging_options(add)
+    add(
+        "--fisher-images",
+        type=number(int, 1),
+        default=256,
+        help="fisher: training images on which each model's sensitivities are taken [%(default)s]",
+    )
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="dare: of what drops [0]")
+    add("--out", type=path, metavar="FILE", help="where the merged weights go [nowhere]")
+    add("--data-dir", default="data", help="folder of data and weights [%(default)s]")
+    add_run_options(sub)
+
     sub = command("plot", commands.run_plot)
     sub.add_argument("run_folders", metavar="RUN", nargs="+", help="run folders, one or several")
     sub.add_argument("--out", help="where the picture goes [curves.png in the first run]")
@@ -588,6 +639,9 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
         resolve_mask(o)
     if hasattr(o, "train"):
         resolve_training(o)
+    if hasattr(o, "dare_drop"):
+        with naming("--dare-drop"):
+            editing.check_drop(o.dare_drop)
     if o.command == "fedavg":
         refuse_combinations(o)
     return o
@@ -618,6 +672,16 @@ def refuse_combinations(o: argparse.Namespace) -> None:
         (
             o.local_norm and o.train == "head",
             "--local-norm with --train head: the head has no LayerNorm",
+        ),
+        (
+            o.secure_aggregation and o.aggregate in federation.APART,
+            f"--aggregate {o.aggregate} with --secure-aggregation: it compares the clients' "
+            "changes entry by entry, and only their sum can be seen",
+        ),
+        (
+            o.secure_aggregation and o.diagnostics,
+            "--diagnostics with --secure-aggregation: they compare the clients' changes, and only "
+            "their sum can be seen",
         ),
         (
             o.straggler_fraction and o.J == 1,

@@ -1,0 +1,118 @@
+"""What the log says beside accuracy: how clients' changes relate, and how linear the model's is.
+
+None of it changes the training: models are evaluated in fp32, on a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import editing
+import fedavg
+import model as vit
+from calibration import exact_products
+from learner import Learner, evaluation_due
+from workspace import Workspace, cast_copy
+
+IMAGES = 32  # on which two models are compared
+
+
+def logits_of(
+    workspace: Workspace, model: vit.VisionTransformer, flat: vit.FlatView
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return (theta (P,), training images (N,) by index) -> logits (N, C) in fp32, differentiable.
+
+    Args:
+        model: gives what `flat` does not hold, as it is now.
+    """
+    fixed, preprocess = cast_copy(model, torch.float32), workspace.preprocess(torch.float32)
+    fixed.requires_grad_(False)
+    images = workspace.sets["train"].images
+
+    def logits(theta: Tensor, at: Tensor) -> Tensor:
+        values = {name: flat.view(theta, name) for name in flat.shapes}
+        return torch.func.functional_call(fixed, values, (preprocess(images[at]),))
+
+    return logits
+
+
+def some_images(workspace: Workspace, index: np.ndarray, count: int, *purpose: str | int) -> Tensor:
+    """Draw up to `count` of these training images, without replacement."""
+    draws = data.random(workspace.options.seed, *purpose)
+    return torch.from_numpy(draws.permutation(index)[:count]).to(workspace.device)
+
+
+def held_out_images(workspace: Workspace) -> Tensor:
+    """Draw images on which no client trains, where validation images exist."""
+    index = workspace.val_index if len(workspace.val_index) else workspace.train_index
+    return some_images(workspace, index, IMAGES, "diagnostics")
+
+
+class Diagnostics:
+    """The figures of --diagnostics in a federated run.
+
+    Created before the first round is trained or restored: the model is at its start then.
+    """
+
+    def __init__(self, learner: Learner, shards: list[np.ndarray]):
+        self.learner, self.shards, self.workspace = learner, shards, learner.workspace
+        self.start = learner.flat.theta.clone()
+        self.logits = logits_of(self.workspace, learner.model, learner.flat)
+        self.held_out = held_out_images(self.workspace)
+        self._watched: dict = {}
+
+    def due(self, round: int) -> bool:
+        """Tell whether the round's contributions are wanted."""
+        options = self.learner.options
+        return evaluation_due(round, options.eval_every, options.rounds)
+
+    def watch(self, theta: Tensor, rows: Tensor, weights: np.ndarray, clients: np.ndarray) -> None:
+        """Take in the contributions (m, P) of a round that began at `theta` (P,)."""
+        taken = [i for i, weight in enumerate(weights) if weight > 0]
+        rows, clients = rows[taken], [int(clients[i]) for i in taken]
+        units = fedavg.FIXED_POINT * torch.as_tensor(np.asarray(weights)[taken])
+        units = units.to(rows.device)
+        compared = editing.interference(rows)
+        total = torch.linalg.vector_norm(rows.sum(dim=0).double()) / fedavg.FIXED_POINT
+        figures = {
+            "update_cosine": compared.cosine,
+            "update_sign_agreement": compared.sign_agreement,
+            "update_norm": (compared.norms / units).mean().item(),
+            "mean_update_norm": total.item(),
+        }
+        if len(clients) > 1:
+            pair = [self._whole(rows[i].double() / units[i]) for i in range(2)]
+            images = [self._images_of(client) for client in clients[:2]]
+            with exact_products():
+                figures["disentanglement_error"] = editing.disentanglement_error(
+                    self.logits, self._whole(theta, self.start), torch.stack(pair), images
+                )
+        self._watched = {name: value for name, value in figures.items() if value is not None}
+
+    def measure(self) -> dict[str, float]:
+        """Return the figures of the round that has ended."""
+        watched, self._watched = self._watched, {}
+        with exact_products():
+            change = self.learner.flat.theta - self.start
+            error = editing.linearity_error(
+                lambda theta: self.logits(theta, self.held_out), self.start, change
+            )
+        moved = torch.linalg.vector_norm(change.double()).item()
+        return watched | {"distance": moved, "linearity_error": error}
+
+    def _images_of(self, client: int) -> Tensor:
+        return some_images(self.workspace, self.shards[client], IMAGES, "diagnostics", client)
+
+    def _whole(self, entries: Tensor, around: Tensor | None = None) -> Tensor:
+        """Return entries that train (P',) in the layout of the flat view (P,)."""
+        index = self.learner.entries.index
+        if index is None:
+            return entries.to(self.start.dtype)
+        whole = torch.zeros_like(self.start) if around is None else around.clone()
+        whole[index] = entries.to(self.start.dtype)
+        return whole
