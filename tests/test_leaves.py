@@ -24,7 +24,7 @@ LEAVES = (
         "client_states",
         "ranks",
     ),
-    *("centralized", "runs", "plots"),
+    *("editing", "centralized", "runs", "plots"),
 )
 
 

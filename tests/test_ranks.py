@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, in_threads
 
+import editing
 import fedavg
 import runs
 import train
@@ -114,7 +115,7 @@ def test_what_stops_all_processes_is_told_once(tmp_path):
     assert [err.count("train.py: error: ") for _, err in said] == [1, 0], said
 
 
-def federate(size, calls, state=None):
+def federate(size, calls, state=None, **options):
     """Advance a federation of 7 sampled clients in `size` threads; return what rank 0 has."""
 
     def work(group):
@@ -124,7 +125,8 @@ def federate(size, calls, state=None):
             theta.add_(targets[client] - theta, alpha=0.1 * round)
             return theta.mean()[None]
 
-        federation = fedavg.FedAvg(theta, range(1, 21), one, fraction=0.35, group=group)
+        how = dict(fraction=0.35, group=group) | options
+        federation = fedavg.FedAvg(theta, range(1, 21), one, **how)
         if state is not None:
             federation.load_state_dict(state)
         records = [federation.advance() for _ in range(calls)]
@@ -150,6 +152,20 @@ def test_a_round_in_hand_is_finished_by_a_group_of_another_size(before, after):
     expected, expected_state = federate(1, 14)
     assert [*records, *later] == expected
     assert torch.equal(state["theta"], expected_state["theta"])
+
+
+@pytest.mark.parametrize("rule", [editing.ties, editing.sign_elected])
+def test_a_merging_rule_gives_the_same_bits_over_processes_and_a_save(rule):
+    rules = dict(apart=lambda round: True, combine=lambda rows, weights, *_: rule(rows, weights))
+    expected, expected_state = federate(1, 14, **rules)
+    records, state = federate(2, 8, **rules)
+    assert records == expected
+    assert torch.equal(state["theta"], expected_state["theta"])
+    _, state = federate(2, 6, **rules)  # two calls into round 2
+    assert state["total"].shape == (7, 5) and len(state["losses"]) == 4
+    _, state = federate(3, 1, state, **rules)
+    assert torch.equal(state["theta"], expected_state["theta"])
+    assert not torch.equal(state["theta"], federate(1, 14)[1]["theta"])
 
 
 def test_concealed_contributions_look_uniform_and_their_sum_is_exact():

@@ -1,0 +1,237 @@
+"""Rules and measures are their formulas; rules with nothing to do are FedAvg to the bit."""
+
+import math
+
+import pytest
+import torch
+
+import editing
+from fedavg import FIXED_POINT, FedAvg, add_up
+
+PARTS = torch.tensor(
+    [[4.0, -1.0, 3.0, 0.5, 2.0], [2.0, 3.0, -5.0, 0.25, -2.0], [-3.0, 2.0, -1.0, 0.125, 0.0]],
+    dtype=torch.float64,
+)
+THIRDS = [1 / 3] * 3
+
+
+def close(actual, expected):
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_task_vectors_add_up_and_a_negative_scale_takes_them_away():
+    theta = torch.ones(5, dtype=torch.float64)
+    there = editing.add_task_vectors(theta, PARTS[:2], 0.5)
+    close(there, [4.0, 2.0, 0.0, 1.375, 1.0])
+    close(editing.add_task_vectors(there, PARTS[:2], -0.5), [1.0] * 5)
+
+
+def test_ties_trims_elects_and_averages_what_agrees():
+    # kept, three of five: 4 . 3 . 2 | . 3 -5 . -2 (2 and -2 tie) -> 2 too | -3 2 -1 . .
+    # signs of the sums: + (3), + (5), - (-3), none kept, none elected (2 - 2)
+    merged = editing.ties(PARTS / 3, THIRDS, keep=0.6)
+    close(merged, [3.0, 2.5, -3.0, 0.0, 0.0])
+    close(editing.ties(PARTS / 3, THIRDS, keep=0.2), [4.0, 0.0, -5.0, 0.0, 0.0])
+
+
+def test_ties_averages_by_weight_and_the_result_does_not_depend_on_their_scale():
+    weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    parts = PARTS * weights[:, None]
+    # elected by the weighted sums 2, 0.8, -0.2, 0.35, 0.4
+    expected = [(2.0 + 0.6) / 0.8, (0.9 + 0.4) / 0.5, (-1.5 - 0.2) / 0.5, 0.35, 2.0]
+    close(editing.ties(parts, weights, keep=1), expected)
+    close(editing.ties(2 * parts, 2 * weights, keep=1), [2 * x for x in expected])
+
+
+def test_padding_counts_in_no_share():
+    padded = torch.nn.functional.pad(PARTS, (0, 15))
+    merged = editing.ties(padded / 3, THIRDS, keep=0.6, size=5)
+    assert torch.equal(merged[:5], editing.ties(PARTS / 3, THIRDS, keep=0.6))
+
+
+@pytest.mark.parametrize("rule", [editing.ties, editing.sign_elected])
+def test_fixed_point_parts_give_what_floats_give_in_any_order(rule, monkeypatch):
+    monkeypatch.setattr(editing, "CHUNK", 7)
+    generator = torch.Generator().manual_seed(0)
+    parts = torch.randn(6, 101, dtype=torch.float64, generator=generator) / 6
+    weights = torch.rand(6, dtype=torch.float64, generator=generator)
+    units = (parts * FIXED_POINT).round().long()
+    merged = rule(units, weights)
+    floats = merged.double() / FIXED_POINT
+    torch.testing.assert_close(floats, rule(parts, weights), rtol=1e-10, atol=1e-13)
+    order = torch.randperm(6, generator=generator)
+    assert torch.equal(rule(units[order], weights[order]), merged)
+
+
+def test_elected_signs_keep_the_norm_of_the_mean():
+    merged = editing.sign_elected(PARTS / 3, THIRDS)
+    mean = PARTS.mean(dim=0)
+    agreeing = torch.tensor([3.0, 2.5, -3.0, 0.875 / 3, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(merged.norm(), mean.norm(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(merged, agreeing * (mean.norm() / agreeing.norm()))
+    assert not editing.sign_elected(torch.zeros(2, 3), [0.5, 0.5]).any()
+
+
+def test_dare_keeps_the_expectation_and_its_pattern_has_no_hidden_state():
+    vector = torch.linspace(1, 2, 200_000, dtype=torch.float64)
+    once = editing.dare(vector, 0.9, seed=1, round=2, client=3)
+    assert torch.equal(once, editing.dare(vector, 0.9, seed=1, round=2, client=3))
+    for other in (dict(seed=2), dict(round=1), dict(client=2)):
+        where = dict(seed=1, round=2, client=3) | other
+        assert not torch.equal(once, editing.dare(vector, 0.9, **where))
+    kept = once != 0
+    # five standard deviations of a binomial share
+    assert abs(kept.double().mean() - 0.1) < 5 * math.sqrt(0.1 * 0.9 / len(vector))
+    torch.testing.assert_close(once[kept], vector[kept] / (1 - 0.9), rtol=1e-12, atol=0)
+    assert torch.equal(editing.dare(vector, 0.0), vector)
+
+
+def test_scores_weigh_entries_and_without_any_the_mean_is_plain():
+    scores = torch.tensor([[1.0, 0.0, 2.0, 0, 1], [3.0, 1.0, 0.0, 0, 1]], dtype=torch.float64)
+    close(editing.fisher_mean(PARTS[:2], scores), [2.5, 3.0, 3.0, 0.375, 0.0])
+
+
+def test_interference_of_pairs():
+    vectors = torch.tensor([[3.0, 4.0, 0.0], [3.0, -4.0, 1.0], [0.0, 2.0, 0.0]]).double()
+    found = editing.interference(vectors)
+    root = math.sqrt(26)
+    close(found.norms, [5.0, root, 2.0])
+    pairs = [(9 - 16) / (5 * root), 8 / 10, -8 / (2 * root)]
+    assert found.cosine == pytest.approx(sum(pairs) / 3, rel=1e-12)
+    assert found.sign_agreement == pytest.approx((1 / 2 + 1 + 0) / 3, rel=1e-12)
+    assert editing.interference((vectors * 2**40).long())[1:] == pytest.approx(found[1:], rel=1e-9)
+    assert editing.interference(vectors[:1])[1:] == (None, None)
+
+
+def test_the_linearity_error_is_zero_of_a_linear_model_and_grows_on_a_quadratic():
+    weight = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    theta, tau = torch.tensor([0.5, -1.0, 2.0]).double(), torch.tensor([1.0, 0.5, 0.25]).double()
+    assert editing.linearity_error(lambda t: weight @ t + 1, theta, tau) < 1e-14
+    assert editing.linearity_error(lambda t: t.square(), theta, 0 * tau) == 0
+    for scale in (0.01, 0.1, 1.0):
+        # of t^2: the change is 2 s theta tau + s^2 tau^2, its last part is not linear
+        rest, change = scale**2 * tau**2, 2 * scale * theta * tau + scale**2 * tau**2
+        error = editing.linearity_error(lambda t: t.square(), theta, scale * tau)
+        assert error == pytest.approx((rest.norm() / change.norm()).item(), rel=1e-10)
+    # with theta = tau = 1 that is s / (2 + s)
+    one = torch.ones(3, dtype=torch.float64)
+    assert editing.linearity_error(torch.square, one, 3 * one) == pytest.approx(0.6, rel=1e-12)
+
+
+def test_attention_has_a_forward_product():
+    tokens = torch.randn(
+        1, 2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+
+    def function(theta):
+        q = tokens * theta
+        return torch.nn.functional.scaled_dot_product_attention(q, q, tokens)
+
+    theta, tau = torch.ones(4, dtype=torch.float64), 0.1 * torch.ones(4, dtype=torch.float64)
+    errors = [editing.linearity_error(function, theta, s * tau) for s in (1e-3, 1e-2)]
+    assert errors[1] == pytest.approx(10 * errors[0], rel=0.05)  # of second order
+
+
+def test_vectors_on_entries_of_their_own_do_not_disturb_each_other():
+    def logits(theta, x):
+        return x @ theta.view(2, 3)
+
+    theta = torch.zeros(6)
+    inputs = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])]
+    apart = torch.tensor([[0, 1.0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1.0]])
+    assert editing.disentanglement_error(logits, theta, apart, inputs) == 0
+    clash = apart + torch.tensor([[0.0] * 6, [2.0, 0, 0, 0, 0, 0]])
+    assert editing.disentanglement_error(logits, theta, clash, inputs) == 1.0  # of the first task
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.1, 1.5, math.nan])
+def test_a_share_outside_its_range_is_refused(keep):
+    with pytest.raises(ValueError, match=rf"must lie in \(0, 1\], not {keep:g}"):
+        editing.ties(PARTS, THIRDS, keep=keep)
+
+
+@pytest.mark.parametrize("drop", [1.0, -0.1, math.nan])
+def test_a_drop_outside_its_range_is_refused(drop):
+    with pytest.raises(ValueError, match=rf"must lie in \[0, 1\), not {drop:g}"):
+        editing.dare(PARTS[0], drop)
+
+
+# ---------------------------------------------------------------------------- inside a round
+
+
+def merged(rule):
+    """Return FedAvg's arguments for a rule."""
+    rules = {
+        "sum": lambda rows, weights, *_: add_up(rows),
+        "ties": lambda rows, weights, *_: editing.ties(rows, weights, keep=0.4),
+        "ties keep 1": lambda rows, weights, *_: editing.ties(rows, weights, keep=1),
+        "sign": lambda rows, weights, *_: editing.sign_elected(rows, weights),
+    }
+    return dict(apart=lambda round: True, combine=rules[rule])
+
+
+def dropping(drop):
+    def edit(contribution, client, clients, round):
+        editing.drop_(contribution, drop, seed=3, round=round, client=client)
+
+    return dict(edit=edit)
+
+
+def federation(fraction=0.4, pull=None, group=None, **options):
+    theta = torch.zeros(5)
+    targets = torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
+    targets = targets.abs() if pull == "one way" else targets
+
+    def train(client, round):
+        theta.add_(targets[client], alpha=0.3)
+        return theta.mean()[None]
+
+    return FedAvg(theta, range(1, 13), train, fraction=fraction, seed=3, group=group, **options)
+
+
+def run(process, rounds):
+    while process.round < rounds:
+        process.advance()
+    return process.theta_global
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        (merged("sum"), {}),
+        (merged("ties keep 1"), dict(fraction=0.05)),  # one client
+        (merged("sign"), dict(fraction=0.05)),
+        (merged("ties keep 1"), dict(pull="one way")),  # all agree
+        (merged("sign"), dict(pull="one way")),
+        (dropping(0.0), {}),
+        (merged("sum") | dropping(0.0), {}),
+    ],
+)
+def test_degenerate_rules_are_fedavg_to_the_bit(options, where):
+    assert torch.equal(run(federation(**where, **options), 4), run(federation(**where), 4))
+
+
+@pytest.mark.parametrize("options", [merged("ties"), merged("sign"), dropping(0.6)])
+def test_rules_do_something(options):
+    assert not torch.equal(run(federation(**options), 4), run(federation(), 4))
+
+
+@pytest.mark.parametrize("options", [merged("ties"), merged("sign"), dropping(0.6)])
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_a_round_of_a_rule_goes_on_from_its_middle_to_the_same_bits(options, stop):
+    first, second = federation(**options), federation(**options)
+    for _ in range(stop):
+        first.advance()
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(run(second, 3), run(federation(**options), 3))
+
+
+def test_a_round_that_was_saved_as_a_sum_or_apart_goes_on_as_the_other():
+    whole = run(federation(), 3)
+    for before, after in ({}, merged("sum")), (merged("sum"), {}):
+        first, second = federation(**before), federation(**after)
+        for _ in range(7):
+            first.advance()
+        second.load_state_dict(first.state_dict())
+        assert torch.equal(run(second, 3), whole)
