@@ -23,6 +23,7 @@ from local_training import ClientTraining
 from server import Server
 from workspace import free_memory
 
+SHARE = {"cuda": 0.5, "cpu": 0.8}  # of the free memory, for what clients keep
 APART = ("ties", "sign")  # values of --aggregate that need each client's change by itself
 
 
@@ -139,16 +140,16 @@ def client_store(
     options, workspace = learner.options, learner.workspace
     taking_part = max(1, round(options.fraction * len(sizes))) * options.rounds
     needed = each * min(len(sizes), taking_part)
-    places = dict.fromkeys((workspace.device, torch.device("cpu")))
-    free = {place: free_memory(place) for place in places}
-    place = next((d for d in places if needed <= free[d] / 2), None)
-    if place is None and free[torch.device("cpu")]:  # a host that does not say is trusted
+    host, device = torch.device("cpu"), workspace.device
+    room = {place: SHARE[place.type] * free_memory(place) for place in (device, host)}
+    place = next((place for place in room if needed <= room[place]), None)
+    if place is None and room[host]:  # a host that does not say is trusted
         raise ValueError(
             f"--{name.replace('_', '-')} keeps {needed / 1e9:,.1f} GB, {each / 1e6:,.1f} MB for "
-            f"each client, and may take half of the {max(free.values()) / 1e9:,.1f} GB that are "
-            "free: fewer --clients, or a mask (--mask-rule), whose entries alone are kept"
+            f"each client, and the free memory has room for {max(room.values()) / 1e9:,.1f} GB: "
+            "fewer --clients, or a mask (--mask-rule), whose entries alone are kept"
         )
-    store = {"place": place or torch.device("cpu")}
+    store = {"place": place or host}
     if run is not None:
         write = runs.save_checked if run.writes else None
         store |= dict(folder=run.folder / name, write=write, read=runs.load_checked)
