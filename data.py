@@ -142,10 +142,13 @@ def _synthetic_images(patterns: Tensor, count: int, generator: np.random.Generat
     )
     signs = torch.from_numpy(generator.integers(0, 2, (count, 16)) * 2.0 - 1.0).float()
     contrast = torch.from_numpy(generator.uniform(0.5, 1.5, (count, 1)).astype(np.float32))
-    images = patterns[torch.from_numpy(cells)] * (signs * contrast)[..., None, None, None]
-    images = images.view(count, 4, 4, 3, 8, 8).permute(0, 3, 1, 4, 2, 5).reshape(count, 3, 32, 32)
-    images += NOISE * torch.from_numpy(generator.standard_normal(images.shape, np.float32))
-    pixels = images.mul_(32).add_(127.5).clamp_(0, 255).to(torch.uint8)
+    strength = (signs * contrast)[..., None, None, None]
+    cells, pixels = torch.from_numpy(cells), torch.empty(count, 3, 32, 32, dtype=torch.uint8)
+    for part in in_chunks(count, 500):  # small enough for a cache
+        images = (patterns[cells[part]] * strength[part]).view(-1, 4, 4, 3, 8, 8)
+        images = images.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, 32, 32)
+        images += NOISE * torch.from_numpy(generator.standard_normal(images.shape, np.float32))
+        pixels[part] = images.mul_(32).add_(127.5).clamp_(0, 255)
     return ImageSet(pixels, torch.from_numpy(labels))
 
 
