@@ -333,8 +333,9 @@ def draw_batches(
     draws[:, 0] = np.concatenate(epochs)[:count]
     draws[:, 1:3] = generator.integers(0, 2 * PADDING + 1, (count, 2))
     draws[:, 3] = generator.integers(0, 2, count)
-    chosen = generator.random((count, patches)).argsort(axis=1)[:, :kept]
-    draws[:, 4:] = np.sort(chosen, axis=1)
+    if kept:
+        chosen = generator.random((count, patches)).argsort(axis=1)[:, :kept]
+        draws[:, 4:] = np.sort(chosen, axis=1)
     return torch.from_numpy(draws).view(steps, batch_size, -1)
 
 
