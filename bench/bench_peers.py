@@ -5,10 +5,12 @@
 Equal work: start, clients, batches, fp32, fresh momentum for every client and round, no evaluation,
 the same number of threads in all. Drawing, gathering and resizing are this project's functions for
 all. Every method runs in a process of its own; `project` runs first and last, which shows how far
-the machine drifted. Final weights must agree with the project's to 1e-5.
+the machine drifted. Final weights must agree with the project's to 1e-5. With --starts N it is the
+time from the command to the end of round 1 that is measured, N times, the methods in turn.
 
 usual   as the tutorials do it: a DataLoader per client and round, torch.optim.SGD's defaults
 best    batches gathered by index, torch.optim.SGD(fused=True), and what else a peer has to offer
+pair    best, under torchrun in two processes of half the threads
 transport: nothing trains, a client returns theta + a constant; vit_s16, 21.7 M parameters
 """
 
@@ -38,6 +40,7 @@ import fedavg
 import train
 from federation import federate
 from learner import Learner
+from ranks import launched_group
 from workspace import Workspace
 
 SHARED = "fedavg --data synthetic --weights none --head linear --clients 100 --fraction 0.1 --J 4"
@@ -48,10 +51,12 @@ SETTINGS = {  # options, rounds with the first
 }
 METHODS = {  # function of Work, setting
     "project": ("project", ""),
+    "project pair": ("project", "pair"),
     "plain usual": ("plain_usual", "usual"),
     "plain best": ("plain_best", "best"),
     "pfl usual": ("pfl", "usual"),
     "pfl best": ("pfl", "best"),
+    "pfl pair": ("pfl", "pair"),
     "fedlab usual": ("fedlab", "usual"),
     "fedlab best": ("fedlab", "best"),
     "flower usual": ("flower", "usual"),
@@ -73,7 +78,7 @@ class Work:
         self.sizes = [len(shard) for shard in self.shards]
         assert len(set(self.sizes)) == 1  # so that peers' unweighted means are FedAvg's
         self.preprocess, self.trains = self.workspace.preprocess(), setting != "transport"
-        self.ticks = []
+        self.ticks, self.rank = [], int(os.environ.get("RANK", 0))
 
     def tick(self) -> None:
         """Note the time: once before the first round, then after every round."""
@@ -128,22 +133,22 @@ class Work:
 
 def project(work: Work) -> dict[str, torch.Tensor]:
     """Run this project's loop."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = work.workspace.build_model()
+    with launched_group() as group, tempfile.TemporaryDirectory() as folder:
+        work.workspace.group, model = group, work.workspace.build_model()
         learner = Learner(work.workspace, model, work.options, Path(folder), work.shards)
-    federation = federate(learner, work.shards)
-    if not work.trains:
+        federation = federate(learner, work.shards)
 
         def shifted(client: int, round: int) -> torch.Tensor:
             work.shift([federation.theta], client)
             return torch.zeros(1)
 
-        federation.train_client = shifted
-    work.tick()
-    for _ in range(work.rounds):
-        while federation.advance() is None:
-            pass
+        if not work.trains:
+            federation.train_client = shifted
         work.tick()
+        for _ in range(work.rounds):
+            while federation.advance() is None:
+                pass
+            work.tick()
     return model.state_dict()
 
 
@@ -185,35 +190,67 @@ def plain_best(work: Work) -> dict[str, torch.Tensor]:
 def run_one(setting: str, method: str, rounds: int, threads: int, out: Path) -> None:
     """Run one method in this process; leave its times and final weights in `out`."""
     name, kind = METHODS[method]
-    work = Work(setting, rounds, threads, best=kind == "best")
+    threads //= int(os.environ.get("WORLD_SIZE", 1))
     function = globals().get(name) or getattr(peers, name)
-    started = time.perf_counter()
+    made = time.perf_counter()
+    work = Work(setting, rounds, threads, best=kind != "usual")
+    ready = time.perf_counter()
     weights = function(work)
-    seconds = np.diff([started, *work.ticks])
-    assert len(seconds) == rounds + 1, len(seconds)
-    result = {"weights": weights, "seconds": seconds.tolist(), "peak_mb": megabytes()}
-    torch.save(result, out)
+    assert len(work.ticks) == rounds + 1, len(work.ticks)
+    if work.rank == 0:
+        times = {"seconds": np.diff([ready, *work.ticks]).tolist(), "ticks": work.ticks}
+        times |= {"data_s": ready - made, "peak_mb": megabytes()}
+        torch.save(times | {"weights": weights}, out)
+
+
+def run(setting: str, method: str, rounds: int, threads: int) -> dict | None:
+    """Run one method in a new process, or two; returns what it left, None where it cannot run."""
+    name, kind = METHODS[method]
+    package = {"flower": "flwr"}.get(name, name)
+    if package in ("pfl", "flwr", "fedlab") and importlib.util.find_spec(package) is None:
+        print(f"{setting}, {method}: skipped, {package} is not installed")
+        return None
+    launcher = [sys.executable]
+    if kind == "pair":
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.pt"
+        task = json.dumps([setting, method, rounds, threads, str(out)])
+        with open(Path(folder) / "log", "w+") as log:
+            started = time.perf_counter()  # the same clock in all processes
+            child = [*launcher, __file__, "--one", task]
+            done = subprocess.run(child, stdout=log, stderr=log, cwd=ROOT)
+            if done.returncode:
+                log.seek(0)
+                print(f"{setting}, {method}: failed\n{log.read()[-3000:]}")
+                return None
+        result = torch.load(out)
+    return result | {"command_s": result["ticks"][1] - started}
+
+
+def command(setting: str, threads: int) -> float:
+    """Return the seconds from `train.py fedavg` to its log of round 1, the start evaluated too."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = f"{SHARED} {SETTINGS[setting][0]} --device cpu --threads {threads} --rounds 2"
+        arguments += f" --eval-every 2 --runs-dir {folder} --name x"
+        log = Path(folder) / "x" / "log.jsonl"
+        started = time.perf_counter()
+        child = [sys.executable, str(ROOT / "train.py"), *arguments.split()]
+        process = subprocess.Popen(child, stdout=subprocess.DEVNULL)
+        while not log.exists() or log.read_bytes().count(b"\n") < 2:
+            assert process.poll() in (None, 0), "train.py failed"
+            time.sleep(0.002)
+        seconds = time.perf_counter() - started
+        process.wait()
+    return seconds
 
 
 def measure(setting: str, methods: list[str], options: argparse.Namespace) -> list[dict]:
-    """Run the methods one after the other, each in a new process; returns one row for each."""
+    """Run the methods one after the other; returns one row for each."""
     rows, reference, rounds = [], None, options.rounds or SETTINGS[setting][1]
     for method in methods:
-        package = {"flower": "flwr"}.get(METHODS[method][0], METHODS[method][0])
-        if package in ("pfl", "flwr", "fedlab") and importlib.util.find_spec(package) is None:
-            print(f"{setting}, {method}: skipped, {package} is not installed")
+        if (result := run(setting, method, rounds, options.threads)) is None:
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "result.pt"
-            task = json.dumps([setting, method, rounds, options.threads, str(out)])
-            with open(Path(folder) / "log", "w+") as log:
-                child = [sys.executable, __file__, "--one", task]
-                done = subprocess.run(child, stdout=log, stderr=log, cwd=ROOT)
-                if done.returncode:
-                    log.seek(0)
-                    print(f"{setting}, {method}: failed\n{log.read()[-3000:]}")
-                    continue
-            result = torch.load(out)
         setup, first, *steady = result["seconds"]
         reference = reference or result
         pairs = [(w, reference["weights"][k]) for k, w in result["weights"].items()]
@@ -228,11 +265,30 @@ def measure(setting: str, methods: list[str], options: argparse.Namespace) -> li
     return rows
 
 
+def measure_starts(setting: str, methods: list[str], options: argparse.Namespace) -> list[dict]:
+    """Start each method `options.starts` times, in turn; returns one row for each."""
+    found: dict[str, list] = {}
+    for _ in range(options.starts):
+        for method in methods:
+            if (result := run(setting, method, 1, options.threads)) is not None:
+                found.setdefault(method, []).append((result["command_s"], result["data_s"]))
+        found.setdefault("train.py", []).append((command(setting, options.threads), np.nan))
+    reference, rows = np.median(found[methods[0]], axis=0)[0], []
+    for method, values in found.items():
+        seconds, made = np.array(values).T
+        row = {"setting": setting, "method": method, **quantiles(seconds)}
+        row["to_" + methods[0]] = round(np.median(seconds) / reference, 3)
+        rows.append(row | {"data_s": round(np.median(made), 3), "starts": len(seconds)})
+        print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--rounds", type=int, help="with the first [by setting]")
+    parser.add_argument("--starts", type=int, default=0, help="times to start each [rounds]")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--csv", type=Path, default="results/bench/peers.csv")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -242,7 +298,8 @@ def main() -> None:
         run_one(setting, method, rounds, threads, Path(out))
         return
     torch.set_num_threads(options.threads)
-    rows = [row for s in options.settings for row in measure(s, options.methods, options)]
+    how = measure_starts if options.starts else measure
+    rows = [row for s in options.settings for row in how(s, options.methods, options)]
     versions = {p: version(p) for p in ("pfl", "flwr", "ray", "fedlab")}
     write_csv(options.csv, rows, **{k: v for k, v in versions.items() if v})
 

@@ -15,7 +15,7 @@ import torch
 
 
 def pfl(work) -> dict[str, torch.Tensor]:
-    """Apple's pfl: FederatedAveraging over a SimulatedBackend (usual and best differ in SGD)."""
+    """Apple's pfl: FederatedAveraging over a SimulatedBackend, under torchrun too."""
     from pfl.aggregate.simulate import SimulatedBackend
     from pfl.algorithm.base import NNAlgorithmParams
     from pfl.algorithm.federated_averaging import FederatedAveraging
