@@ -175,7 +175,7 @@ class FedAvg:
     """The federated loop, one client per call of `advance`, so that it can stop and save anywhere.
 
     Several processes share the sampled clients: each calls everything here at the same times, and
-    trains one client of its own in each call of `advance`.
+    trains one client of its own in each call of `advance`, or all of a quick round.
 
     Args:
         theta: (P,) the live parameters that local training mutates; holds the start on entry.
@@ -203,6 +203,8 @@ class FedAvg:
         companions: by name, what else changes over the rounds; merged, saved and restored.
         group: the processes that share the work, with rank, size, sum_(tensor) in place and
             gather(plain value) -> list by rank; None is this process alone.
+        quick: a group's processes meet once a round, in place of after every client, where the
+            round before took fewer seconds than this.
 
     Raises:
         ValueError: an option outside its range.
@@ -229,6 +231,7 @@ class FedAvg:
         combine: Callable[[Tensor, np.ndarray, np.ndarray, int], Tensor] | None = None,
         companions: dict[str, Companion] | None = None,
         group: Any = None,
+        quick: float = 5.0,
     ):
         if not 0 < fraction <= 1:
             raise ValueError(f"the client fraction must lie in (0, 1], not {fraction}")
@@ -246,6 +249,7 @@ class FedAvg:
         self.train_clients = train_clients or self._one_by_one
         self.group = group or _Alone()
         self.round, self.seconds = 0, 0.0
+        self.quick, self._meet_once = quick, False
         self._clients = np.empty(0, np.int64)  # sampled for the round in hand
         self.losses: dict[int, float] = {}  # theirs, by place in the sample
         self._queue: list[list[int]] | None = None  # places still to train: one a process, a call
@@ -269,25 +273,34 @@ class FedAvg:
         if not self.losses and rows != len(self.total):
             self.total = self._zeros(rows)
         left = [i for i in range(len(self._clients)) if i not in self.losses]
-        self._queue = [left[i : i + size] for i in range(0, len(left), size)]
+        stride = len(left) if self._meet_once else size
+        self._queue = [left[i : i + stride] for i in range(0, len(left), stride)] if left else []
         mine = self._clients[left[rank::size]]
         self._results = iter(self.train_clients(self.theta_global, mine, round))
 
     def advance(self) -> dict | None:
-        """Train the next client; returns the round's record after its last client, else None."""
+        """Train the next client, of several processes one each, or all of a quick round.
+
+        Returns:
+            the round's record after its last client, else None.
+        """
         started = time.perf_counter()
         if self._queue is None:
             self._start_round()
         round, rank, clients = self.round + 1, self.group.rank, self._clients
         places, problem = self._queue.pop(0) if self._queue else [], None
-        if rank < len(places):
-            try:
-                self._take_in(places[rank], clients, round)
-            except ClientError as error:
-                problem = str(error)
-        if problems := [said for said in self.group.gather(problem) if said]:
-            raise ClientError(problems[0])
+        try:
+            for place in places[rank :: self.group.size]:
+                self._take_in(place, clients, round)
+        except ClientError as error:
+            problem = str(error)
+        taken = self.seconds + time.perf_counter() - started
+        problems, seconds = zip(*self.group.gather((problem, taken)), strict=True)
+        if any(problems):
+            raise ClientError(next(filter(None, problems)))
         record = None if self._queue else self._finish_round(clients)
+        if record is not None:
+            self._meet_once = self.group.size > 1 and max(seconds) < self.quick
         self.seconds += time.perf_counter() - started
         if record is not None:
             record["seconds"] = round_seconds(self.seconds)

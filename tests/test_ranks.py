@@ -125,7 +125,7 @@ def federate(size, calls, state=None, **options):
             theta.add_(targets[client] - theta, alpha=0.1 * round)
             return theta.mean()[None]
 
-        how = dict(fraction=0.35, group=group) | options
+        how = dict(fraction=0.35, group=group, quick=0) | options
         federation = fedavg.FedAvg(theta, range(1, 21), one, **how)
         if state is not None:
             federation.load_state_dict(state)
@@ -139,6 +139,14 @@ def federate(size, calls, state=None, **options):
 def test_rounds_do_not_depend_on_how_many_share_them(size):
     calls = -(-7 // size)
     records, state = federate(size, 3 * calls)
+    expected, expected_state = federate(1, 21)
+    assert records == expected and len(records) == 3
+    assert torch.equal(state["theta"], expected_state["theta"])
+
+
+@pytest.mark.parametrize("size", [2, 3, 9])
+def test_processes_meet_once_in_a_quick_round(size):
+    records, state = federate(size, -(-7 // size) + 2, quick=60)  # a round, then one call each
     expected, expected_state = federate(1, 21)
     assert records == expected and len(records) == 3
     assert torch.equal(state["theta"], expected_state["theta"])
