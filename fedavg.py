@@ -295,10 +295,11 @@ class FedAvg:
         except ClientError as error:
             problem = str(error)
         taken = self.seconds + time.perf_counter() - started
-        problems, seconds = zip(*self.group.gather((problem, taken)), strict=True)
+        told = self.group.gather((problem, taken, {} if self._queue else self.losses))
+        problems, seconds, losses = zip(*told, strict=True)
         if any(problems):
             raise ClientError(next(filter(None, problems)))
-        record = None if self._queue else self._finish_round(clients)
+        record = None if self._queue else self._finish_round(clients, _united(losses))
         if record is not None:
             self._meet_once = self.group.size > 1 and max(seconds) < self.quick
         self.seconds += time.perf_counter() - started
@@ -319,14 +320,11 @@ class FedAvg:
             row += target  # mod 2^64
         self.losses[place] = losses.double().mean().item()
 
-    def _all_losses(self) -> dict[int, float]:
-        return {i: loss for part in self.group.gather(self.losses) for i, loss in part.items()}
-
     def _merge(self) -> None:
         for companion in self.companions.values():
             companion.merge(self.group)
 
-    def _finish_round(self, clients: np.ndarray) -> dict:
+    def _finish_round(self, clients: np.ndarray, losses: dict[int, float]) -> dict:
         self.round += 1
         record = {"round": self.round}
         if len(clients):
@@ -336,7 +334,6 @@ class FedAvg:
                 companion.next_round()
             total = self.combine(self.total, self._weights, clients, self.round)
             self.server_step(self.theta_global, total, 1 / FIXED_POINT)
-            losses = self._all_losses()
             weighted = [int(n) * losses[i] for i, n in enumerate(self._sizes)]
             record["train_loss"] = math.fsum(weighted) / int(self._sizes.sum())
         else:
@@ -363,7 +360,8 @@ class FedAvg:
         if self._queue is not None or self.losses:
             total = self.total.clone()
             self.group.sum_(total)
-            state |= {"total": total, "losses": self._all_losses(), "seconds": self.seconds}
+            losses = _united(self.group.gather(self.losses))
+            state |= {"total": total, "losses": losses, "seconds": self.seconds}
         return state
 
     def load_state_dict(self, state: dict) -> None:
@@ -379,6 +377,10 @@ class FedAvg:
         self.total = self._zeros(len(total))
         if self.losses and self.group.rank == 0:
             self.total.copy_(total)
+
+
+def _united(parts: Iterable[dict]) -> dict:
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def add_up(rows: Tensor) -> Tensor:
