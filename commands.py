@@ -15,6 +15,8 @@ import torch.nn.functional as F
 
 import experiments
 import head
+import model as vit
+import outcome
 import plots
 import runs
 import sweep
@@ -25,7 +27,6 @@ from merging import Merger
 from ranks import launched_group
 from session import (
     default_name,
-    load_run,
     open_run,
     search_then_train,
     sharding_name,
@@ -191,9 +192,20 @@ def list_runs(
 
 def run_eval(options: argparse.Namespace) -> None:
     """Evaluate a run's last checkpoint on the validation and the test set."""
-    learner, state, _ = load_run(options.run_folder, options)
-    unit = "round" if "round" in state else "epoch"
-    print_figures({unit: state[unit]} | learner.evaluate())
+    finished = outcome.Outcome(options.run_folder, options)
+    print_figures(finished.reached | finished.learner().evaluate())
+
+
+def run_export(options: argparse.Namespace) -> None:
+    """Write a run's weights for --weights, timm or DINO's own code: tensors under DINO's keys."""
+    finished = outcome.Outcome(options.run_folder, options)
+    outcome.export(finished.model(), Path(options.file), with_head=options.with_head)
+    reached = " ".join(f"{unit} {at}" for unit, at in finished.reached.items())
+    stored = finished.options
+    mean, std = finished.workspace.normalisation()
+    print(f"{options.file}: {stored.model} at {reached}, pixels normalised by {mean}, {std}")
+    again = "half" if mean == vit.HALF[0] else "imagenet"
+    print(f"load it by --model {stored.model} --weights {options.file} --normalisation {again}")
 
 
 def run_merge(options: argparse.Namespace) -> None:

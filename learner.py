@@ -60,9 +60,8 @@ class Learner:
         parameters = dict(model.named_parameters())
         self.dense_size = sum(parameters[name].numel() for name in names)
         self.mask = find_mask(workspace, model, options, folder / "mask.pt", shards)
-        parts = self.mask.parts() if self.mask else {}
         if self.mask:  # a tensor that is frozen throughout needs no gradient
-            names = [name for name in names if name in parts and parts[name].any()]
+            names = self.mask.trained(names)
         model.requires_grad_(False)
         trained = [(n, parameters[n]) for n in names]
         self.first = vit.first_trained_block(names, model.shape.depth)
@@ -79,9 +78,7 @@ class Learner:
                     parameter.data = parameter.data.to(workspace.dtype)
             preprocess = workspace.preprocess()
             self._read_by(lambda images, keep: model(preprocess(images), keep))
-        kept = torch.zeros_like(self.flat.theta, dtype=torch.bool) if self.mask else None
-        for name in names if self.mask else ():
-            self.flat.view(kept, name).copy_(parts[name])
+        kept = self.mask.flat(self.flat) if self.mask else None
         self.entries = Entries(self.flat, kept, options)
         self.loss_scale = LossScale(2.0**14 if self.flat.grad.dtype == torch.float16 else 1.0)
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 import masks
@@ -49,6 +51,18 @@ class Mask:
         sizes = [math.prod(shape) for shape in self.shapes.values()]
         pairs = zip(self.shapes.items(), self.kept.split(sizes), strict=True)
         return {name: part.view(shape) for (name, shape), part in pairs}
+
+    def trained(self, names: Iterable[str]) -> list[str]:
+        """Return those of some parameters that are not frozen throughout."""
+        parts = self.parts()
+        return [name for name in names if name in parts and parts[name].any()]
+
+    def flat(self, view: vit.FlatView) -> Tensor:
+        """Return the mask in the layout of a flat view: (P,) bool on its device."""
+        parts, kept = self.parts(), torch.zeros_like(view.theta, dtype=torch.bool)
+        for name in view.shapes:
+            view.view(kept, name).copy_(parts[name])
+        return kept
 
     def save(self, path: Path) -> None:
         """Write the mask file."""

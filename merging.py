@@ -20,7 +20,7 @@ import runs
 from calibration import BATCH, exact_products
 from diagnostics import held_out_images, logits_of, some_images
 from learner import Learner
-from session import load_run
+from outcome import Outcome
 from workspace import Workspace
 
 RULES = ("mean", "ties", "dare", "sign", "fisher", "add")
@@ -60,7 +60,10 @@ class Merger:
         exact.precision = "fp32"  # frozen parameters keep all their bits
         starts, ends = [], []
         for folder in folders:
-            learner, _, start = load_run(folder, exact)
+            finished = Outcome(folder, exact)
+            learner = finished.begun()
+            start = learner.flat.theta.clone()
+            learner.entries.load(finished.theta)
             for values, kept in zip(parameters(learner, start), (starts, ends), strict=True):
                 kept.append(values)
         for folder, start in zip(folders, starts, strict=True):

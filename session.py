@@ -222,35 +222,6 @@ def open_run(
     return run
 
 
-def load_run(folder: str | Path, options: argparse.Namespace) -> tuple[Learner, dict, torch.Tensor]:
-    """Return a run's learner at its last checkpoint, its loop's state, and where theta began (P,).
-
-    Args:
-        options: data_dir, device, threads, eval_batch and precision, in place of the run's own.
-
-    Raises:
-        ValueError: no run folder, or one without a checkpoint.
-    """
-    run = runs.Run(folder)
-    stored = argparse.Namespace(**run.config()["options"])
-    for name in ("data_dir", "device", "threads", "eval_batch"):
-        setattr(stored, name, getattr(options, name))
-    absent = {"mask": None, "mask_rule": None, "keep_tokens": 1.0, "compile": False}
-    for name, value in absent.items():
-        vars(stored).setdefault(name, value)  # a run from before these were options
-    if options.precision != "auto":
-        stored.precision = options.precision
-    checkpoint = run.load()
-    if checkpoint is None:
-        raise ValueError(f"{run.folder} holds no checkpoint yet")
-    workspace = Workspace(stored)
-    shards = workspace.shards() if "clients" in stored else [workspace.train_index]
-    learner = Learner(workspace, workspace.build_model(), stored, run.folder, shards)
-    state, start = checkpoint["state"]["process"], learner.flat.theta.clone()
-    learner.entries.load(state["theta"] if "theta" in state else state["tensors"]["theta"])
-    return learner, state, start
-
-
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """np.savez_compressed to exactly this path."""
     with open(path, "wb") as file:

@@ -608,6 +608,13 @@ def build_parser() -> Parser:
     add("--data-dir", default="data", help="folder of data and weights [%(default)s]")
     add_run_options(sub)
 
+    sub = command("export", commands.run_export)
+    sub.add_argument("run_folder", metavar="RUN", help="a run's folder, such as runs/NAME")
+    sub.add_argument("file", type=path, metavar="FILE", help="where the weights go, such as x.pth")
+    sub.add_argument("--with-head", action="store_true", help="head.weight and head.bias too")
+    sub.add_argument("--data-dir", default="data", help="folder of data and weights [%(default)s]")
+    sub.set_defaults(device="cpu", threads=None, eval_batch=256, precision="fp32")
+
     sub = command("plot", commands.run_plot)
     sub.add_argument("run_folders", metavar="RUN", nargs="+", help="run folders, one or several")
     sub.add_argument("--out", help="where the picture goes [curves.png in the first run]")

@@ -92,13 +92,17 @@ class Workspace:
             vit.load_weights(model, options.weights)
         return model.to(self.device)
 
+    def normalisation(self) -> tuple[tuple, tuple]:
+        """Return mean and standard deviation of the pixels that the weights expect."""
+        known = {"imagenet": vit.IMAGENET, "half": vit.HALF}
+        return known.get(self.options.normalisation) or vit.default_normalisation(
+            self.options.weights
+        )
+
     def preprocess(self, dtype: torch.dtype | None = None) -> data.Preprocess:
         """Return the resize and normalisation that the weights expect; dtype: the precision's."""
-        options = self.options
-        known = {"imagenet": vit.IMAGENET, "half": vit.HALF}
-        mean, std = known.get(options.normalisation) or vit.default_normalisation(options.weights)
-        dtype = dtype or self.dtype
-        return data.Preprocess(options.image_size, mean, std, self.device, dtype)
+        size, dtype = self.options.image_size, dtype or self.dtype
+        return data.Preprocess(size, *self.normalisation(), self.device, dtype)
 
     @torch.no_grad()
     def features(self, model: vit.VisionTransformer, part: str) -> Tensor:

@@ -1,0 +1,72 @@
+"""What a run has come to: exported weights are the run's to the bit, in the layout of others."""
+
+import pytest
+import torch
+from conftest import assert_frozen_stayed
+from test_model import dino_checkpoint
+
+import model as vit
+import outcome
+
+TINY = (
+    *("fedavg", "--data", "synthetic", "--rounds", 2, "--clients", 10, "--fraction", 0.3),
+    *("--batch-size", 8, "--name", "x"),
+)
+LAYOUT = {k: tuple(v.shape) for k, v in dino_checkpoint().items()}
+
+
+def shapes(path):
+    state = torch.load(path, weights_only=True)
+    assert all(value.dtype == torch.float32 for value in state.values())
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def test_the_layout_is_that_of_dinos_checkpoint(tmp_path):
+    model = vit.build_vit("vit_s16", classes=100)
+    outcome.export(model, tmp_path / "x.pth")
+    assert list(shapes(tmp_path / "x.pth").items()) == list(LAYOUT.items())
+    outcome.export(model, tmp_path / "head.pth", with_head=True)
+    head = {"head.weight": (100, 384), "head.bias": (100,)}
+    assert shapes(tmp_path / "head.pth") == LAYOUT | head
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--head", "ridge", "--mask-rule", "random"),
+        ("--train", "head", "--head", "ridge"),
+        ("--train", "blocks.1", "--head", "ridge", "--precision", "bf16"),
+    ],
+    ids=lambda o: " ".join(str(x) for x in o),
+)
+def test_exported_weights_are_the_runs_and_load_again_to_the_bit(
+    cli, small_data, learners, options
+):
+    assert cli(*TINY, *options)[0] == 0
+    status, out, err = cli("export", "runs/x", "x.pth", "--with-head")
+    assert status == 0 and "--model vit_demo --weights x.pth --normalisation half" in out, err
+    (learner,), state = learners, torch.load("x.pth", weights_only=True)
+    view = learner.flat
+    for name in view.shapes:
+        assert torch.equal(state[name], view.view(view.theta, name)), name
+    start = dict(learner.workspace.build_model().named_parameters())
+    for name in set(state) - set(view.shapes) - {"head.weight", "head.bias"}:
+        assert torch.equal(state[name], start[name]), name
+    assert torch.equal(state["head.weight"], learner.model.head.weight)
+    if learner.mask:
+        assert_frozen_stayed(learner)
+    again = vit.build_vit("vit_demo", classes=100, seed=1)
+    vit.load_weights(again, "x.pth")
+    assert all(torch.equal(p, state[n]) for n, p in again.named_parameters() if n[:5] != "head.")
+    assert cli(*TINY, "--name", "y", "--rounds", 1, "--weights", "x.pth")[0] == 0
+
+
+def test_no_export_overwrites_a_file_or_passes_for_one(cli, small_data):
+    assert cli(*TINY, "--rounds", 1)[0] == 0
+    (small_data / "x.pth").write_text("precious")
+    status, _, err = cli("export", "runs/x", "x.pth")
+    assert status == 2 and "x.pth exists already" in err
+    assert (small_data / "x.pth").read_text() == "precious"
+    status, _, err = cli("export", "runs/x", "nowhere/x.pth")
+    assert status == 2 and "cannot write nowhere/x.pth" in err and err.count("\n") == 1
