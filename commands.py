@@ -191,9 +191,17 @@ def list_runs(
 
 
 def run_eval(options: argparse.Namespace) -> None:
-    """Evaluate a run's last checkpoint on the validation and the test set."""
+    """Evaluate a run's last checkpoint on the validation and the test set, or for each client."""
     finished = outcome.Outcome(options.run_folder, options)
-    print_figures(finished.reached | finished.learner().evaluate())
+    if options.personalised and not options.per_client:
+        raise ValueError("--personalised belongs to --per-client")
+    if not options.per_client:
+        print_figures(finished.reached | finished.learner().evaluate())
+        return
+    figures = outcome.per_client(finished, options.clients_evaluated * options.personalised)
+    print_clients(figures)
+    runs.write_json(finished.run.folder / "per_client.json", figures)
+    print(f"written to {finished.run.folder / 'per_client.json'}")
 
 
 def run_export(options: argparse.Namespace) -> None:
@@ -252,6 +260,24 @@ def print_overlap(overlap: dict) -> None:
             f"{overlap['chance']:.3f} by chance "
             f"({overlap['clients']} clients, {overlap['images']} images each)"
         )
+
+
+def print_clients(figures: dict) -> None:
+    """Print how accuracy spreads over clients, and the classes where it is lowest."""
+    rows, by_class = figures["clients"], figures["by_class"]
+    tuned = [row for row in rows if "personalised_acc" in row]
+    named = {"global": ("global model", rows), "same_clients_global": ("on those below", tuned)}
+    named["personalised"] = "personalised", tuned
+    print("accuracy, %      clients    mean  worst tenth  deviation")
+    for key, (what, counted) in named.items():
+        if key in figures:
+            found = figures[key]
+            shown = [100 * found[name] for name in ("mean_acc", "worst_decile_acc", "std")]
+            print(f"{what:16} {len(counted):7} {shown[0]:7.2f} {shown[1]:12.2f} {shown[2]:10.2f}")
+    worst = sorted(by_class, key=by_class.get)[:5]
+    mean = 100 * sum(by_class.values()) / len(by_class)
+    listed = ", ".join(f"{name} {100 * by_class[name]:.1f}" for name in worst)
+    print(f"mean over {len(by_class)} classes {mean:.2f}; lowest: {listed}")
 
 
 def print_figures(figures: dict) -> None:

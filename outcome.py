@@ -1,4 +1,4 @@
-"""What a run has come to: its model as the checkpoint holds it, and files of its weights.
+"""What a run has come to: its model as the checkpoint holds it, for each client, and as a file.
 
 `options` is the namespace of train.py's command line: what may differ from when the run was made.
 """
@@ -9,15 +9,24 @@ import argparse
 import functools
 from pathlib import Path
 
+import numpy as np
 import torch
 
+import client_accuracy
+import data
 import model as vit
 import runs
 from entries import Entries
+from federation import client_store
 from learner import Learner, find_mask, set_fitted_head
-from workspace import Workspace, fingerprint
+from local_training import ClientTraining
+from workspace import Status, Workspace, fingerprint
 
 HERE = ("data_dir", "device", "threads", "eval_batch")  # of this command, not of the run
+LATER = dict(mask=None, mask_rule=None, keep_tokens=1.0)  # what a run from before them lacks
+LATER |= dict(prox=0.0, scaffold=False, local_norm=False, fedir=False, straggler_fraction=0.0)
+LATER |= dict(compile=False, cuda_graph="off")
+PERSONAL = 2**40  # the round of the batches that personalise: beyond those of any run
 
 
 class Outcome:
@@ -31,9 +40,8 @@ class Outcome:
         self.run = runs.Run(folder)
         self.config = self.run.config()
         self.options = stored = argparse.Namespace(**self.config["options"])
-        absent = {"mask": None, "mask_rule": None, "keep_tokens": 1.0, "compile": False}
-        for name, value in absent.items():
-            vars(stored).setdefault(name, value)  # a run from before these were options
+        for name, value in LATER.items():
+            vars(stored).setdefault(name, value)
         for name in HERE:
             setattr(stored, name, getattr(options, name))
         if options.precision != "auto":
@@ -41,7 +49,7 @@ class Outcome:
         checkpoint = self.run.load()
         if checkpoint is None:
             raise ValueError(f"{folder} holds no checkpoint yet")
-        process = checkpoint["state"]["process"]
+        self.process = process = checkpoint["state"]["process"]
         unit = "round" if "round" in process else "epoch"
         self.reached = {unit: process[unit]}
         self.theta = process["theta"] if "theta" in process else process["tensors"]["theta"]
@@ -93,6 +101,101 @@ class Outcome:
         flat = vit.FlatView((n, parameters[n]) for n in (mask.trained(names) if mask else names))
         Entries(flat, mask.flat(flat) if mask else None, options).load(self.theta)
         return model
+
+
+@torch.no_grad()
+def correct_on(learner: Learner, index: np.ndarray) -> np.ndarray:
+    """Return which of these training-file images the model gets right: (n,) bool."""
+    at, found = torch.from_numpy(index).to(learner.labels["train"].device), []
+    for chunk in data.in_chunks(len(at), learner.options.eval_batch):
+        logits = learner.logits_of(learner.gather("train", at[chunk]), None)
+        found.append(logits.argmax(1) == learner.labels["train"][at[chunk]])
+    return torch.cat(found).cpu().numpy()
+
+
+class Personalising(ClientTraining):
+    """A client's J local steps at --lr from the final model, on batches that no round has seen."""
+
+    def lr(self, round: int) -> float:
+        """Return --lr, whatever the schedule."""
+        return self.options.lr
+
+    def steps(self, client: int, round: int) -> int:
+        """Return J, of stragglers too."""
+        return self.options.J
+
+    def personalise(self, client: int) -> None:
+        """Leave the client's own model in the learner."""
+        self.one(client, PERSONAL)
+        if self.local is not None:
+            entries = self.learner.entries
+            self.local.enter_(entries.theta, client)
+            entries.scatter()
+
+
+def per_client(finished: Outcome, personalised: int = 0) -> dict:
+    """Evaluate the model on every client's share of the validation set, and by class.
+
+    Args:
+        personalised: how many clients, evenly chosen, are evaluated after local steps of their own
+            too; 0 leaves that out.
+
+    Raises:
+        ValueError: the run has no clients, or no validation data.
+    """
+    options, workspace = finished.options, finished.workspace
+    if "clients" not in options:
+        raise ValueError(f"--per-client: {finished.run.folder} has no clients")
+    if not len(workspace.val_index):
+        raise ValueError(f"--per-client: {finished.run.folder} holds out no validation data")
+    learner, classes = finished.learner(), workspace.classes
+    labels = workspace.dataset.train.labels.numpy()
+    val_labels, right = labels[workspace.val_index], correct_on(learner, workspace.val_index)
+    shares = [
+        client_accuracy.validation_share(
+            val_labels,
+            np.bincount(labels[shard], minlength=classes),
+            seed=options.seed,
+            client=client,
+        )
+        for client, shard in enumerate(finished.shards)
+    ]
+    rows = [
+        {"client": k, "images": len(share), "acc": float(right[share].mean())}
+        for k, share in enumerate(shares)
+    ]
+    figures = finished.reached | {"global": client_accuracy.spread([r["acc"] for r in rows])}
+    if personalised:
+        chosen = np.unique(np.linspace(0, len(rows) - 1, min(personalised, len(rows))).round())
+        chosen = [int(k) for k in chosen]
+        add_personalised(finished, learner, shares, [rows[k] for k in chosen])
+        for name, key in (("same_clients_global", "acc"), ("personalised", "personalised_acc")):
+            figures[name] = client_accuracy.spread([rows[k][key] for k in chosen])
+    accuracy = client_accuracy.by_class(val_labels, right, classes)
+    named = zip(workspace.dataset.classes, accuracy.tolist(), strict=True)
+    by_class = {name: value for name, value in named if value == value}
+    return figures | {"clients": rows, "by_class": by_class}
+
+
+def add_personalised(
+    finished: Outcome, learner: Learner, shares: list[np.ndarray], rows: list[dict]
+) -> None:
+    """Add to some clients' rows the accuracy after local steps of their own from the model."""
+    sizes = [len(shard) for shard in finished.shards]
+    store = functools.partial(client_store, learner, sizes, finished.run)
+    training = Personalising(learner, finished.shards, store)
+    companions = finished.process["companions"]
+    for name, state in ({"loss_scale": learner.loss_scale} | training.states).items():
+        state.load_state_dict(companions[name])
+    status = Status("personalised clients", len(rows))
+    for done, row in enumerate(rows, 1):
+        learner.entries.load(finished.theta)
+        training.personalise(row["client"])
+        share = finished.workspace.val_index[shares[row["client"]]]
+        row["personalised_acc"] = float(correct_on(learner, share).mean())
+        status.show(done)
+    status.close()
+    learner.entries.load(finished.theta)
 
 
 def export(model: vit.VisionTransformer, path: Path, with_head: bool = False) -> None:

@@ -583,6 +583,24 @@ def build_parser() -> Parser:
 
     sub = command("eval", commands.run_eval)
     sub.add_argument("run_folder", metavar="RUN", help="a run's folder, such as runs/NAME")
+    sub.add_argument(
+        "--per-client",
+        action="store_true",
+        help="accuracy on every client's share of the validation images, which has its mixture of "
+        "classes; mean, worst tenth, deviation, worst classes",
+    )
+    sub.add_argument(
+        "--personalised",
+        action="store_true",
+        help="the same after J local steps of the client's own from the model",
+    )
+    sub.add_argument(
+        "--clients-evaluated",
+        type=number(int, 1),
+        default=10,
+        metavar="N",
+        help="clients that --personalised trains, evenly chosen [%(default)s]",
+    )
     sub.add_argument("--data-dir", default="data", help="folder of data and weights [%(default)s]")
     add_run_options(sub)
 
