@@ -123,7 +123,7 @@ def time_client(learner: Learner, shards: list[np.ndarray]) -> float:
         for _ in range(2):
             while (record := federation.advance()) is None:
                 pass
-        return record["seconds"] / len(record["clients"])
+        return record["seconds"] / max(1, len(record["clients"]))
     while len(seconds) <= CLIENTS_TIMED:
         synchronise(learner.workspace.device)
         started = time.perf_counter()

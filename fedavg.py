@@ -183,7 +183,7 @@ class FedAvg:
         train_client: (client, round) -> (J,) losses; trains `theta` in place from where it stands.
         fraction: share C of the clients that take part in a round, in (0, 1].
         sample: optional (round) -> (m,) the distinct clients that take part, in place of the
-            uniform draw; where it returns none the round changes nothing.
+            uniform draw; where it returns none the round changes nothing, unless `step_empty`.
         weigh: optional (clients, round) -> (m,) the weights p_k, in place of shares of samples.
         server_lr: factor on the averaged change, where there is no server_step.
         server_step: optional (theta, total (P,) int64, unit) that moves theta in place by a rule of
@@ -192,6 +192,8 @@ class FedAvg:
         on_reset: called after `theta` was overwritten, to bring copies of it up to date.
         train_clients: optional (theta_global, clients, round) -> iterable of (theta_k, losses), for
             clients that are trained together; replaces `train_client`.
+        clip: optional (theta_k, theta_global) -> factor on a client's change, in [0, 1].
+        step_empty: the server takes its step, of no change, in a round without clients too.
         edit: optional (contribution (P,) int64, client, clients, round) that changes a client's
             contribution in place, before it is added; must not make an entry larger, unless it
             hides them all such that the round's sum stays what it is.
@@ -226,6 +228,8 @@ class FedAvg:
         client_bytes: tuple[int, int] = (0, 0),
         on_reset: Callable[[], None] = lambda: None,
         train_clients: Callable | None = None,
+        clip: Callable[[Tensor, Tensor], float] | None = None,
+        step_empty: bool = False,
         edit: Callable[[Tensor, int, np.ndarray, int], None] | None = None,
         apart: Callable[[int], bool] = lambda round: False,
         combine: Callable[[Tensor, np.ndarray, np.ndarray, int], Tensor] | None = None,
@@ -245,6 +249,7 @@ class FedAvg:
         self.server_step = server_step or functools.partial(apply_total_, server_lr=server_lr)
         self.train_client, self.edit = train_client, edit
         self.apart, self.combine = apart, combine or (lambda rows, *_: add_up(rows))
+        self.clip, self.step_empty = clip, step_empty
         self.companions = companions or {}
         self.train_clients = train_clients or self._one_by_one
         self.group = group or _Alone()
@@ -313,7 +318,9 @@ class FedAvg:
         theta_k, losses = next(self._results)
         client, row = int(clients[place]), self.total[place % len(self.total)]
         target = row if self.edit is None else torch.zeros_like(row)
-        largest = add_delta_(target, theta_k, self.theta_global, float(self._weights[place]))
+        weight = float(self._weights[place])
+        weight *= self.clip(theta_k, self.theta_global) if self.clip else 1.0
+        largest = add_delta_(target, theta_k, self.theta_global, weight)
         check_client(round, client, losses, largest * max(1.0, float(sum(self._weights))))
         if self.edit is not None:
             self.edit(target, client, clients, round)
@@ -327,16 +334,17 @@ class FedAvg:
     def _finish_round(self, clients: np.ndarray, losses: dict[int, float]) -> dict:
         self.round += 1
         record = {"round": self.round}
-        if len(clients):
+        if len(clients) or self.step_empty:
             self.group.sum_(self.total)
             self._merge()
             for companion in self.companions.values():
                 companion.next_round()
             total = self.combine(self.total, self._weights, clients, self.round)
             self.server_step(self.theta_global, total, 1 / FIXED_POINT)
+        if len(clients):
             weighted = [int(n) * losses[i] for i, n in enumerate(self._sizes)]
             record["train_loss"] = math.fsum(weighted) / int(self._sizes.sum())
-        else:
+        elif not self.step_empty:
             record["skipped"] = "no client took part"
         self.theta.copy_(self.theta_global)
         self.on_reset()

@@ -16,6 +16,7 @@ from torch import Tensor
 import editing
 import fedavg
 import participation
+import privacy
 import runs
 from diagnostics import Diagnostics
 from learner import Learner
@@ -39,9 +40,14 @@ def federate(
     training = ClientTraining(learner, shards, functools.partial(client_store, learner, sizes, run))
     settings = dict(lr=options.server_lr, momentum=options.server_momentum, tau=options.server_tau)
     server = Server(options.server, entries.theta, **settings)
-    local = training.local
+    local, private = training.local, options.dp_clip is not None
+    trains = None if entries.index is not None else learner.flat.marked()
 
     def server_step(theta: torch.Tensor, total: torch.Tensor, unit: float) -> None:
+        if private and options.dp_noise:
+            std = options.dp_noise * options.dp_clip / (options.fraction * len(sizes))
+            where = dict(seed=options.seed, round=federation.round, where=trains)
+            privacy.add_noise_(total, std, unit=unit, **where)
         server.step_(theta, total, unit)
         if local is not None:
             local.average_into_(theta)
@@ -64,6 +70,8 @@ def federate(
         server_step=server_step,
         client_bytes=client_bytes(learner, training),
         on_reset=entries.scatter,
+        clip=functools.partial(privacy.clip_factor, bound=options.dp_clip) if private else None,
+        step_empty=private,
         edit=contribution_edit(options),
         apart=apart,
         combine=combine,
@@ -99,6 +107,8 @@ def combined(options: argparse.Namespace, rows: Tensor, weights: np.ndarray, siz
 def sampled_clients(options: argparse.Namespace, sizes: list[int], round: int) -> np.ndarray:
     """Return the clients that take part in a round."""
     where = dict(seed=options.seed, round=round)
+    if options.dp_clip is not None:
+        return privacy.sample_poisson(len(sizes), options.fraction, **where)
     if options.fedvc:
         clients = participation.sample_by_size(sizes, options.fraction, **where)
     else:
@@ -111,6 +121,8 @@ def client_weights(
 ) -> np.ndarray:
     """Return how much each of a round's clients counts: (m,)."""
     options = training.options
+    if options.dp_clip is not None:  # a denominator that no client moves
+        return np.full(len(clients), 1 / (options.fraction * len(sizes)))
     counted = [1] * len(sizes) if options.fedvc else sizes
     weights = participation.shares(counted, clients)
     if options.aggregate == "fednova":
@@ -154,3 +166,27 @@ def client_store(
         write = runs.save_checked if run.writes else None
         store |= dict(folder=run.folder / name, write=write, read=runs.load_checked)
     return store
+
+
+def privacy_spent(options: argparse.Namespace, rounds: int) -> dict[str, float]:
+    """Return the epsilon of a run's first rounds; nothing where no noise was added."""
+    if not options.dp_noise:
+        return {}
+    spent = privacy.epsilon(options.dp_noise, options.fraction, rounds, options.dp_delta)
+    return {"epsilon": spent}
+
+
+def privacy_of_run(options: argparse.Namespace, rounds: int) -> dict:
+    """Return what a summary says of privacy; {} of a run without."""
+    if options.dp_clip is None:
+        return {}
+    names = ("dp_noise", "dp_clip", "dp_delta")
+    told = {name: getattr(options, name) for name in names} | privacy_spent(options, rounds)
+    return {"privacy": told | {"not_covered": uncovered(options)}}
+
+
+def uncovered(options: argparse.Namespace) -> list[str]:
+    """Name what a run takes from the clients' data outside of its private rounds."""
+    found = [f"the {options.head} head fitted to their data"] * (options.head != "linear")
+    scored = options.mask or "sensitive" in (options.mask_rule or "")
+    return found + ["the mask calibrated on their data"] * bool(scored)

@@ -272,6 +272,7 @@ class Evaluated:
                 if key in record
             )
             loss = f"train loss {record['train_loss']:.4f}, " if "train_loss" in record else ""
+            figures += f", epsilon {record['epsilon']:.4g}" if "epsilon" in record else ""
             self.note = figures
             if self.status:
                 self.status.close()

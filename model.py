@@ -388,6 +388,13 @@ class FlatView:
         shape, start = self.shapes[name], self.offsets[name]
         return vector[..., start : start + math.prod(shape)].unflatten(-1, shape)
 
+    def marked(self) -> Tensor:
+        """Return which entries of a flat vector are parameters, not padding: (P,) bool."""
+        marks = torch.zeros_like(self.theta, dtype=torch.bool)
+        for name in self.shapes:
+            self.view(marks, name).fill_(True)
+        return marks
+
     @torch.no_grad()
     def reset(self, theta: Tensor) -> None:
         """Set all parameters to another flat vector (P,)."""

@@ -26,7 +26,7 @@ import plots
 import runs
 from calibration import scoped_names
 from diagnostics import Diagnostics
-from federation import federate
+from federation import federate, privacy_of_run, privacy_spent, uncovered
 from learner import Evaluated, Learner
 from mask_file import given_mask
 from ranks import OneProcess
@@ -53,11 +53,19 @@ def train_federated(
     diagnostics = Diagnostics(learner, shards) if options.diagnostics else None
     federation = federate(learner, shards, run, diagnostics)
     opening = opening_bytes(learner, len(shards))
+    if options.dp_clip is not None and (left_out := uncovered(options)):
+        print(f"warning: epsilon covers the rounds, not {' and '.join(left_out)}", file=sys.stderr)
 
     def account() -> dict:
-        return communication(run.records(), learner.dense_size)
+        sent = communication(run.records(), learner.dense_size)
+        return sent | privacy_of_run(options, federation.round)
 
-    further = dict(account=account, measure=diagnostics.measure if diagnostics else dict)
+    def measure() -> dict:
+        figures = diagnostics.measure() if diagnostics else {}
+        return figures | privacy_spent(options, federation.round)
+
+    opening |= privacy_spent(options, 0)
+    further = dict(account=account, measure=measure)
     return drive_to_summary(run, federation, "round", options.rounds, learner, opening, **further)
 
 

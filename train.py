@@ -29,6 +29,7 @@ import federation
 import masks
 import merging
 import model as vit
+import privacy
 import runs
 import server
 from ranks import LostProcess, ToldByFirst
@@ -67,6 +68,12 @@ LR_HELP = (
     "below 5: 0.0003; synthetic: 0.2, with a fitted head 0.01"
 )
 AGGREGATES = ("mean", "fednova", "ties", "dare", "sign")
+# What client-level privacy does not go with: client state, other samples, other
+# weights, a look at single changes.
+NOT_PRIVATE = (
+    *("scaffold", "local_norm", "fedir", "fedvc", "aggregate", "dropout", "straggler_fraction"),
+    "diagnostics",
+)
 # Of a mask that is made; without one these options stay None.
 MASK_DEFAULTS = dict(
     sparsity=0.9,
@@ -523,6 +530,28 @@ def build_parser() -> Parser:
         help="with each evaluation, log how clients' changes relate, how far the model has moved, "
         "and how linear that move is",
     )
+    add = sub.add_argument_group(
+        "client-level privacy: DP-FedAvg (arXiv:1710.06963); each client takes part with "
+        "probability C, all weigh alike"
+    ).add_argument
+    add(
+        "--dp-noise",
+        type=number(float, 0),
+        metavar="Z",
+        help="noise multiplier: the sum of the clients' changes gets Gaussian noise of standard "
+        "deviation Z S [no privacy]; 0 clips alone",
+    )
+    add(
+        "--dp-clip",
+        type=number(float, 0, above=True),
+        metavar="S",
+        help="largest L2 norm of a client's change",
+    )
+    add(
+        "--dp-delta",
+        type=number(float, 0, 0.1, above=True),
+        help="delta at which epsilon is told [1e-5, or K^-1.1 where that is less]",
+    )
     add_shard_options(sub)
     add_training_options(sub, "round")
     add_mask_options(sub)
@@ -669,7 +698,35 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
             editing.check_drop(o.dare_drop)
     if o.command == "fedavg":
         refuse_combinations(o)
+        resolve_privacy(o)
     return o
+
+
+def resolve_privacy(o: argparse.Namespace) -> None:
+    """The part of `resolve` for --dp-noise and what goes with it."""
+    if (o.dp_noise is None) != (o.dp_clip is None):
+        given, missing = (
+            ("--dp-noise", "--dp-clip S") if o.dp_clip is None else ("--dp-clip", "--dp-noise Z")
+        )
+        raise ValueError(
+            f"{given} needs {missing}: noise is measured by the norm that changes are clipped to"
+        )
+    if o.dp_clip is None:
+        if o.dp_delta is not None:
+            raise ValueError("--dp-delta belongs to --dp-noise Z --dp-clip S")
+        return
+    for name in NOT_PRIVATE:
+        if getattr(o, name, None) not in (None, False, 0, "mean"):
+            option = name.replace("_", "-")
+            raise ValueError(
+                f"--{option} with --dp-noise: privacy needs clients that keep no state, all take "
+                "part alike and weigh alike, and show in their sum alone"
+            )
+    if o.dp_delta is None:
+        o.dp_delta = min(1e-5, o.clients**-1.1)
+    if o.dp_noise:
+        with naming("--dp-noise"):
+            privacy.check_accountant()
 
 
 def refuse_combinations(o: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ LEAVES = (
         "client_states",
         "ranks",
     ),
-    *("editing", "centralized", "client_accuracy", "runs", "plots"),
+    *("editing", "centralized", "client_accuracy", "privacy", "runs", "plots"),
 )
 
 
