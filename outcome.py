@@ -30,10 +30,10 @@ PERSONAL = 2**40  # the round of the batches that personalise: beyond those of a
 
 
 class Outcome:
-    """A run's last checkpoint, its options and its data.
+    """A run's last checkpoint, or with --best its best weights, its options and its data.
 
     Raises:
-        ValueError: no run folder, or none with a checkpoint.
+        ValueError: no run folder, or none with a checkpoint, or no best weights.
     """
 
     def __init__(self, folder: str | Path, options: argparse.Namespace):
@@ -53,6 +53,8 @@ class Outcome:
         unit = "round" if "round" in process else "epoch"
         self.reached = {unit: process[unit]}
         self.theta = process["theta"] if "theta" in process else process["tensors"]["theta"]
+        if options.best:
+            self.reached[unit], self.theta = self.run.load_best(unit, checkpoint["log"])
 
     @functools.cached_property
     def workspace(self) -> Workspace:

@@ -3,6 +3,7 @@
     config.json      the options that define the run, and what it ran with
     log.jsonl        one JSON object per round or epoch
     checkpoint.pt    torch.save plus a SHA-256 footer; checkpoint.prev.pt is the one before
+    best-N.pt        where that is asked for: what validated best, in round or epoch N
     summary.json     final and best-by-validation figures, wall time
 
 A checkpoint is written aside, fsynced and renamed, and holds the length and hash of the log at that
@@ -323,17 +324,58 @@ class Run:
         if hashlib.sha256(known).hexdigest() != log["sha256"]:
             raise DamagedFile(f"{self.log_path} is damaged: it is not the log of {path.name}")
 
+    def keep_best(self, unit: str, value: Any) -> None:
+        """Write `value` if the log's last record is its best by validation so far.
+
+        The file is named by the record, before any checkpoint knows of it: a checkpoint's best is
+        the one that its own part of the log names, whatever moment a kill takes.
+        """
+        records = self.records()
+        if best_record(records) is records[-1]:
+            save_checked(self.folder / f"best-{records[-1][unit]}.pt", value)
+
+    def load_best(self, unit: str, log: dict) -> tuple[int, Any]:
+        """Return round or epoch, and what was kept of it, of the best record of a checkpoint's log.
+
+        Raises:
+            ValueError: nothing was kept.
+        """
+        lines = self.log_path.read_bytes()[: log["length"]].splitlines()
+        best = best_record([json.loads(line) for line in lines])
+        path = self.folder / f"best-{best[unit]}.pt" if best else None
+        if path is None or not path.exists():
+            raise ValueError(f"{self.folder} has kept no best weights: --early-stop keeps them")
+        return best[unit], load_checked(path)
+
+    def forget_worse(self, needed: Iterable[int]) -> None:
+        """Delete what `keep_best` wrote of all but these rounds or epochs."""
+        for path in set(self.folder.glob("best-*.pt")) - {
+            self.folder / f"best-{at}.pt" for at in needed
+        }:
+            path.unlink()
+
     def summarise(self, **figures: Any) -> dict:
         """Write and return summary.json: `figures`, the last and the best-by-validation record."""
         evaluated = [r for r in self.records() if "val_acc" in r or "test_acc" in r]
-        validated = [r for r in evaluated if "val_acc" in r]
         summary = dict(figures)
         if evaluated:
             summary["final"] = evaluated[-1]
-        if validated:
-            summary["best_by_validation"] = max(validated, key=lambda r: r["val_acc"])
+        if best := best_record(evaluated):
+            summary["best_by_validation"] = best
         write_json(self.folder / "summary.json", summary)
         return summary
+
+
+def best_record(records: list[dict]) -> dict | None:
+    """Return the first record of the highest validation accuracy; None where none has one."""
+    validated = [record for record in records if "val_acc" in record]
+    return max(validated, key=lambda record: record["val_acc"], default=None)
+
+
+def evaluations_since_best(records: list[dict]) -> int:
+    """Count the validated records after the best of them."""
+    validated = [record["val_acc"] for record in records if "val_acc" in record]
+    return len(validated) - 1 - validated.index(max(validated)) if validated else 0
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -366,6 +408,8 @@ def drive(
     complete: Callable[[dict], None] = lambda record: None,
     environment: dict | None = None,
     save_seconds: float = 60.0,
+    patience: int | None = None,
+    weights: Callable[[], Any] | None = None,
     gather: Callable[[Any], list] = lambda value: [value],
 ) -> float:
     """Advance `process` to `total` rounds or epochs, logging its records and saving its state.
@@ -377,6 +421,8 @@ def drive(
             record, {unit: 0}, stands for the start.
         environment: what may change the last bits; a resume under another one is noted in the log.
         save_seconds: the most work, in seconds, that a kill may cost.
+        patience: stop after so many evaluations without a better "val_acc"; None: never.
+        weights: returns what `Run.load_best` finds of the best evaluation; needed with patience.
         gather: returns the plain value of every process that shares the run, the writing one's
             first; all of them advance, stop and take their state together.
 
@@ -389,23 +435,42 @@ def drive(
     """
     with caught_signals() as caught:
         started = time.monotonic()
-        before = _begin(run, process, unit, complete, environment)
+
+        def note(record: dict) -> None:
+            complete(record)
+            run.log(record)
+            if patience and run.writes and "val_acc" in record:
+                run.keep_best(unit, weights())
+
+        def best_at() -> int | None:
+            best = best_record(run.records()) if patience and run.writes else None
+            return best and best[unit]
+
+        def stale() -> bool:  # a function of the log: a resumed run knows it too
+            count = evaluations_since_best(run.records()) if patience and run.writes else 0
+            return gather(bool(patience) and count >= patience)[0]
+
+        before = _begin(run, process, unit, note, environment)
         if (reached := getattr(process, unit)) > total:
             raise ValueError(f"{run.folder} is at {unit} {reached} already, beyond {total}")
-        saved = time.monotonic()
+        best_saved = best_at() if any(run.folder.glob("checkpoint*.pt")) else None
+        saved, stopped = time.monotonic(), stale()
 
         def save() -> None:
-            nonlocal saved
+            nonlocal saved, best_saved
             wall = before + time.monotonic() - started
             state = {"process": process.state_dict(), "wall_seconds": wall}
             run.save(state | {"environment": environment})
+            if patience and run.writes:  # the checkpoint before needs its own best
+                before_that, best_saved = best_saved, best_at()
+                run.forget_worse({before_that, best_saved})
             saved = time.monotonic()
 
-        while getattr(process, unit) < total:
+        while getattr(process, unit) < total and not stopped:
             record = process.advance()
             if record is not None:
-                complete(record)
-                run.log(record)
+                note(record)
+                stopped = "val_acc" in record and stale()
             due = time.monotonic() - saved >= save_seconds
             signals, dues = zip(*gather((caught[0] if caught else 0, due)), strict=True)
             if any(signals):
@@ -418,15 +483,11 @@ def drive(
     return before + time.monotonic() - started
 
 
-def _begin(
-    run: Run, process: Any, unit: str, complete: Callable, environment: dict | None
-) -> float:
+def _begin(run: Run, process: Any, unit: str, note: Callable, environment: dict | None) -> float:
     """Restore the process, or log the start; returns the wall time of earlier sessions."""
     state = run.restore()
     if state is None:
-        record = {unit: 0}
-        complete(record)
-        run.log(record)
+        note({unit: 0})
         return 0.0
     process.load_state_dict(state["process"])
     if changes := _differences(state["environment"], environment):

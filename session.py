@@ -35,6 +35,7 @@ from workspace import Workspace, duration, fingerprint
 FREE = {
     *("name", "runs_dir", "data_dir", "device", "threads"),
     *("cuda_graph", "eval_every", "eval_batch", "diagnostics"),
+    "early_stop",  # a run that stops early is the beginning of one that does not
 }
 
 
@@ -45,7 +46,7 @@ def train_federated(
     with workspace.group.first_then_others():
         model = workspace.build_model()
         run = open_run(workspace, model, options, name, shards)
-        if summary := finished_summary(run, "round", options.rounds):
+        if summary := finished_summary(run, "round", options.rounds, options.early_stop):
             return summary
         with run.opening():
             learner = Learner(workspace, model, options, run.folder, shards)
@@ -92,7 +93,7 @@ def train_centralized(workspace: Workspace, options: argparse.Namespace, name: s
     """Run one centralised training in its folder; returns its summary."""
     model = workspace.build_model()
     run = open_run(workspace, model, options, name)
-    if summary := finished_summary(run, "epoch", options.epochs):
+    if summary := finished_summary(run, "epoch", options.epochs, options.early_stop):
         return summary
     with run.opening():
         learner = Learner(workspace, model, options, run.folder, [workspace.train_index])
@@ -245,18 +246,22 @@ def git_commit() -> str | None:
         return None
 
 
-def finished_summary(run: runs.Run, unit: str, total: int) -> dict | None:
-    """Return the summary of a run that has already reached `total`, after saying so."""
+def finished_summary(
+    run: runs.Run, unit: str, total: int, patience: int | None = None
+) -> dict | None:
+    """Return the summary of a run that has reached `total`, or stopped early, after saying so."""
     path = run.folder / "summary.json"
     if not path.exists():
         return None
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        if summary[unit] < total:
+        early = patience is not None and summary.get("stopped_early") == patience
+        if summary[unit] < total and not early:
             return None
     except (ValueError, KeyError, TypeError):  # damaged: written anew at the end
         return None
-    print(f"{run.folder} is finished: {unit} {summary[unit]}. {headline(summary)}")
+    why = ", stopped early" if early else ""
+    print(f"{run.folder} is finished: {unit} {summary[unit]}{why}. {headline(summary)}")
     return summary
 
 
@@ -289,6 +294,8 @@ def drive_to_summary(
     every = learner.options.eval_every
     evaluated = Evaluated(learner, unit, total, every, opening or {}, measure)
     watching = dict(complete=evaluated, environment=learner.workspace.environment())
+    patience = learner.options.early_stop
+    watching |= dict(patience=patience, weights=lambda: learner.entries.theta)
     try:
         wall = runs.drive(run, process, unit, total, **watching, gather=learner.group.gather)
     except runs.Interrupted as stop:
@@ -296,9 +303,13 @@ def drive_to_summary(
             f"{stop}: saved at {unit} {getattr(process, unit)}; the same command goes on from there"
         )
         raise
-    summary = conclude(run, {unit: total, "wall_seconds": wall}, account) if run.writes else None
+    figures = {unit: (reached := getattr(process, unit)), "wall_seconds": wall}
+    if reached < total:
+        figures["stopped_early"] = patience
+        print(f"stopped early: {patience} evaluations without a better validation accuracy")
+    summary = conclude(run, figures, account) if run.writes else None
     summary = learner.group.gather(summary)[0]
-    print(f"{unit} {total} reached in {duration(wall)}. {headline(summary)}. See {run.folder}")
+    print(f"{unit} {reached} reached in {duration(wall)}. {headline(summary)}. See {run.folder}")
     return summary
 
 

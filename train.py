@@ -251,6 +251,13 @@ def add_training_options(parser: argparse.ArgumentParser, unit: str) -> None:
         action="store_true",
         help="torch.compile what trains: other last bits, and half a minute at the start",
     )
+    add(
+        "--early-stop",
+        type=number(int, 1),
+        metavar="N",
+        help="stop after N evaluations (--eval-every) without a better validation accuracy, and "
+        "keep the best weights [never]",
+    )
     group = parser.add_argument_group("search, on validation accuracy")
     add = group.add_argument
     add("--search", action="store_true", help="choose learning rate and weight decay first")
@@ -613,6 +620,11 @@ def build_parser() -> Parser:
     sub = command("eval", commands.run_eval)
     sub.add_argument("run_folder", metavar="RUN", help="a run's folder, such as runs/NAME")
     sub.add_argument(
+        "--best",
+        action="store_true",
+        help="the weights that validated best, of a run with --early-stop [the last]",
+    )
+    sub.add_argument(
         "--per-client",
         action="store_true",
         help="accuracy on every client's share of the validation images, which has its mixture of "
@@ -634,6 +646,7 @@ def build_parser() -> Parser:
     add_run_options(sub)
 
     sub = command("merge", commands.run_merge)
+    sub.set_defaults(best=False)
     add = sub.add_argument
     add("run_folders", metavar="RUN", nargs="+", help="run folders, of one model and one start")
     add(
@@ -659,6 +672,11 @@ def build_parser() -> Parser:
     sub.add_argument("run_folder", metavar="RUN", help="a run's folder, such as runs/NAME")
     sub.add_argument("file", type=path, metavar="FILE", help="where the weights go, such as x.pth")
     sub.add_argument("--with-head", action="store_true", help="head.weight and head.bias too")
+    sub.add_argument(
+        "--best",
+        action="store_true",
+        help="the weights that validated best, of a run with --early-stop [the last]",
+    )
     sub.add_argument("--data-dir", default="data", help="folder of data and weights [%(default)s]")
     sub.set_defaults(device="cpu", threads=None, eval_batch=256, precision="fp32")
 
@@ -861,6 +879,8 @@ def resolve_training(o: argparse.Namespace) -> None:
         )
     if o.compile and o.train == "head":
         raise ValueError("--compile compiles the backbone, and --train head does not run it")
+    if o.early_stop and not o.val_fraction:
+        raise ValueError("--early-stop watches validation data: --val-fraction above 0")
     if o.search and not o.val_fraction:
         raise ValueError("--search chooses on validation data: --val-fraction above 0")
     if not o.search:

@@ -81,7 +81,17 @@ def test_the_evaluation_of_clients_is_that_of_their_images(cli, small_data, lear
 
 
 def test_a_run_without_clients_has_no_accuracy_per_client(cli):
-    central = ("centralized", "--data", "synthetic", "--epochs", 1, "--name", "c")
+    central = (
+        "centralized",
+        "--data",
+        "synthetic",
+        "--epochs",
+        1,
+        "--batch-size",
+        400,
+        "--name",
+        "c",
+    )
     assert cli(*central)[0] == 0
     status, _, err = cli("eval", "runs/c", "--per-client")
     assert status == 2 and "runs/c has no clients" in err

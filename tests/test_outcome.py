@@ -1,5 +1,7 @@
 """What a run has come to: exported weights are the run's to the bit, in the layout of others."""
 
+import json
+
 import pytest
 import torch
 from conftest import assert_frozen_stayed
@@ -70,3 +72,33 @@ def test_no_export_overwrites_a_file_or_passes_for_one(cli, small_data):
     assert (small_data / "x.pth").read_text() == "precious"
     status, _, err = cli("export", "runs/x", "nowhere/x.pth")
     assert status == 2 and "cannot write nowhere/x.pth" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["fedavg", "centralized"])
+def test_an_early_stop_is_told_resumed_and_its_best_weights_are_there(cli, small_data, command):
+    length = {
+        "fedavg": ("--rounds", 9, *TINY[5:9]),
+        "centralized": ("--epochs", 9, "--batch-size", 400),
+    }[command]
+    still = (command, "--data", "synthetic", *length, "--lr", 0, "--eval-every", 1, "--name", "s")
+    status, out, err = cli(*still, "--early-stop", 2)
+    assert status == 0 and "stopped early: 2 evaluations" in out, err
+    folder, unit = small_data / "runs" / "s", {"fedavg": "round"}.get(command, "epoch")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary[unit] == 2 and summary["stopped_early"] == 2
+    status, out, _ = cli(*still, "--early-stop", 2)
+    assert status == 0 and f"is finished: {unit} 2, stopped early" in out
+    status, out, err = cli("eval", "runs/s", "--best")
+    assert status == 0 and out.split()[:2] == [unit, "0"], err
+    assert cli("export", "runs/s", "best.pth", "--best")[0] == 0
+    assert (
+        shapes(small_data / "best.pth").keys() <= vit.build_vit("vit_demo", 100).state_dict().keys()
+    )
+    assert cli(*still, "--early-stop", 3)[0] == 0  # more patience goes on
+    assert json.loads((folder / "summary.json").read_text())[unit] == 3
+
+
+def test_a_run_without_early_stop_has_no_best_weights(cli):
+    assert cli(*TINY, "--rounds", 1)[0] == 0
+    status, _, err = cli("eval", "runs/x", "--best")
+    assert status == 2 and "runs/x has kept no best weights: --early-stop keeps them" in err

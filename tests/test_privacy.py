@@ -123,7 +123,7 @@ def test_order_processes_and_interruption_change_no_bit():
     whole = run(federation(noise=0.5), 6)
     reordered = federation(noise=0.5, sample=lambda round: SAMPLE(round=round)[::-1].copy())
     assert torch.equal(run(reordered, 6), whole)
-    for ends in in_threads(2, lambda group: run(federation(noise=0.5, group=group), 6)):
+    for ends in in_threads(2, lambda group: run(federation(noise=0.5, group=group), 6)).values():
         assert torch.equal(ends, whole)
     first = federation(noise=0.5)
     for _ in range(9):

@@ -187,3 +187,82 @@ def test_a_signal_during_the_first_evaluation_is_not_lost(tmp_path):
         drive(run, Walk(), "round", 5, complete=evaluate)
     assert stop.value.exit_status == 143
     assert run.load()["state"]["process"]["round"] == 1
+
+
+class Judged(Walk):
+    """A walk that is validated at every round, by a table."""
+
+    CURVE = (0.1, 0.3, 0.2, 0.5, 0.5, 0.4, 0.45, 0.9)
+
+    def run(self, folder, patience=3, total=7, complete=lambda record: None, **options):
+        run = Run(folder)
+        run.open({})
+
+        def judge(record):
+            complete(record)
+            record["val_acc"] = self.CURVE[record["round"]]
+
+        drive(
+            run,
+            self,
+            "round",
+            total,
+            complete=judge,
+            patience=patience,
+            weights=lambda: self.value,
+            **options,
+        )
+        return run
+
+
+def test_a_run_stops_when_validation_has_not_improved(tmp_path):
+    walk = Judged()
+    run = walk.run(tmp_path / "run")
+    assert walk.round == 6  # the best, the first 0.5, came in round 3
+    reference = Judged()
+    for _ in range(3):
+        reference.advance()
+    at, value = run.load_best("round", run.load()["log"])
+    assert at == 3 and torch.equal(value, reference.value)
+    assert [p.name for p in run.folder.glob("best-*")] == ["best-3.pt"]
+    again = Judged()
+    again.run(tmp_path / "run")
+    assert again.round == 6
+    further = Judged()  # more patience goes on from there
+    assert further.run(tmp_path / "run", patience=4).load()["state"]["process"]["round"] == 7
+    assert further.round == 7
+
+
+@pytest.mark.parametrize("stop", range(1, 6))
+@pytest.mark.parametrize("save_seconds", [0.0, 60.0])
+def test_a_kill_leaves_no_best_that_the_log_does_not_know(tmp_path, stop, save_seconds):
+    class Killed(Exception):
+        pass
+
+    def kill(record):
+        if record["round"] == stop:
+            raise Killed
+
+    with pytest.raises(Killed):
+        Judged().run(tmp_path / "run", complete=kill, save_seconds=save_seconds)
+    if checkpoint := Run(tmp_path / "run").load():
+        at, _ = Run(tmp_path / "run").load_best("round", checkpoint["log"])
+        assert at == (0, 1, 1, 3, 3)[stop - 1]  # of the rounds before
+    walk, whole = Judged(), Judged()
+    ends = [w.run(tmp_path / name) for w, name in ((walk, "run"), (whole, "whole"))]
+    assert walk.round == whole.round == 6
+    assert ends[0].records() == ends[1].records()
+    best = [run.load_best("round", run.load()["log"]) for run in ends]
+    assert best[0][0] == best[1][0] == 3 and torch.equal(best[0][1], best[1][1])
+
+
+def test_a_damaged_checkpoints_predecessor_has_its_best(tmp_path):
+    def damage(record):
+        if record["round"] == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        Judged().run(tmp_path / "run", complete=damage, save_seconds=0.0)
+    run = Run(tmp_path / "run")
+    run.checkpoint_path.write_bytes(b"damaged")
+    assert run.load_best("round", run.load()["log"])[0] == 3
