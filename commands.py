@@ -71,7 +71,7 @@ def run_ridge(options: argparse.Namespace) -> None:
     run = open_run(workspace, model, options, name, shards)
     features, test_features = (workspace.features(model, part) for part in ("train", "test"))
     labels, test_labels = (workspace.sets[part].labels for part in ("train", "test"))
-    central = workspace.fit_head(features, "ridge")
+    central = workspace.fit_head(model, "ridge")
     total = head.RidgeSums(features.shape[1], workspace.classes, workspace.device)
     for shard in shards:
         at = torch.from_numpy(shard).to(workspace.device)

@@ -166,12 +166,33 @@ def split_validation(
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"the validation fraction must lie in [0, 1), not {fraction}")
-    order = random(seed, "validation").permutation(len(labels))
+    by_class, rank, counts = _ranked_by_class(labels, random(seed, "validation"))
+    held_out = rank < np.round(fraction * counts)
+    return np.sort(by_class[~held_out]), np.sort(by_class[held_out])
+
+
+def draw_by_class(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Draw `count` distinct samples, every class in proportion: sorted int64 indices.
+
+    Raises:
+        ValueError: count lies outside 1..N.
+    """
+    if not 1 <= count <= len(labels):
+        raise ValueError(f"{count} samples cannot be drawn from {len(labels)}")
+    by_class, rank, counts = _ranked_by_class(labels, random(seed, "samples by class"))
+    evenly = np.argsort((rank + 0.5) / counts, kind="stable")
+    return np.sort(by_class[evenly[:count]])
+
+
+def _ranked_by_class(
+    labels: np.ndarray, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Shuffle and sort by class: the order, ranks within a class, sizes of their classes."""
+    order = generator.permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
     counts = np.bincount(labels)
     rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    held_out = rank < np.round(fraction * np.repeat(counts, counts))
-    return np.sort(by_class[~held_out]), np.sort(by_class[held_out])
+    return by_class, rank, np.repeat(counts, counts)
 
 
 def shard_iid(labels: np.ndarray, clients: int, seed: int) -> list[np.ndarray]:

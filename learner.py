@@ -53,8 +53,9 @@ class Learner:
         self.on_features = options.train == "head"
         fresh = not any(folder.glob("checkpoint*.pt"))
         self.class_weights: Tensor | None = None  # (classes,) of a sample in the training loss
+        fitted_to_all = options.head != "linear" and options.head_images is None
         self.start = None  # features of the untrained backbone, for the first evaluation
-        if fresh and options.head != "linear" and not self.on_features:
+        if fresh and fitted_to_all and not self.on_features:
             self.start = {part: workspace.features(model, part) for part in workspace.sets}
         names = vit.trained_names(model, options.train, options.freeze_head)
         parameters = dict(model.named_parameters())
@@ -201,7 +202,7 @@ def set_fitted_head(
     if path is not None and path.exists():
         fitted = head.FittedHead(**runs.load_checked(path))
     else:
-        fitted = workspace.fit_head(workspace.features(model, "train"), kind).to("cpu")
+        fitted = workspace.fit_head(model, kind).to("cpu")
         if path is not None:
             runs.save_checked(path, vars(fitted))
     model.head.weight.copy_(fitted.weight)

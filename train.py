@@ -192,6 +192,16 @@ def add_shard_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_head_images(add: Callable) -> None:
+    add(
+        "--head-images",
+        type=number(int, 1),
+        metavar="N",
+        help="training images that a fitted head sees, drawn by class, with an equal share of the "
+        "validation images; only their features are computed [all]",
+    )
+
+
 def add_training_options(parser: argparse.ArgumentParser, unit: str) -> None:
     group = parser.add_argument_group("training")
     add = group.add_argument
@@ -210,6 +220,7 @@ def add_training_options(parser: argparse.ArgumentParser, unit: str) -> None:
         action=argparse.BooleanOptionalAction,
         help="keep the head as it is [a probe or ridge head is frozen, unless --train head]",
     )
+    add_head_images(add)
     add(
         "--batch-size",
         "--B",
@@ -577,6 +588,7 @@ def build_parser() -> Parser:
     add_run_options(sub, "epoch")
 
     sub = command("ridge", commands.run_ridge)
+    sub.set_defaults(head_images=None)
     add_shard_options(sub)
     add_data_options(sub)
     add_model_options(sub)
@@ -591,6 +603,7 @@ def build_parser() -> Parser:
     sub.add_argument(
         "--head", choices=("probe", "ridge"), default="ridge", help="head to score under [ridge]"
     )
+    add_head_images(sub.add_argument)
     add_run_options(sub, "")
 
     sub = command("doctor", run_doctor)
@@ -867,6 +880,10 @@ def resolve_training(o: argparse.Namespace) -> None:
         raise ValueError(
             "--freeze-head with --head linear would keep a head of zeros: --head ridge or probe"
         )
+    if o.head_images is not None and o.head == "linear":
+        raise ValueError("--head-images fits a head, and --head linear fits none: ridge or probe")
+    if o.head_images is not None and o.train == "head":
+        raise ValueError("--head-images saves features, and --train head needs those of all images")
     if o.keep_tokens < 1 and o.train == "head":
         raise ValueError("--keep-tokens thins out images, and --train head sees their features")
     if o.augment and o.train == "head":

@@ -65,6 +65,8 @@ class Workspace:
                 f"--val-fraction {options.val_fraction:g} holds out no image of any class"
             )
         self.train_labels = labels[self.train_index]
+        if getattr(options, "head_images", None) is not None:
+            self.head_splits()  # refuses before anything is written
 
     def shards(self) -> list[np.ndarray]:
         """Return each client's indices into the training images."""
@@ -125,19 +127,29 @@ class Workspace:
                 return runs.load_checked(path).to(self.device)
             except runs.DamagedFile as error:
                 print(f"warning: {error}; computed again", file=sys.stderr)
-        backbone, rows = cast_copy(model, self.dtype), []
-        status = Status(f"features of the {part} images", len(images))
-        for chunk in data.in_chunks(len(images), self.options.eval_batch):
-            rows.append(backbone.features(preprocess(images[chunk])).float())
-            status.show(chunk.stop)
-        status.close()
-        features = torch.cat(rows)
+        features = self.compute_features(model, part)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             runs.save_checked(path, features.cpu())
         except OSError as error:
             print(f"warning: the features are not kept: {error}", file=sys.stderr)
         return features
+
+    @torch.no_grad()
+    def compute_features(
+        self, model: vit.VisionTransformer, part: str, index: Tensor | None = None
+    ) -> Tensor:
+        """Return the features (N, D) of a part's images, or of those in `index` (N,) alone."""
+        preprocess, images = self.preprocess(), self.sets[part].images
+        backbone, rows = cast_copy(model, self.dtype), []
+        count = len(images) if index is None else len(index)
+        status = Status(f"features of the {part} images", count)
+        for chunk in data.in_chunks(count, self.options.eval_batch):
+            pixels = images[chunk if index is None else index[chunk]]
+            rows.append(backbone.features(preprocess(pixels)).float())
+            status.show(chunk.stop)
+        status.close()
+        return torch.cat(rows)
 
     @torch.no_grad()
     def tokens(self, model: vit.VisionTransformer, first: int) -> dict[str, Tensor] | None:
@@ -169,17 +181,43 @@ class Workspace:
         status.close()
         return result
 
-    def fit_head(self, features: Tensor, kind: str) -> head.FittedHead:
-        """Fit a "ridge" head or a linear "probe" on the training split, choices by validation."""
-        labels = self.sets["train"].labels
-        train, val = (
-            torch.from_numpy(i).to(self.device) for i in (self.train_index, self.val_index)
-        )
-        held_out = features[val], labels[val]
+    def fit_head(self, model: vit.VisionTransformer, kind: str) -> head.FittedHead:
+        """Fit a "ridge" head or a linear "probe" on the training split, choices by validation.
+
+        With --head-images it sees that many of them, an equal share of the validation images, and
+        computes no other features.
+        """
+        labels, count = self.sets["train"].labels, self.options.head_images
+        splits = [torch.from_numpy(i).to(self.device) for i in self.head_splits()]
+        if count is None:
+            features = self.features(model, "train")
+            seen = [features[at] for at in splits]
+        else:
+            seen = [self.compute_features(model, "train", at) for at in splits]
+        (train, train_labels), held_out = zip(seen, [labels[at] for at in splits], strict=True)
         if kind == "probe":
-            return head.train_probe(features[train], labels[train], self.classes, *held_out)
-        sums = head.RidgeSums(features.shape[1], self.classes, self.device)
-        return head.fit_ridge(sums.update(features[train], labels[train]), *held_out)
+            return head.train_probe(train, train_labels, self.classes, *held_out)
+        sums = head.RidgeSums(train.shape[1], self.classes, self.device)
+        return head.fit_ridge(sums.update(train, train_labels), *held_out)
+
+    def head_splits(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the training and the validation images that a head is fitted and chosen on.
+
+        Raises:
+            ValueError: --head-images is less than one a class, or more than there are.
+        """
+        count, total = self.options.head_images, len(self.train_index)
+        if count is None:
+            return self.train_index, self.val_index
+        if not self.classes <= count <= total:
+            raise ValueError(
+                f"--head-images {count} must lie in {self.classes}..{total}: one a class to all"
+            )
+        labels = self.dataset.train.labels.numpy()
+        choices = max(1, round(count / total * len(self.val_index)))
+        pairs = (self.train_index, count), (self.val_index, choices)
+        draw = data.draw_by_class
+        return tuple(part[draw(labels[part], n, self.options.seed)] for part, n in pairs)
 
     def environment(self) -> dict:
         """Return what may change the last bits of a result."""

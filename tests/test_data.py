@@ -13,6 +13,7 @@ from data import (
     Preprocess,
     crop_and_flip,
     draw_batches,
+    draw_by_class,
     draw_epoch,
     shard_by_class,
     shard_dirichlet,
@@ -66,6 +67,24 @@ def test_validation_takes_its_share_of_every_class(labels, fraction):
 def test_a_bad_validation_fraction_is_refused(fraction):
     with pytest.raises(ValueError, match=f"not {fraction}"):
         split_validation(balanced(), fraction, seed=0)
+
+
+@pytest.mark.parametrize("labels", [balanced(), skewed()], ids=["balanced", "skewed"])
+def test_samples_by_class_keep_the_classes_shares(labels):
+    counts = np.bincount(labels)
+    for count in (1, 500, 777, len(labels)):
+        drawn = draw_by_class(labels, count, seed=3)
+        assert len(np.unique(drawn)) == len(drawn) == count
+        expected = count * counts / len(labels)
+        assert (np.abs(np.bincount(labels[drawn], minlength=len(counts)) - expected) <= 1).all()
+    assert np.isin(draw_by_class(labels, 500, seed=3), draw_by_class(labels, 777, seed=3)).all()
+    assert not np.array_equal(draw_by_class(labels, 500, 3), draw_by_class(labels, 500, 4))
+
+
+@pytest.mark.parametrize("count", [0, 45_001])
+def test_more_samples_than_there_are_cannot_be_drawn(count):
+    with pytest.raises(ValueError, match=f"{count} samples cannot be drawn from 45000"):
+        draw_by_class(balanced(), count, seed=0)
 
 
 @pytest.mark.parametrize("clients", [1, 7, 100, 45_000])

@@ -8,6 +8,7 @@ from test_cuda_graph import faithful
 
 import cuda_graph
 import fedavg
+import head
 import model as vit
 import train
 from learner import Learner
@@ -242,3 +243,48 @@ def test_on_a_gpu_replays_give_the_bits_of_eager_steps(small_data, options):
         assert training.graphed.status == mode
     for eager, replayed in zip(*ends, strict=True):
         assert torch.equal(eager, replayed)
+
+
+@pytest.mark.parametrize("kind", ["ridge", "probe"])
+def test_a_head_of_few_images_is_fitted_to_them_alone(small_data, monkeypatch, kind):
+    seen = {}
+
+    def record(name, fit):
+        monkeypatch.setattr(head, name, lambda *a: seen.setdefault(name, a) and fit(*a))
+
+    record("fit_ridge", head.fit_ridge)
+    record("train_probe", head.train_probe)
+    learner, _ = build(small_data, "--head", kind, "--head-images", "900")
+    workspace = learner.workspace
+    train_index, val_index = workspace.head_splits()
+    assert len(train_index) == 900 and np.isin(train_index, workspace.train_index).all()
+    assert len(val_index) == 100 and np.isin(val_index, workspace.val_index).all()
+    labels = workspace.dataset.train.labels
+    assert (torch.bincount(labels[train_index]) == 9).all()
+    assert (torch.bincount(labels[val_index]) == 1).all()
+    assert not (small_data / "features").exists() and learner.start is None
+    every = workspace.features(workspace.build_model(), "train")
+    if kind == "ridge":
+        sums, val, val_labels = seen["fit_ridge"]
+        expected = head.RidgeSums(every.shape[1], 100).update(
+            every[train_index], labels[train_index]
+        )
+        # the images are batched otherwise: fp32 rounding of the features
+        torch.testing.assert_close(sums.gram, expected.gram, rtol=1e-5, atol=1e-3)
+        assert torch.equal(sums.count, expected.count)
+    else:
+        features, _, _, val, val_labels = seen["train_probe"]
+        torch.testing.assert_close(features, every[train_index], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(val, every[val_index], rtol=1e-4, atol=1e-4)
+    assert torch.equal(val_labels, labels[val_index])
+
+
+def test_with_all_images_the_head_is_the_usual_one(small_data):
+    for folder in ("a", "b"):
+        (small_data / folder).mkdir()
+    usual, _ = build(small_data / "a", "--head", "ridge")
+    named, _ = build(small_data / "b", "--head", "ridge", "--head-images", "3600")
+    torch.testing.assert_close(
+        named.model.head.weight, usual.model.head.weight, rtol=1e-3, atol=1e-5
+    )
+    assert named.evaluate()["val_acc"] == usual.evaluate()["val_acc"]
