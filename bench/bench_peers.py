@@ -80,7 +80,7 @@ class Work:
         self.preprocess, self.trains = self.workspace.preprocess(), setting != "transport"
         self.ticks, self.rank = [], int(os.environ.get("RANK", 0))
 
-    def tick(self) -> None:
+    def tick(self, model: torch.nn.Module | None = None) -> None:
         """Note the time: once before the first round, then after every round."""
         self.ticks.append(time.perf_counter())
 
@@ -89,11 +89,15 @@ class Work:
         o = self.options
         return fedavg.sample_clients(o.clients, o.fraction, seed=o.seed, round=round).tolist()
 
-    def order(self, client: int, round: int) -> torch.Tensor:
-        """Return the (J * B,) images of a client's local steps."""
+    def draws(self, client: int, round: int) -> torch.Tensor:
+        """Return the (J, B, 4) draws of a client's local steps."""
         o, shard = self.options, self.shards[client]
         counters = dict(seed=o.seed, round=round, client=client)
-        return data.draw_batches(shard, o.batch_size, o.J, **counters)[..., 0].flatten()
+        return data.draw_batches(shard, o.batch_size, o.J, **counters)
+
+    def order(self, client: int, round: int) -> torch.Tensor:
+        """Return the (J * B,) images of a client's local steps."""
+        return self.draws(client, round)[..., 0].flatten()
 
     def batches(self, client: int, round: int):
         """Return the client's (images, labels) batches, uint8: by index, or by a DataLoader."""
@@ -155,7 +159,7 @@ def project(work: Work) -> dict[str, torch.Tensor]:
 def plain_usual(work: Work) -> dict[str, torch.Tensor]:
     """Run the loop of most FedAvg repositories: a deep copy per client, a mean of state_dicts."""
     model = work.workspace.build_model()
-    work.tick()
+    work.tick(model)
     for round in range(1, work.rounds + 1):
         states = []
         for client in work.clients(round):
@@ -164,7 +168,7 @@ def plain_usual(work: Work) -> dict[str, torch.Tensor]:
             states.append(local.state_dict())
         mean = {name: sum(s[name] for s in states) / len(states) for name in states[0]}
         model.load_state_dict(mean)
-        work.tick()
+        work.tick(model)
     return model.state_dict()
 
 
