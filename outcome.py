@@ -25,7 +25,7 @@ from workspace import Status, Workspace, fingerprint
 HERE = ("data_dir", "device", "threads", "eval_batch")  # of this command, not of the run
 LATER = dict(mask=None, mask_rule=None, keep_tokens=1.0)  # what a run from before them lacks
 LATER |= dict(prox=0.0, scaffold=False, local_norm=False, fedir=False, straggler_fraction=0.0)
-LATER |= dict(compile=False, cuda_graph="off", head_images=None)
+LATER |= dict(compile=False, head_images=None)
 PERSONAL = 2**40  # the round of the batches that personalise: beyond those of any run
 
 
@@ -44,6 +44,7 @@ class Outcome:
             vars(stored).setdefault(name, value)
         for name in HERE:
             setattr(stored, name, getattr(options, name))
+        stored.cuda_graph = "off"  # a run that was made on a GPU is evaluated anywhere
         if options.precision != "auto":
             stored.precision = options.precision
         checkpoint = self.run.load()

@@ -173,6 +173,11 @@ def test_the_proximal_term_holds_clients_back(cli, small_data, extra):
 def test_the_graph_may_change_on_resume_and_compiling_may_not(cli, small_data):
     assert cli(*TINY, "--cuda-graph", "off", "--name", "x", "--device", "cpu")[0] == 0
     assert cli(*TINY, "--name", "x", "--rounds", 3, "--device", "cpu")[0] == 0
+    path = small_data / "runs" / "x" / "config.json"
+    config = json.loads(path.read_text())
+    config["options"]["cuda_graph"] = "on"  # made on a GPU, evaluated here
+    path.write_text(json.dumps(config))
+    assert cli("eval", "runs/x", "--device", "cpu")[0] == 0
     status, _, err = cli(*TINY, "--name", "x", "--rounds", 4, "--compile")
     assert status == 2 and "compile is False there and True here" in err
 
