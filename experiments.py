@@ -155,7 +155,7 @@ def percent(values: list[float], sign: str = "") -> str:
 # ---------------------------------------------------------------------------- the experiments
 
 
-LADDER = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # to choose from
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # to choose from
 RUNGS = {  # the lower of the two rates tried, iid: the less the entries matter, the longer the step
     ("dense", "0"): 0.003,
     **{("least-sensitive", s): lr for s, lr in (("0.5", 0.01), ("0.9", 0.03), ("0.99", 0.3))},
@@ -214,7 +214,7 @@ def methods() -> Experiment:
     for (method, options), sharding in itertools.product(METHODS.items(), ("nc1", "nc5")):
         rung = LADDER.index(1e-4 if sharding == "nc1" else 1e-3) + 4 * (method == "fedsgd")
         options = (*training, "--eval-every", "4", *SHARDINGS[sharding], *options)
-        rates = tuple(LADDER[i] for i in (rung, rung - 1, rung + 1))
+        rates = tuple(LADDER[i] for i in (rung, rung - 1, rung - 2))
         rows.append(Row((sharding, method), options, rates))
     return Experiment(("sharding", "method"), tuple(rows), (0,), ("fedavg",))
 
