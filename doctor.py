@@ -36,7 +36,9 @@ def examine(options: argparse.Namespace) -> dict:
     trial.head = "linear"  # frozen where the command freezes its own
     trial.nc = trial.dirichlet = None
     trial.clients = min(options.clients, 1000)
-    trial.dropout = trial.straggler_fraction = 0.0
+    trial.dropout, trial.head_images, trial.dp_noise, trial.dp_clip = 0.0, None, None, None
+    if options.train != "head":  # heads take equal steps together, others one after the other
+        trial.straggler_fraction = 0.0
     if options.batch_size == "full":
         trial.batch_size = max(1, TRAINED // options.clients)
         trial.cuda_graph = "off"  # the run's batches are of many sizes

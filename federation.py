@@ -42,6 +42,7 @@ def federate(
     server = Server(options.server, entries.theta, **settings)
     local, private = training.local, options.dp_clip is not None
     trains = None if entries.index is not None else learner.flat.marked()
+    check_apart(learner, sizes)
 
     def server_step(theta: torch.Tensor, total: torch.Tensor, unit: float) -> None:
         if private and options.dp_noise:
@@ -141,6 +142,33 @@ def client_bytes(learner: Learner, training: ClientTraining) -> tuple[int, int]:
     return up + variates, 4 * sent + variates
 
 
+def memory_room(learner: Learner) -> dict[torch.device, float]:
+    """Return the bytes that a process may take on its device and on the host, where that is known.
+
+    Processes hold the same, and share the host.
+    """
+    group, places = learner.group, (learner.workspace.device, torch.device("cpu"))
+    sharing = {"cuda": 1, "cpu": group.size}
+    room = [SHARE[place.type] * free_memory(place) / sharing[place.type] for place in places]
+    lowest = map(min, zip(*group.gather(room), strict=True))
+    return dict(zip(places, lowest, strict=True))
+
+
+def check_apart(learner: Learner, sizes: list[int]) -> None:
+    """Raise ValueError where a round's changes are kept apart and do not fit on the device."""
+    options, device = learner.options, learner.workspace.device
+    if options.aggregate not in APART and not options.diagnostics:
+        return
+    needed = 8 * len(learner.entries.theta) * max(1, round(options.fraction * len(sizes)))
+    room = memory_room(learner)[device]
+    if room and needed > room:
+        option = "--diagnostics" if options.diagnostics else f"--aggregate {options.aggregate}"
+        raise ValueError(
+            f"{option} keeps the round's changes apart, {needed / 1e9:,.1f} GB, and there is room "
+            f"for {room / 1e9:,.1f} GB: a lower --fraction, or a mask (--mask-rule)"
+        )
+
+
 def client_store(
     learner: Learner, sizes: list[int], run: runs.Run | None, name: str, each: int
 ) -> dict:
@@ -149,11 +177,10 @@ def client_store(
     Raises:
         ValueError: they fit on neither.
     """
-    options, workspace = learner.options, learner.workspace
+    options = learner.options
     taking_part = max(1, round(options.fraction * len(sizes))) * options.rounds
     needed = each * min(len(sizes), taking_part)
-    host, device = torch.device("cpu"), workspace.device
-    room = {place: SHARE[place.type] * free_memory(place) for place in (device, host)}
+    host, room = torch.device("cpu"), memory_room(learner)
     place = next((place for place in room if needed <= room[place]), None)
     if place is None and room[host]:  # a host that does not say is trusted
         raise ValueError(

@@ -89,7 +89,7 @@ class ClientTraining:
         learner, entries, lr = self.learner, self.learner.entries, self.lr(round)
         draws = self.draws(client, round).to(entries.theta.device, non_blocking=True)
         self._enter(client)
-        redone = learner.loss_scale.active or self.scaffold is not None
+        redone = learner.loss_scale.active or self.states
         start = entries.theta.clone() if redone else None
         entries.start()
 
@@ -107,7 +107,8 @@ class ClientTraining:
 
         losses, _ = learner.loss_scale.attempt(attempt, learner.overflowed)
         entries.gather()
-        self._leave(client, round, start)
+        if self.states:
+            self._leave(client, round, start, losses)
         return losses
 
     def _enter(self, client: int) -> None:
@@ -125,17 +126,24 @@ class ClientTraining:
             weights = participation.importance_weights(everywhere, here, workspace.classes)
             learner.class_weights.copy_(torch.from_numpy(weights))
 
-    def _leave(self, client: int, round: int, start: Tensor | None) -> None:
+    def _leave(self, client: int, round: int, start: Tensor, losses: Tensor) -> None:
         """Take in what the client keeps."""
-        entries = self.learner.entries
+        theta = self.learner.entries.theta
         if self.scaffold is not None:
-            self._update_variate(client, round, start, entries.theta)
+            self._update_variate(client, round, start, theta, losses)
         if self.local is not None:
-            self.local.leave_(entries.theta, client)
+            fedavg.check_client(round, client, losses, (theta - start).abs().max())
+            self.local.leave_(theta, client)
 
-    def _update_variate(self, client: int, round: int, start: Tensor, end: Tensor) -> None:
+    def _update_variate(
+        self, client: int, round: int, start: Tensor, end: Tensor, losses: Tensor
+    ) -> None:
+        fedavg.check_client(round, client, losses, (end - start).abs().max())
         if rate := self.lr(round) * self.effort(client, round):
-            self.scaffold.update(client, start, end, rate)
+            try:
+                self.scaffold.update(client, start, end, rate)
+            except ValueError as error:
+                raise fedavg.ClientError(f"round {round}: {error}; try a higher --lr") from None
 
     def heads(self, theta_global: Tensor, clients: np.ndarray, round: int) -> Iterator:
         """Train the heads of all `clients` together on features; yields each (theta_k, losses)."""
@@ -164,7 +172,7 @@ class ClientTraining:
         )
         for client, theta_k, own in zip(clients, theta, losses, strict=True):
             if self.scaffold is not None:
-                self._update_variate(int(client), round, theta_global, theta_k)
+                self._update_variate(int(client), round, theta_global, theta_k, own)
             yield theta_k, own
 
 

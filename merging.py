@@ -56,6 +56,8 @@ class Merger:
 
     def __init__(self, folders: list[str], options: argparse.Namespace):
         check_same(folders)
+        if options.out and Path(options.out).exists():
+            raise ValueError(f"{options.out} exists already: choose another file, or delete it")
         self.options, exact = options, copy.copy(options)
         exact.precision = "fp32"  # frozen parameters keep all their bits
         starts, ends = [], []

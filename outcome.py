@@ -44,6 +44,7 @@ class Outcome:
             vars(stored).setdefault(name, value)
         for name in HERE:
             setattr(stored, name, getattr(options, name))
+        stored.best = options.best
         stored.cuda_graph = "off"  # a run that was made on a GPU is evaluated anywhere
         if options.precision != "auto":
             stored.precision = options.precision
@@ -187,6 +188,11 @@ def add_personalised(
     sizes = [len(shard) for shard in finished.shards]
     store = functools.partial(client_store, learner, sizes, finished.run)
     training = Personalising(learner, finished.shards, store)
+    if training.states and finished.options.best:
+        raise ValueError(
+            f"--personalised with --best: {finished.run.folder} keeps its clients' states of the "
+            "last round alone"
+        )
     companions = finished.process["companions"]
     for name, state in ({"loss_scale": learner.loss_scale} | training.states).items():
         state.load_state_dict(companions[name])

@@ -4,7 +4,7 @@ Clients that do not answer, clients that are slow, shards of unequal size: whate
 function of (seed, round, client), and the weights of those that remain are what keeps the average
 unbiased.
 
-    uniform      p_k = n_k / sum of n over the round      McMahan 2017, arXiv:1602.05629
+    FedAvg       p_k = n_k / sum of n over the round      McMahan 2017, arXiv:1602.05629
     FedVC        clients drawn in proportion to n_k, p_k = 1 / m     Hsu 2020, arXiv:2003.08082
     FedNova      p_k times (sum of p_i |a_i|) / |a_k|, |a_k| the weight of k's local steps in its
                  change (tau_k without momentum)           Wang 2020, arXiv:2007.07481

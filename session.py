@@ -50,9 +50,10 @@ def train_federated(
             return summary
         with run.opening():
             learner = Learner(workspace, model, options, run.folder, shards)
-    learner.keep_activations()
-    diagnostics = Diagnostics(learner, shards) if options.diagnostics else None
-    federation = federate(learner, shards, run, diagnostics)
+    with run.opening():
+        learner.keep_activations()
+        diagnostics = Diagnostics(learner, shards) if options.diagnostics else None
+        federation = federate(learner, shards, run, diagnostics)
     opening = opening_bytes(learner, len(shards))
     if options.dp_clip is not None and (left_out := uncovered(options)):
         print(f"warning: epsilon covers the rounds, not {' and '.join(left_out)}", file=sys.stderr)
@@ -149,7 +150,8 @@ def search_then_train(
             print(f"search: lr {lr:g}, weight decay {weight_decay:g}")
             try:
                 summary = train(cell, f"{name}/search/lr{lr:.9g}-wd{weight_decay:.9g}")
-                val_acc = summary["final"]["val_acc"]
+                shown = "best_by_validation" if options.early_stop else "final"
+                val_acc = summary[shown]["val_acc"]
             except (fedavg.ClientError, centralized.Diverged) as error:
                 print(f"search: given up, {error}")
                 val_acc = 0.0

@@ -67,6 +67,7 @@ LR_HELP = (
     "0.01, with --nc below 10: 0.001, below 5: 0.0001; a fitted head alone: 0.003, with --nc "
     "below 5: 0.0003; synthetic: 0.2, with a fitted head 0.01"
 )
+TIES_KEEP, DARE_DROP = 0.2, 0.9
 AGGREGATES = ("mean", "fednova", "ties", "dare", "sign")
 # What client-level privacy does not go with: client state, other samples, other
 # weights, a look at single changes.
@@ -390,16 +391,14 @@ def add_merging_options(add: Callable) -> None:
     add(
         "--ties-keep",
         type=number(float, 0, 1, above=True),
-        default=0.2,
         metavar="SHARE",
-        help="ties: share of its entries that each change keeps, the largest [%(default)s]",
+        help=f"ties: share of its entries that each change keeps, the largest [{TIES_KEEP}]",
     )
     add(
         "--dare-drop",
         type=number(float, 0),
-        default=0.9,
         metavar="P",
-        help="dare: probability that an entry of a change is dropped, below 1 [%(default)s]",
+        help=f"dare: probability that an entry of a change is dropped, below 1 [{DARE_DROP}]",
     )
 
 
@@ -725,6 +724,7 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
     if hasattr(o, "train"):
         resolve_training(o)
     if hasattr(o, "dare_drop"):
+        resolve_merging(o)
         with naming("--dare-drop"):
             editing.check_drop(o.dare_drop)
     if o.command == "fedavg":
@@ -760,6 +760,16 @@ def resolve_privacy(o: argparse.Namespace) -> None:
             privacy.check_accountant()
 
 
+def resolve_merging(o: argparse.Namespace) -> None:
+    """The part of `resolve` for the commands that merge changes."""
+    option = "rule" if o.command == "merge" else "aggregate"
+    for rule, name, value in (("ties", "ties_keep", TIES_KEEP), ("dare", "dare_drop", DARE_DROP)):
+        if getattr(o, option) != rule and getattr(o, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} belongs to --{option} {rule}")
+        if getattr(o, name) is None:
+            setattr(o, name, value)
+
+
 def refuse_combinations(o: argparse.Namespace) -> None:
     """The part of `resolve` for federated methods that do not go together."""
     for given, why in (
@@ -767,6 +777,19 @@ def refuse_combinations(o: argparse.Namespace) -> None:
             o.scaffold and o.prox,
             "--scaffold with --prox: the proximal pull would enter the control variates as if it "
             "were a gradient",
+        ),
+        (
+            o.aggregate == "fednova" and o.prox,
+            "--aggregate fednova with --prox: the proximal pull shortens steps in a way that the "
+            "weights do not know",
+        ),
+        (
+            o.cuda_graph == "on" and o.batch_size == "full",
+            "--cuda-graph on with --batch-size full: clients' batches differ in size",
+        ),
+        (
+            o.search and o.dp_clip is not None,
+            "--search with --dp-clip: every try spends privacy, and epsilon counts the last run",
         ),
         (
             o.scaffold and o.local_norm,

@@ -94,6 +94,9 @@ def test_client_states_that_do_not_fit_are_refused_with_figures(cli, monkeypatch
         (("--scaffold", "--local-norm"), "--scaffold with --local-norm: control variates pull"),
         (("--scaffold", "--secure-aggregation"), "the server would see"),
         (("--scaffold", "--lr", 0), "--scaffold divides by --lr"),
+        (("--aggregate", "fednova", "--prox", 0.1), "--aggregate fednova with --prox"),
+        (("--cuda-graph", "on", "--batch-size", "full"), "clients' batches differ in size"),
+        (("--dare-drop", 0.5), "--dare-drop belongs to --aggregate dare"),
         (("--local-norm", "--train", "head"), "--local-norm with --train head"),
         (("--straggler-fraction", 0.5, "--J", 1), "no client can take fewer steps than one"),
         (("--dropout", 1.5), "--dropout: 1.5 must be at least 0 and at most 1"),
@@ -106,6 +109,21 @@ def test_client_states_that_do_not_fit_are_refused_with_figures(cli, monkeypatch
 def test_what_cannot_work_is_refused_in_one_line(cli, options, message):
     status, _, err = cli(*COMMAND, *options)
     assert status == 2 and message in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("method", ["--scaffold", "--local-norm"])
+def test_a_client_that_diverges_is_named_before_it_is_kept(cli, small_data, method):
+    status, _, err = cli(*COMMAND, method, "--lr", 1e30)
+    assert status == 2 and "round 1, client" in err and "try a lower --lr" in err, err
+    assert err.count("\n") == 1
+
+
+def test_a_run_that_did_not_fit_leaves_no_folder(cli, monkeypatch, small_data):
+    monkeypatch.setattr(federation, "free_memory", lambda device: 1e6)
+    for method in (("--scaffold",), ("--aggregate", "ties"), ("--diagnostics",)):
+        status, _, err = cli(*COMMAND, *method, "--name", "x")
+        assert status == 2 and "room for 0.0 GB" in err, err
+        assert not (small_data / "runs" / "x").exists()
 
 
 # ---------------------------------------------------------------------------- one client
