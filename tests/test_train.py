@@ -363,7 +363,9 @@ BAD = {
     "cannot write the run folder": (*FEDAVG, "--runs-dir", "occupied"),
     "--ties-keep: 0 must be above 0 and at most 1": (*FEDAVG, "--ties-keep", 0),
     "--ties-keep: 1.5 must be above 0 and at most 1": (*FEDAVG, "--ties-keep", 1.5),
-    "--dare-drop: the share that is dropped must lie in [0, 1), not 1": (*FEDAVG, "--dare-drop", 1),
+    "--dare-drop: the share that is dropped must lie in [0, 1), not 1": (
+        *(*FEDAVG, "--aggregate", "dare", "--dare-drop", 1),
+    ),
     "--aggregate ties with --secure-aggregation: it compares": (
         *(*FEDAVG, "--aggregate", "ties", "--secure-aggregation"),
     ),
