@@ -56,7 +56,7 @@ class Entries:
         if self.anchor is not None:
             self.anchor.copy_(self.stepped[0])
 
-    def correct(self, correction: torch.Tensor) -> None:
+    def correct(self, correction: Tensor) -> None:
         """Set what every step adds to its gradient: one value per entry that trains."""
         if self.stepped[0] is self.theta:
             self.correction.copy_(correction)

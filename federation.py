@@ -100,9 +100,9 @@ def combined(options: argparse.Namespace, rows: Tensor, weights: np.ndarray, siz
     """Return what --aggregate makes of contributions (m, P), or of their sum (1, P)."""
     if options.aggregate == "ties":
         return editing.ties(rows, weights, keep=options.ties_keep, size=size)
-    return (
-        editing.sign_elected(rows, weights) if options.aggregate == "sign" else fedavg.add_up(rows)
-    )
+    if options.aggregate == "sign":
+        return editing.sign_elected(rows, weights)
+    return fedavg.add_up(rows)
 
 
 def sampled_clients(options: argparse.Namespace, sizes: list[int], round: int) -> np.ndarray:

@@ -183,10 +183,7 @@ def local_entries(learner: Learner) -> Tensor:
         ValueError: none of what trains does.
     """
     flat, entries = learner.flat, learner.entries
-    marked = torch.zeros_like(flat.theta, dtype=torch.bool)
-    for name in flat.shapes:
-        if "norm" in name:
-            flat.view(marked, name).fill_(True)
+    marked = flat.marked(name for name in flat.shapes if "norm" in name)
     at = (marked if entries.index is None else marked[entries.index]).nonzero()[:, 0]
     if not len(at):
         raise ValueError("--local-norm keeps LayerNorm parameters local, and none of them trains")

@@ -388,10 +388,13 @@ class FlatView:
         shape, start = self.shapes[name], self.offsets[name]
         return vector[..., start : start + math.prod(shape)].unflatten(-1, shape)
 
-    def marked(self) -> Tensor:
-        """Return which entries of a flat vector are parameters, not padding: (P,) bool."""
+    def marked(self, names: Iterable[str] | None = None) -> Tensor:
+        """Return which entries of a flat vector belong to these parameters, or to any: (P,) bool.
+
+        The others are padding, or other parameters'.
+        """
         marks = torch.zeros_like(self.theta, dtype=torch.bool)
-        for name in self.shapes:
+        for name in self.shapes if names is None else names:
             self.view(marks, name).fill_(True)
         return marks
 

@@ -78,7 +78,7 @@ def test_scaffold_is_its_equation_and_its_variates_add_up(momentum):
         torch.testing.assert_close(kept, own, rtol=0, atol=1e-10)
         torch.testing.assert_close(kept.sum(dim=0), 12 * variates.mean, rtol=0, atol=1e-10)
         absent = [k for k in range(12) if k not in clients]
-        assert torch.equal(kept[absent], before[absent]) or t > 1
+        torch.testing.assert_close(kept[absent], before[absent], rtol=0, atol=1e-10)
         assert record["state_bytes"]["scaffold"] == variates.bytes
 
 
@@ -178,7 +178,7 @@ def test_files_hold_what_changed_and_every_kept_checkpoint_can_be_resumed(tmp_pa
             kept = {"mean": mean.clone(), "total": total.clone()}
             states[-1]["companions"]["scaffold"] |= kept
     assert len(written) == len(set(written))  # nothing twice
-    assert 3 * calls // 3 - 3 <= len(written) <= calls
+    assert calls - 3 <= len(written) <= calls
     assert len(list(tmp_path.iterdir())) < 12 + 3 * 3  # old files go
     for state in states[-2:]:  # a checkpoint and its predecessor
         again, own = federation(folder=tmp_path, write=None)
