@@ -16,80 +16,28 @@ import argparse
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import centralized
 import commands
 import doctor
-import editing
 import experiments
 import fedavg
-import federation
 import masks
 import merging
 import model as vit
-import privacy
 import runs
 import server
+from options import BY_DATA, DARE_DROP, MASK_DEFAULTS, TIES_KEEP, resolve
 from ranks import LostProcess, ToldByFirst
-from sparse_sgdm import check_sgd_options
 
-# Defaults that depend on the data set; the help of each option shows both.
-BY_DATA = {
-    "cifar100": dict(
-        model="vit_s16",
-        weights="dino",
-        image_size=224,
-        head="ridge",
-        augment=True,
-        batch_size=64,
-        rounds=200,
-        epochs=15,
-    ),
-    "synthetic": dict(
-        model="vit_demo",
-        weights="none",
-        image_size=32,
-        head="linear",
-        augment=False,
-        batch_size=32,
-        rounds=100,
-        epochs=5,
-    ),
-}
-# --lr on CIFAR-100, chosen on validation (README, Results), by what trains: (N_c at most, lr). The
-# fewer classes a client holds, the further it drifts in a step.
-LR_OF_BACKBONE = ((4, 1e-4), (9, 1e-3), (math.inf, 1e-2))
-LR_OF_FITTED_HEAD = ((4, 3e-4), (math.inf, 3e-3))
-LR_OF_SYNTHETIC = 0.2, 0.01  # from a linear head, under a fitted one
 LR_HELP = (
     "0.01, with --nc below 10: 0.001, below 5: 0.0001; a fitted head alone: 0.003, with --nc "
     "below 5: 0.0003; synthetic: 0.2, with a fitted head 0.01"
 )
-TIES_KEEP, DARE_DROP = 0.2, 0.9
 AGGREGATES = ("mean", "fednova", "ties", "dare", "sign")
-# What client-level privacy does not go with: client state, other samples, other
-# weights, a look at single changes.
-NOT_PRIVATE = (
-    *("scaffold", "local_norm", "fedir", "fedvc", "aggregate", "dropout", "straggler_fraction"),
-    "diagnostics",
-)
-# Of a mask that is made; without one these options stay None.
-MASK_DEFAULTS = dict(
-    sparsity=0.9,
-    mask_scope=["*"],
-    per_tensor=False,
-    calibration_rounds=4,
-    calibration_images=1000,
-    calibration_fraction=1.0,
-    damp=0.1,
-    fisher_labels="sampled",
-    fisher_score="log-prob",
-    consensus="mean",
-)
 TOLD_ONCE = (ToldByFirst, fedavg.ClientError)  # errors that all processes of a group share
-EVALUATIONS = 20  # of a run, where --eval-every does not say otherwise
 
 
 # ---------------------------------------------------------------------------- the command line
@@ -696,243 +644,6 @@ def build_parser() -> Parser:
     sub.add_argument("run_folders", metavar="RUN", nargs="+", help="run folders, one or several")
     sub.add_argument("--out", help="where the picture goes [curves.png in the first run]")
     return parser
-
-
-def resolve(options: argparse.Namespace) -> argparse.Namespace:
-    """Fill in the defaults that depend on other options, and refuse what cannot work together.
-
-    Raises:
-        ValueError: the message names the options.
-    """
-    o = options
-    if getattr(o, "augment", False) is None and o.train not in ("all", "blocks.0"):
-        o.augment = False
-    for name, value in BY_DATA[o.data].items() if hasattr(o, "data") else ():
-        if hasattr(o, name) and getattr(o, name) is None:
-            setattr(o, name, value)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and o.command != "fedavg":
-        raise ValueError(f"torchrun spreads the clients of fedavg; start {o.command} without it")
-    if hasattr(o, "model"):
-        with naming("--image-size"):
-            vit.check_image_size([o.image_size], vit.MODELS[o.model].patch)
-        if o.weights == "dino" and o.model != "vit_s16":
-            raise ValueError(f"--weights dino is a vit_s16, not {o.model}: --weights FILE or none")
-    if getattr(o, "head", "ridge") != "linear" and "val_fraction" in o and not o.val_fraction:
-        raise ValueError("a ridge or probe head needs validation data: --val-fraction above 0")
-    if hasattr(o, "mask_rule"):
-        resolve_mask(o)
-    if hasattr(o, "train"):
-        resolve_training(o)
-    if hasattr(o, "dare_drop"):
-        resolve_merging(o)
-        with naming("--dare-drop"):
-            editing.check_drop(o.dare_drop)
-    if o.command == "fedavg":
-        refuse_combinations(o)
-        resolve_privacy(o)
-    return o
-
-
-def resolve_privacy(o: argparse.Namespace) -> None:
-    """The part of `resolve` for --dp-noise and what goes with it."""
-    if (o.dp_noise is None) != (o.dp_clip is None):
-        given, missing = (
-            ("--dp-noise", "--dp-clip S") if o.dp_clip is None else ("--dp-clip", "--dp-noise Z")
-        )
-        raise ValueError(
-            f"{given} needs {missing}: noise is measured by the norm that changes are clipped to"
-        )
-    if o.dp_clip is None:
-        if o.dp_delta is not None:
-            raise ValueError("--dp-delta belongs to --dp-noise Z --dp-clip S")
-        return
-    for name in NOT_PRIVATE:
-        if getattr(o, name, None) not in (None, False, 0, "mean"):
-            option = name.replace("_", "-")
-            raise ValueError(
-                f"--{option} with --dp-noise: privacy needs clients that keep no state, all take "
-                "part alike and weigh alike, and show in their sum alone"
-            )
-    if o.dp_delta is None:
-        o.dp_delta = min(1e-5, o.clients**-1.1)
-    if o.dp_noise:
-        with naming("--dp-noise"):
-            privacy.check_accountant()
-
-
-def resolve_merging(o: argparse.Namespace) -> None:
-    """The part of `resolve` for the commands that merge changes."""
-    option = "rule" if o.command == "merge" else "aggregate"
-    for rule, name, value in (("ties", "ties_keep", TIES_KEEP), ("dare", "dare_drop", DARE_DROP)):
-        if getattr(o, option) != rule and getattr(o, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} belongs to --{option} {rule}")
-        if getattr(o, name) is None:
-            setattr(o, name, value)
-
-
-def refuse_combinations(o: argparse.Namespace) -> None:
-    """The part of `resolve` for federated methods that do not go together."""
-    for given, why in (
-        (
-            o.scaffold and o.prox,
-            "--scaffold with --prox: the proximal pull would enter the control variates as if it "
-            "were a gradient",
-        ),
-        (
-            o.aggregate == "fednova" and o.prox,
-            "--aggregate fednova with --prox: the proximal pull shortens steps in a way that the "
-            "weights do not know",
-        ),
-        (
-            o.cuda_graph == "on" and o.batch_size == "full",
-            "--cuda-graph on with --batch-size full: clients' batches differ in size",
-        ),
-        (
-            o.search and o.dp_clip is not None,
-            "--search with --dp-clip: every try spends privacy, and epsilon counts the last run",
-        ),
-        (
-            o.scaffold and o.local_norm,
-            "--scaffold with --local-norm: control variates pull towards a common model, and local "
-            "parameters have none",
-        ),
-        (
-            o.scaffold and o.secure_aggregation,
-            "--scaffold with --secure-aggregation: the server would see each client's control "
-            "variate",
-        ),
-        (
-            o.scaffold and not o.lr,
-            "--scaffold divides by --lr, which must be above 0",
-        ),
-        (
-            o.local_norm and o.train == "head",
-            "--local-norm with --train head: the head has no LayerNorm",
-        ),
-        (
-            o.secure_aggregation and o.aggregate in federation.APART,
-            f"--aggregate {o.aggregate} with --secure-aggregation: it compares the clients' "
-            "changes entry by entry, and only their sum can be seen",
-        ),
-        (
-            o.secure_aggregation and o.diagnostics,
-            "--diagnostics with --secure-aggregation: they compare the clients' changes, and only "
-            "their sum can be seen",
-        ),
-        (
-            o.straggler_fraction and o.J == 1,
-            "--straggler-fraction with --J 1: no client can take fewer steps than one",
-        ),
-    ):
-        if given:
-            raise ValueError(why)
-
-
-@contextlib.contextmanager
-def naming(option: str) -> Iterator[None]:
-    """Say in an error which option it is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from None
-
-
-def resolve_mask(o: argparse.Namespace) -> None:
-    """The part of `resolve` for the commands that make or take a mask."""
-    if o.command == "calibrate":
-        o.mask_rule = o.mask_rule or "least-sensitive"
-    making = [
-        name for name in (*MASK_DEFAULTS, "threshold", "quorum") if getattr(o, name) is not None
-    ]
-    if not o.mask_rule and making:
-        option = "--" + making[0].replace("_", "-")
-        raise ValueError(f"{option} makes a mask and needs --mask-rule {'|'.join(masks.RULES)}")
-    if o.mask and o.mask_rule:
-        raise ValueError("--mask takes a mask that is made: leave --mask-rule away, or --mask")
-    if not (o.mask or o.mask_rule):
-        return
-    if getattr(o, "train", "all") != "all":
-        raise ValueError(f"a mask says what trains: --mask-scope in place of --train {o.train}")
-    if o.head == "linear" or getattr(o, "freeze_head", True) is False:
-        raise ValueError("under a mask the head is fitted first and frozen: --head ridge or probe")
-    if o.mask_rule:
-        fill_mask_options(o)
-
-
-def fill_mask_options(o: argparse.Namespace) -> None:
-    """Fill in what decides how a mask is made, and refuse what contradicts itself."""
-    for name, value in MASK_DEFAULTS.items():
-        if getattr(o, name) is None and not (name == "sparsity" and o.threshold is not None):
-            setattr(o, name, value)
-    if o.sparsity is not None and not o.sparsity < 1:
-        raise ValueError(f"--sparsity {o.sparsity:g}: the frozen share must be below 1")
-    if o.threshold is not None and o.consensus not in ("mean", "max"):
-        raise ValueError(
-            f"--threshold is compared with scores, and --consensus {o.consensus} makes ranks of "
-            "them: --consensus mean or max, or a --sparsity"
-        )
-    if o.threshold is not None and o.mask_rule == "random":
-        raise ValueError("--threshold has no meaning for --mask-rule random: --sparsity")
-    if o.threshold is not None and o.per_tensor:
-        raise ValueError("--per-tensor shares a --sparsity out; a --threshold is the same anyway")
-    if o.quorum is not None and o.consensus != "vote":
-        raise ValueError("--quorum belongs to --consensus vote")
-
-
-def default_lr(o: argparse.Namespace) -> float:
-    """Return --lr's default for the data set, what trains, and what the clients hold."""
-    if o.data == "synthetic":
-        return LR_OF_SYNTHETIC[o.head != "linear"]
-    head_only = o.train == "head" and o.head != "linear"
-    table = LR_OF_FITTED_HEAD if head_only else LR_OF_BACKBONE
-    held = getattr(o, "nc", None) or math.inf
-    return next(lr for most, lr in table if held <= most)
-
-
-def resolve_training(o: argparse.Namespace) -> None:
-    """The part of `resolve` for the commands that train."""
-    unit, total = ("rounds", o.rounds) if hasattr(o, "rounds") else ("epochs", o.epochs)
-    vit.check_train(o.train, vit.MODELS[o.model].depth)
-    if o.lr is None:
-        o.lr = default_lr(o)
-    if "server_lr" in o and o.server_lr is None:
-        o.server_lr = 1.0 if o.server in ("fedavg", "fedavgm") else 0.01
-    if o.freeze_head is None:  # a fitted head is kept, unless it is all that trains
-        o.freeze_head = o.head != "linear" and o.train != "head"
-    if o.freeze_head and o.head == "linear":
-        raise ValueError(
-            "--freeze-head with --head linear would keep a head of zeros: --head ridge or probe"
-        )
-    if o.head_images is not None and o.head == "linear":
-        raise ValueError("--head-images fits a head, and --head linear fits none: ridge or probe")
-    if o.head_images is not None and o.train == "head":
-        raise ValueError("--head-images saves features, and --train head needs those of all images")
-    if o.keep_tokens < 1 and o.train == "head":
-        raise ValueError("--keep-tokens thins out images, and --train head sees their features")
-    if o.augment and o.train == "head":
-        raise ValueError("--augment changes images, and --train head sees their features")
-    if o.freeze_head and o.train == "head":
-        raise ValueError("--train head with --freeze-head leaves nothing to train")
-    if o.cuda_graph == "on" and o.train == "head" and o.command == "fedavg":
-        raise ValueError(
-            "--cuda-graph on: --train head takes all clients' steps together, and none of their own"
-        )
-    if o.compile and o.train == "head":
-        raise ValueError("--compile compiles the backbone, and --train head does not run it")
-    if o.early_stop and not o.val_fraction:
-        raise ValueError("--early-stop watches validation data: --val-fraction above 0")
-    if o.search and not o.val_fraction:
-        raise ValueError("--search chooses on validation data: --val-fraction above 0")
-    if not o.search:
-        o.search_lr = o.search_weight_decay = o.search_length = None
-    elif o.search_lr is None:
-        o.search_lr = [o.lr / 3, o.lr, 3 * o.lr]
-    if o.warmup >= (shortest := min(total, o.search_length or total)):
-        raise ValueError(f"--warmup {o.warmup:g} must be shorter than {shortest} {unit}")
-    if o.eval_every is None:
-        o.eval_every = math.ceil(total / EVALUATIONS)
-    with naming("--nesterov"):
-        check_sgd_options(o.lr, o.momentum, 0.0, o.weight_decay, o.nesterov)
 
 
 def run_doctor(options: argparse.Namespace) -> None:
