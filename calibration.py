@@ -30,6 +30,7 @@ from workspace import Status, Workspace, fingerprint
 
 BATCH = 64  # images scored at a time; changes no score
 OVERLAP_CLIENTS = 10  # whose masks are compared
+GROUPS = (1, 2, 5, 10, 20, 50)  # sizes of the groups of clients whose masks are compared
 MAKING = (  # the options that decide what a mask is
     "mask_rule",
     "sparsity",
@@ -211,10 +212,29 @@ class Calibration:
         try:
             with exact_products():
                 halves = [[self.own_mask(part) for part in self.halves(k)] for k in clients]
+                groups = self.group_agreement()
         except masks.NothingKept:
             return {}
         images = len(self.halves(clients[-1])[0])
-        return masks.overlap(halves) | {"clients": len(clients), "images": images}
+        found = masks.overlap(halves) | {"clients": len(clients), "images": images}
+        return found | {"groups": groups}
+
+    def group_agreement(self) -> dict[str, float]:
+        """Return the IoU of the masks that two groups of m clients make, for several m.
+
+        The groups share no client; their scores are added up weighted by samples.
+        """
+        half, found, weight = len(self.clients) // 2, {}, np.zeros((2, 1))
+        sides = torch.zeros(2, len(self.theta), dtype=torch.float64, device=self.theta.device)
+        for m in range(1, half + 1):
+            for i, client in enumerate((self.clients[m - 1], self.clients[-m])):
+                weight[i] += len(self.shards[client])
+                sides[i] += len(self.shards[client]) * self.client_keys(self.images(client))
+            if m in GROUPS or m == half:
+                means = (sides / torch.from_numpy(weight).to(sides)).to(self.theta.dtype)
+                one, two = map(self.mask_by, means)
+                found[f"{m}"] = masks.overlap([(one, one), (two, two)])["iou"]
+        return found
 
     def halves(self, client: int) -> list[np.ndarray]:
         """Split the client's calibration images in two."""
@@ -222,8 +242,11 @@ class Calibration:
 
     def own_mask(self, index: np.ndarray) -> Tensor:
         """Return the mask (P,) that these images alone make in one round."""
-        keys = lambda alive, keep: self.client_keys(index)  # noqa: E731
-        return masks.calibrate(self.theta, keys, rounds=1, **self.limits).cpu()
+        return self.mask_by(self.client_keys(index))
+
+    def mask_by(self, keys: Tensor) -> Tensor:
+        """Return the mask (P,) that these keys make in one round."""
+        return masks.calibrate(self.theta, lambda alive, keep: keys, rounds=1, **self.limits).cpu()
 
 
 def cached_mask(calibration: Calibration) -> Mask:

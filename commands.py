@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ import outcome
 import plots
 import runs
 import sweep
+import tables
 from calibration import Calibration, cached_mask
 from learner import set_fitted_head
 from mask_file import density_table
@@ -65,7 +69,7 @@ def run_centralized(options: argparse.Namespace) -> None:
 
 def run_ridge(options: argparse.Namespace) -> None:
     """Solve the ridge head centrally and from the clients' sums, and compare the two."""
-    workspace = Workspace(options)
+    started, workspace = time.monotonic(), Workspace(options)
     shards, model = workspace.shards(), workspace.build_model()
     name = options.name or default_name(options)
     run = open_run(workspace, model, options, name, shards)
@@ -79,10 +83,12 @@ def run_ridge(options: argparse.Namespace) -> None:
         total = total + sums.update(features[at], labels[at])
     weight, bias = (x / central.temperature for x in head.solve_ridge(total, central.strength))
     logits = test_features.double() @ weight.T + bias
-    figures = {
+    final = {
         "val_acc": central.val_acc,
         "test_acc": (logits.argmax(1) == test_labels).double().mean().item(),
         "test_loss": F.cross_entropy(logits, test_labels).item(),
+    }
+    figures = {
         "ridge": central.strength,
         "temperature": central.temperature,
         "train_images": len(workspace.train_index),
@@ -90,14 +96,15 @@ def run_ridge(options: argparse.Namespace) -> None:
         "difference_to_central": ((weight - central.weight).norm() / central.weight.norm()).item(),
         "bytes_up": total.bytes * len(shards),
     }
-    print_figures(figures)
+    print_figures(final | figures)
+    figures |= {"final": final, "wall_seconds": time.monotonic() - started}
     runs.write_json(run.folder / "summary.json", figures)
     print(f"written to {run.folder / 'summary.json'}")
 
 
 def run_calibrate(options: argparse.Namespace) -> None:
     """Make a mask from the clients' data; write it, its density by layer, and a picture of that."""
-    workspace = Workspace(options)
+    started, workspace = time.monotonic(), Workspace(options)
     shards, model = workspace.shards(), workspace.build_model()
     name = options.name or default_name(options)
     run = open_run(workspace, model, options, name, shards)
@@ -117,7 +124,8 @@ def run_calibrate(options: argparse.Namespace) -> None:
         kind: dict(zip(layers, row, strict=True))
         for kind, row in zip(kinds, density.tolist(), strict=True)
     }
-    runs.write_json(run.folder / "summary.json", figures | {"density": table})
+    figures |= {"density": table, "wall_seconds": time.monotonic() - started}
+    runs.write_json(run.folder / "summary.json", figures)
     title = f"{options.mask_rule}, {100 * mask.kept.double().mean():.1f} % trainable"
     try:
         plots.plot_density(kinds, layers, density, run.folder / "density.png", title)
@@ -154,40 +162,62 @@ def run_shards(options: argparse.Namespace) -> None:
 
 
 def run_sweep(options: argparse.Namespace) -> None:
-    """Run what is missing of an experiment, several runs at a time, and write its table."""
-    experiment = experiments.EXPERIMENTS[options.experiment]
-    folder = Path(options.results) / options.experiment
+    """Run what is missing of the experiments, several runs at a time, and write their tables."""
+    made = experiments.at_scale(options.scale)
+    chosen = {name: made[name] for name in options.experiment or made}
+    results = Path(options.results) / options.scale
+    folders = {name: results / (e.folder or name) for name, e in chosen.items()}
     if options.list:
-        list_runs(experiment, folder, options.jobs)
+        list_runs(chosen, folders, options.jobs)
         return
-    try:
-        failed = sweep.run_cells(experiment.missing(folder), folder, options.jobs)
-    finally:
-        if folder.exists():
-            text = experiment.table(folder)
-            runs.write_atomically(
-                folder / "table.md", lambda path: path.write_text(text, encoding="utf-8")
-            )
+
+    def missing(failed: set[str]) -> Iterator[tuple[Path, tables.Cell]]:
+        for name, experiment in chosen.items():
+            for cell in experiment.missing(folders[name], failed):
+                yield folders[name], cell
+
+    next(missing(set()), None)  # refuses what is not of this version before anything is made
+    with contextlib.ExitStack() as held:
+        for folder in sorted(set(folders.values())):
+            held.enter_context(runs.held(folder))
+        try:
+            failed = sweep.run_cells(missing, options.jobs)
+        finally:
+            for name, experiment in chosen.items():
+                text = experiment.table(folders[name])
+                write = lambda path, text=text: path.write_text(text, encoding="utf-8")  # noqa: E731
+                (results / name).mkdir(exist_ok=True)
+                runs.write_atomically(results / name / "table.md", write)
     if failed:
         raise ValueError(f"{len(failed)} runs failed: {', '.join(sorted(failed))}")
-    list_runs(experiment, folder, options.jobs, details=False)
-    print(f"written to {folder / 'table.md'}")
+    list_runs(chosen, folders, options.jobs)
+    print(f"tables: {results}/*/table.md")
 
 
-def list_runs(
-    experiment: experiments.Experiment, folder: Path, jobs: int, details: bool = True
-) -> None:
-    """Say which runs of an experiment are done, and how long the others will take."""
-    seconds, cells = [], experiment.cells()
-    for cell in cells:
-        found = experiments.summary(folder, cell)
-        if found:
-            seconds.append(found["wall_seconds"])
-        if details:
-            print(f"{cell.name:60} {'done in ' + duration(seconds[-1]) if found else '-'}")
-    left = len(cells) - len(seconds)
-    estimate = duration(np.mean(seconds) * left / jobs) if seconds else "unknown"
-    print(f"{len(seconds)} of {len(cells)} runs done, time left: {estimate}")
+def list_runs(chosen: dict[str, tables.Experiment], folders: dict[str, Path], jobs: int) -> None:
+    """Say of every table how many of its runs are done, and how long the others will take."""
+    rate, total = {}, 0.0
+    lines = []
+    for name, experiment in chosen.items():
+        left, folder = experiment.left(folders[name]), folders[name]
+        took = {row.key: experiment.seconds(folder, row) for row, _ in left}
+        known = [seconds for seconds in took.values() if seconds is not None]
+        usual = float(np.mean(known)) if known else None
+        runs_left = sum(count for _, count in left)
+        needed = sum(len(row.rates) + len(row.seeds) - 1 for row in experiment.rows)
+        estimate = None
+        if usual is not None or not runs_left:
+            estimate = sum(n * (took[row.key] or usual or 0) for row, n in left) / jobs
+        rate[name] = estimate
+        total += estimate or 0
+        shown = "unknown: none has run" if estimate is None else duration(estimate)
+        done = f"{needed - runs_left} of {needed} runs done"
+        lines.append(f"{name:15} {done:24} time left: {shown}")
+    print("\n".join(lines))
+    if len(chosen) > 1:
+        unknown = sum(estimate is None for estimate in rate.values())
+        more = f", and {unknown} tables of unknown length" if unknown else ""
+        print(f"{'all':15} {'':24} time left: {duration(total)}{more}")
 
 
 def run_eval(options: argparse.Namespace) -> None:
@@ -260,6 +290,8 @@ def print_overlap(overlap: dict) -> None:
             f"{overlap['chance']:.3f} by chance "
             f"({overlap['clients']} clients, {overlap['images']} images each)"
         )
+        groups = (f"{iou:.3f} of {m}" for m, iou in overlap["groups"].items())
+        print(f"masks of two groups of clients: IoU {', '.join(groups)} clients each")
 
 
 def print_clients(figures: dict) -> None:

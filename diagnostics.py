@@ -20,6 +20,7 @@ from learner import Learner, evaluation_due
 from workspace import Workspace, cast_copy
 
 IMAGES = 32  # on which two models are compared
+DISPLACEMENT = 0.5  # root mean square change of the logits at which moves are compared, matched
 
 
 def logits_of(
@@ -88,22 +89,41 @@ class Diagnostics:
         if len(clients) > 1:
             pair = [self._whole(rows[i].double() / units[i]) for i in range(2)]
             images = [self._images_of(client) for client in clients[:2]]
-            with exact_products():
-                figures["disentanglement_error"] = editing.disentanglement_error(
-                    self.logits, self._whole(theta, self.start), torch.stack(pair), images
-                )
+            figures |= self._disentanglement(self._whole(theta, self.start), pair, images)
         self._watched = {name: value for name, value in figures.items() if value is not None}
 
     def measure(self) -> dict[str, float]:
         """Return the figures of the round that has ended."""
         watched, self._watched = self._watched, {}
+        change = self.learner.flat.theta - self.start
+        moved = {"distance": torch.linalg.vector_norm(change.double()).item()}
+        at = self.start, change
         with exact_products():
-            change = self.learner.flat.theta - self.start
-            error = editing.linearity_error(
-                lambda theta: self.logits(theta, self.held_out), self.start, change
-            )
-        moved = torch.linalg.vector_norm(change.double()).item()
-        return watched | {"distance": moved, "linearity_error": error}
+            moved["displacement"] = editing.displacement(self._held_out_logits, *at)
+            moved["linearity_error"] = editing.linearity_error(self._held_out_logits, *at)
+            if scale := editing.scale_to(self._held_out_logits, *at, DISPLACEMENT):
+                moved["matched_linearity_error"] = editing.linearity_error(
+                    self._held_out_logits, self.start, scale * change
+                )
+        return watched | moved
+
+    def _held_out_logits(self, theta: Tensor) -> Tensor:
+        return self.logits(theta, self.held_out)
+
+    def _disentanglement(self, theta: Tensor, pair: list[Tensor], images: list[Tensor]) -> dict:
+        """Return how far two clients' changes disturb each other, as they are and matched."""
+        with exact_products():
+            error = editing.disentanglement_error
+            found = {"disentanglement_error": error(self.logits, theta, torch.stack(pair), images)}
+            scales = [
+                editing.scale_to(lambda x, at=at: self.logits(x, at), theta, tau, DISPLACEMENT)
+                for tau, at in zip(pair, images, strict=True)
+            ]
+            if all(scales):
+                matched = torch.stack([s * tau for s, tau in zip(scales, pair, strict=True)])
+                name = "matched_disentanglement_error"
+                found[name] = error(self.logits, theta, matched, images)
+        return found
 
     def _images_of(self, client: int) -> Tensor:
         return some_images(self.workspace, self.shards[client], IMAGES, "diagnostics", client)

@@ -209,6 +209,39 @@ def _known_mean(values: Tensor) -> float | None:
     return None if mean != mean else mean
 
 
+@torch.no_grad()
+def displacement(function: Callable[[Tensor], Tensor], theta: Tensor, tau: Tensor) -> float:
+    """Return the root mean square of f(theta + tau) - f(theta): how far a move is felt."""
+    change = (function(theta + tau) - function(theta)).double()
+    return change.square().mean().sqrt().item()
+
+
+def scale_to(
+    function: Callable[[Tensor], Tensor],
+    theta: Tensor,
+    tau: Tensor,
+    target: float,
+    *,
+    tolerance: float = 0.01,
+    attempts: int = 20,
+) -> float | None:
+    """Return the factor s at which `displacement` of s tau is `target`, to a relative tolerance.
+
+    Moves of different rules are compared at one such target: a smaller move is more linear and
+    disturbs less whatever its direction. None where no factor is found, as of a move of zeros.
+    """
+    scale, low, high = 1.0, 0.0, float("inf")
+    for _ in range(attempts):
+        felt = displacement(function, theta, scale * tau)
+        if abs(felt / target - 1) <= tolerance:
+            return scale
+        low, high = (scale, high) if felt < target else (low, scale)
+        guess = scale * min(10.0, target / felt) if felt > 0 else 10 * scale
+        middle = 2 * low if high == float("inf") else (low + high) / 2
+        scale = guess if low < guess < high else middle
+    return None
+
+
 def linearity_error(function: Callable[[Tensor], Tensor], theta: Tensor, tau: Tensor) -> float:
     """Return ||f(theta + tau) - f(theta) - J tau|| / ||f(theta + tau) - f(theta)||.
 

@@ -1,161 +1,218 @@
-"""The experiments as data: which runs make which table, and the tables from their logs.
+"""The experiments as data: which runs make which table, at three sizes.
 
-An experiment is rows of a table. Each row tries its learning rates on all seeds, the first rate of
-every row before the second of any, and shows the one with the best mean validation accuracy.
-Rows share their seeds, hence splits, shards, clients and batches: differences are taken seed by
-seed. `train.py sweep NAME` runs what is missing.
+    at_scale("smoke")["rules"].cells(folder)    the runs; `train.py sweep` runs what is missing
+
+paper: DINO's ViT-S/16 at 224 px, the brief's sizes, for a GPU. cpu: a ViT-Ti/16 at 64 px, at 224 px
+where the head alone trains, for two cores. smoke: the synthetic data set, to see that all works.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-from pathlib import Path
+from itertools import product
 from typing import NamedTuple
 
-import numpy as np
+from centralized import SCHEDULES
+from masks import CONSENSUS
+from tables import BYTES, TEST, VALIDATION, Experiment, Measure, Row
 
-# ViT-Ti/16 at 64 px: what two CPU cores can train
-CPU = (
-    *("--model", "vit_ti16", "--weights", "data/vit_tiny_patch16_224.pth", "--image-size", "64"),
-    *("--batch-size", "32", "--threads", "1"),
-)
-SHARDINGS = {"iid": (), "nc1": ("--nc", "1"), "nc5": ("--nc", "5")}
-
-
-class Cell(NamedTuple):
-    """One run: the row of the table it belongs to, its learning rate and seed, its options."""
-
-    row: tuple[str, ...]
-    lr: float
-    seed: int
-    options: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """The run's folder."""
-        return "-".join([*self.row, f"lr{self.lr:g}", f"seed{self.seed}"]).replace(" ", "_")
-
-    @property
-    def arguments(self) -> list[str]:
-        """What `train.py fedavg` is called with."""
-        return [*self.options, "--lr", f"{self.lr:g}", "--seed", f"{self.seed}"]
+CPU = ("--model", "vit_ti16", "--weights", "data/vit_tiny_patch16_224.pth", "--threads", "1")
+SMOKE = ("--data", "synthetic", "--threads", "1")
+RIDGE = ("--head", "ridge")  # which CIFAR-100 has anyway
 
 
-class Row(NamedTuple):
-    """One line of a table: its key (the first columns), its runs' options, the rates to try."""
+class Scale(NamedTuple):
+    """The sizes of the experiments: all that differs between scales."""
 
-    key: tuple[str, ...]
-    options: tuple[str, ...]
-    rates: tuple[float, ...]
+    backbone: tuple[str, ...]  # model, data and batch where the backbone trains
+    features: tuple[str, ...]  # the same where the head alone does
+    solved: tuple[str, ...]  # and where it is solved
+    local_steps: int  # J x rounds where the backbone trains
+    mask_steps: int  # J x rounds of the mask rules
+    method_rounds: int
+    head_steps: int  # J x rounds where the head alone trains
+    long_rounds: int  # of FedAvg to convergence
+    epochs: int
+    head_epochs: int
+    images: int  # scored in a calibration round
+    agreement_images: int  # scored where clients' masks are compared
+    tries: int  # learning rates that a row tries
+    mask_tries: int  # the same of mask rules
+    seeds: tuple[int, ...]  # of heads, agreement
+    mask_seeds: tuple[int, ...]  # of mask rules
+    wide_seeds: tuple[int, ...]  # of the other runs that train a backbone
 
-    def cell(self, lr: float, seed: int) -> Cell:
-        """Return the row's run at one learning rate on one seed."""
-        return Cell(self.key, lr, seed, self.options)
+
+SCALES = {
+    "paper": Scale(
+        backbone=("--batch-size", "64"),
+        features=(),
+        solved=(),
+        local_steps=800,
+        mask_steps=800,
+        method_rounds=50,
+        head_steps=8000,
+        long_rounds=500,
+        epochs=15,
+        head_epochs=25,
+        images=5000,
+        agreement_images=2000,
+        tries=3,
+        mask_tries=3,
+        seeds=(0, 1, 2),
+        mask_seeds=(0, 1, 2),
+        wide_seeds=(0, 1, 2),
+    ),
+    "cpu": Scale(
+        backbone=(*CPU, "--image-size", "64", "--batch-size", "32"),
+        features=(*CPU, "--image-size", "224"),
+        solved=(*CPU, "--image-size", "224"),
+        local_steps=80,
+        mask_steps=16,
+        method_rounds=4,
+        head_steps=8000,
+        long_rounds=100,
+        epochs=2,
+        head_epochs=25,
+        images=500,
+        agreement_images=2000,
+        tries=3,
+        mask_tries=2,
+        seeds=(0, 1, 2),
+        mask_seeds=(0, 1),
+        wide_seeds=(0,),
+    ),
+    "smoke": Scale(
+        backbone=(*SMOKE, *RIDGE, "--batch-size", "8"),
+        features=(*SMOKE, *RIDGE),
+        solved=SMOKE,
+        local_steps=16,
+        mask_steps=4,
+        method_rounds=1,
+        head_steps=16,
+        long_rounds=3,
+        epochs=1,
+        head_epochs=1,
+        images=100,
+        agreement_images=400,
+        tries=1,
+        mask_tries=1,
+        seeds=(0,),
+        mask_seeds=(0,),
+        wide_seeds=(0,),
+    ),
+}
+SHARDINGS = {
+    n: () if n == "iid" else ("--nc", n[2:]) for n in ("iid", "nc50", "nc10", "nc5", "nc1")
+}
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # rates to choose from
 
 
-class Experiment(NamedTuple):
-    """A table: its rows, the seeds of each, and the row that others of its kind are compared with.
+def rung(lr: float, offset: int = 0) -> float:
+    """Return the rate `offset` rungs above `lr`."""
+    return LADDER[LADDER.index(lr) + offset]
 
-    columns: headings of the rows' keys; a row is compared with `baseline` of the same first column.
+
+def around(lr: float, tries: int) -> tuple[float, ...]:
+    """Return `lr`, then the rungs below and above it, as many as are tried."""
+    return (lr, rung(lr, -1), rung(lr, 1))[:tries]
+
+
+def rounds(steps: int, local_steps: int) -> tuple[str, ...]:
+    """Return the options of a run of so many local steps in all, evaluated twice."""
+    count = max(1, steps // local_steps)
+    return ("--J", f"{local_steps}", "--rounds", f"{count}", "--eval-every", f"{-(-count // 2)}")
+
+
+# --------------------------------------------------------------- training, central and federated
+
+
+def centralized(s: Scale) -> Experiment:
+    """Schedules, and weight decay or none, of the head alone and of everything."""
+    rows = []
+    for what, schedule, decay in product(("head", "all"), SCHEDULES, ("0", "0.0005")):
+        head = what == "head"
+        if not head and decay == "0" and schedule != "cosine":
+            continue
+        options = (*s.features, "--train", "head") if head else s.backbone
+        options += ("--epochs", f"{s.head_epochs if head else s.epochs}")
+        options += ("--schedule", schedule, "--weight-decay", decay)
+        seeds, rates = (s.seeds, 1e-2) if head else (s.wide_seeds, 3e-3)
+        key = (what, schedule, decay)
+        rows.append(Row(key, options, around(rates, s.tries), seeds, "centralized"))
+    title = "Central SGD with momentum: schedules and weight decay"
+    return Experiment(title, ("trains", "schedule", "weight decay"), tuple(rows))
+
+
+def fedavg_iid(s: Scale) -> Experiment:
+    """FedAvg on equal shards, J = 4, until it has converged as far as the scale allows."""
+    every = f"{-(-s.long_rounds // 10)}"
+    long = (*s.backbone, "--J", "4", "--rounds", f"{s.long_rounds}", "--eval-every", every)
+    head = ("--train", "head", "--J", "4", "--rounds", f"{max(1, s.head_steps // 4)}")
+    tries, seeds = min(2, s.tries), s.wide_seeds
+    rows = (
+        Row(("head", "ridge"), (*s.features, *head), around(3e-3, s.tries), s.seeds),
+        Row(("all", "linear"), (*long, "--head", "linear"), around(3e-2, tries), seeds),
+        Row(("all", "ridge, frozen"), long, around(1e-2, tries), seeds),
+    )
+    return Experiment("FedAvg on iid shards, J = 4", ("trains", "head"), rows)
+
+
+def heterogeneity(s: Scale) -> Experiment:
+    """How many classes a client holds, against how many steps it takes on its own.
+
+    J times rounds is the same everywhere; --diagnostics logs how far clients drift apart.
     """
-
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-    seeds: tuple[int, ...]
-    baseline: tuple[str, ...]
-
-    def cells(self) -> list[Cell]:
-        """Return all runs, in the order in which a table that is cut short says most."""
-        tries = range(max(len(row.rates) for row in self.rows))
-        pairs = [(row, lr) for i in tries for row in self.rows for lr in row.rates[i : i + 1]]
-        return [row.cell(lr, seed) for row, lr in pairs for seed in self.seeds]
-
-    def missing(self, folder: Path) -> list[Cell]:
-        """Return the runs that are not done."""
-        return [cell for cell in self.cells() if summary(folder, cell) is None]
-
-    def tried(self, folder: Path, row: Row) -> dict[float, dict[int, dict]]:
-        """Return the summaries of every learning rate that all seeds have run, by seed."""
-        runs = {lr: {s: summary(folder, row.cell(lr, s)) for s in self.seeds} for lr in row.rates}
-        return {lr: found for lr, found in runs.items() if all(found.values())}
-
-    def best(self, folder: Path, row: Row) -> tuple[float, dict[int, dict]] | None:
-        """Return the learning rate with the best mean validation accuracy, and its summaries."""
-        tried = self.tried(folder, row)
-        return max(tried.items(), key=lambda item: mean(item[1], "val")) if tried else None
-
-    def table(self, folder: Path) -> str:
-        """Return a Markdown table from the runs' summaries; accuracies in percent."""
-        groups = list(dict.fromkeys(row.key[0] for row in self.rows))
-        named = {TO: f"to {self.baseline[0]}"} if self.baseline else {}
-        heading = [*self.columns, *(named.get(column, column) for column in COLUMNS)]
-        lines = [heading, ["---"] * len(heading)]
-        best = {row.key: self.best(folder, row) for row in self.rows}
-        for row in sorted(self.rows, key=lambda row: groups.index(row.key[0])):
-            if best[row.key]:
-                base = (
-                    None if row.key[1:] == self.baseline else best.get((row.key[0], *self.baseline))
-                )
-                lines.append([*row.key, *self.line(folder, row, *best[row.key], base)])
-            else:
-                lines.append([*row.key, "not run", *[""] * (len(COLUMNS) - 1)])
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-    def line(self, folder: Path, row: Row, lr: float, found: dict, base: tuple | None) -> list[str]:
-        """Return a row's COLUMNS; `base`: what `best` says of the row to compare with."""
-        others = [
-            f"{other:g}: {100 * mean(runs, 'val'):.1f}"
-            for other, runs in self.tried(folder, row).items()
-            if other != lr
-        ]
-        gains = (
-            [accuracy(found[s], "val") - accuracy(base[1][s], "val") for s in found] if base else []
-        )
-        return [
-            f"{lr:g}",
-            percent([accuracy(figures, "val") for figures in found.values()]),
-            percent([accuracy(figures, "test") for figures in found.values()]),
-            percent(gains, sign="+"),
-            f"{len(found)}",
-            f"{np.mean([figures['bytes_to_dense'] for figures in found.values()]):.3f}",
-            ", ".join(others),
-        ]
+    rows = []
+    for what, sharding, local_steps in product(("head", "all"), SHARDINGS, (4, 8, 16)):
+        few = {"nc5": 1, "nc1": 2}.get(sharding, 0)  # classes: the fewer, the shorter the step
+        if what == "head":
+            count = f"{max(1, s.head_steps // local_steps)}"
+            options = (*s.features, "--train", "head", "--J", f"{local_steps}", "--rounds", count)
+            rates, seeds = around(rung(3e-3, -few), s.tries), s.seeds
+        else:
+            options = (*s.backbone, *rounds(s.local_steps, local_steps))
+            rates, seeds = around(rung(1e-2, -2 * few), min(2, s.tries)), s.wide_seeds
+        key = (what, sharding, f"{local_steps}")
+        name = f"{what}-{sharding}-J{local_steps}"
+        options = (*options, "--diagnostics", *SHARDINGS[sharding])
+        rows.append(Row(key, options, rates, seeds, name=name))
+    drift = (Measure("update cosine", "final/update_cosine"), Measure("moved", "final/distance"))
+    title = "Classes per client against local steps, at equal J x rounds"
+    columns = ("trains", "sharding", "J")
+    return Experiment(title, columns, tuple(rows), (VALIDATION, TEST, *drift), ("4",))
 
 
-TO = "to baseline"
-# of a table, after those of the rows' keys
-COLUMNS = ("lr", "validation", "test", TO, "seeds", "bytes to dense", "other lr")
+def heads(s: Scale) -> Experiment:
+    """A ridge head, solved from clients' sums, against heads that train; under frozen features or
+    with everything."""
+    alone = (*s.features, "--train", "head", "--rounds", f"{max(1, s.head_steps // 4)}")
+    whole = (*s.backbone, *rounds(s.local_steps, 4))
+    rows = []
+    for sharding, split in (("iid", ()), ("nc1", ("--nc", "1"))):
+        few = sharding == "nc1"
+        key = ("nothing", "ridge", sharding)
+        rows.append(Row(key, (*s.solved, *split), seeds=s.seeds, command="ridge"))
+        for kind in ("linear", "probe", "ridge"):
+            rates = around(rung(1e-2 if kind == "linear" else 3e-3, -2 * few), s.tries)
+            options = (*alone, "--head", kind, *split)
+            rows.append(Row(("head", kind, sharding), options, rates, s.seeds))
+        for label, extra in (
+            ("linear", ("--head", "linear")),
+            ("probe, frozen", ("--head", "probe")),
+            ("ridge, frozen", ("--head", "ridge")),
+            ("ridge", ("--head", "ridge", "--no-freeze-head")),
+        ):
+            rates = around(rung(1e-2, -4 * few), min(2, s.tries))
+            name = f"all-{label.replace(', ', '-')}-{sharding}"
+            options = (*whole, *extra, *split)
+            rows.append(Row(("all", label, sharding), options, rates, s.wide_seeds, name=name))
+    return Experiment(
+        "What the head is, and what trains", ("trains", "head", "sharding"), tuple(rows)
+    )
 
 
-def summary(folder: Path, cell: Cell) -> dict | None:
-    """Return a finished cell's summary, or None."""
-    path = folder / cell.name / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+# ------------------------------------------------------------------------------------ mask rules
 
-
-def accuracy(figures: dict, part: str) -> float:
-    """Return the final accuracy of a run on "val" or "test"."""
-    return figures["final"][f"{part}_acc"]
-
-
-def mean(found: dict[int, dict], part: str) -> float:
-    """Return the mean final accuracy of several seeds."""
-    return float(np.mean([accuracy(figures, part) for figures in found.values()]))
-
-
-def percent(values: list[float], sign: str = "") -> str:
-    """Write a mean of shares as 51.23, with the standard deviation of two or more: 51.23 ± 0.40."""
-    if not values:
-        return ""
-    spread = f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{100 * np.mean(values):{sign}.2f}{spread}"
-
-
-# ---------------------------------------------------------------------------- the experiments
-
-
-LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # to choose from
 RUNGS = {  # the lower of the two rates tried, iid: the less the entries matter, the longer the step
     ("dense", "0"): 0.003,
     **{("least-sensitive", s): lr for s, lr in (("0.5", 0.01), ("0.9", 0.03), ("0.99", 0.3))},
@@ -164,25 +221,141 @@ RUNGS = {  # the lower of the two rates tried, iid: the less the entries matter,
     **{("highest-magnitude", s): lr for s, lr in (("0.5", 0.003), ("0.9", 0.01), ("0.99", 0.03))},
     **{("random", s): lr for s, lr in (("0.5", 0.003), ("0.9", 0.01), ("0.99", 0.03))},
 }
+ACCURACY = (VALIDATION, TEST, BYTES)
 
 
-def rules() -> Experiment:
-    """Five mask rules at three sparsities against dense training, and calibration rounds 1 to 8."""
-    training = (*CPU, "--J", "4", "--rounds", "4", "--eval-every", "4")
+def masked(s: Scale, rule: str, sparsity: str, sharding: str, *more: str) -> tuple[str, ...]:
+    """Return the options of a run under a mask, or of dense training."""
+    count = f"{max(1, s.mask_steps // 4)}"
+    options = (*s.backbone, "--J", "4", "--rounds", count, "--eval-every", count)
+    options += SHARDINGS[sharding]
+    if rule == "dense":
+        return options
+    options += ("--mask-rule", rule, "--sparsity", sparsity)
+    return (*options, "--calibration-images", f"{s.images}", *more)
+
+
+def mask_rates(s: Scale, rule: str, sparsity: str, sharding: str) -> tuple[float, ...]:
+    """Return the rates that a mask rule tries; N_c = 1 takes rates three rungs lower."""
+    low = rung(RUNGS[rule, sparsity], 0 if sharding == "iid" else -3)
+    return (low, rung(low, 1), rung(low, -1))[: s.mask_tries]
+
+
+def rules(s: Scale) -> Experiment:
+    """Five mask rules at three sparsities against dense training, after the same local steps."""
+    rows = [
+        Row(
+            (sharding, rule, sparsity),
+            masked(s, rule, sparsity, sharding),
+            mask_rates(s, rule, sparsity, sharding),
+            s.mask_seeds,
+        )
+        for sharding in ("iid", "nc1")
+        for rule, sparsity in RUNGS
+    ]
+    columns = ("sharding", "rule", "sparsity")
+    return Experiment("Mask rules", columns, tuple(rows), ACCURACY, ("dense", "0"))
+
+
+def sparsity(s: Scale) -> Experiment:
+    """The least-sensitive rule: sparsity against calibration rounds."""
     rows = []
-    for ((rule, sparsity), low), sharding in itertools.product(RUNGS.items(), ("iid", "nc1")):
-        split = SHARDINGS[sharding]
-        rung = LADDER.index(low) - (0 if sharding == "iid" else 3)
-        options, rates = (*training, *split), LADDER[rung : rung + 2]
-        if rule != "dense":
-            options += ("--mask-rule", rule, "--sparsity", sparsity, "--calibration-images", "500")
-        rows.append(Row((sharding, rule, sparsity), options, rates))
-        if (rule, sparsity) == ("least-sensitive", "0.9"):
-            for rounds in ("1", "2", "8"):  # 4 is the default
-                key = (sharding, rule, f"{sparsity} R={rounds}")
-                rows.append(Row(key, (*options, "--calibration-rounds", rounds), rates))
-    return Experiment(("sharding", "rule", "sparsity"), tuple(rows), (0, 1), ("dense", "0"))
+    for sharding, share, count in product(("iid", "nc1"), ("0.5", "0.9", "0.99"), "1248"):
+        more = ("--calibration-rounds", count) if count != "4" else ()  # 4 is the default
+        options = masked(s, "least-sensitive", share, sharding, *more)
+        rates = mask_rates(s, "least-sensitive", share, sharding)
+        name = f"{sharding}-least-sensitive-{share}" + (f" R={count}" if more else "")
+        rows.append(Row((sharding, share, count), options, rates, s.mask_seeds, name=name))
+    title = "Least-sensitive weights: sparsity and calibration rounds"
+    columns = ("sharding", "sparsity", "calibration rounds")
+    return Experiment(title, columns, tuple(rows), ACCURACY, ("1",), "rules")
 
+
+# ---------------------------------------------------------------- extension: federated calibration
+
+
+def agreement(s: Scale) -> Experiment:
+    """Whether clients agree on what is insensitive, and how many of them a mask needs.
+
+    IoU of masks that single clients make, of two halves of a client's own images (what the noise
+    of sampling leaves), and of two groups of clients that share none.
+    """
+    images = ("--sparsity", "0.9", "--calibration-rounds", "1")
+    images += ("--calibration-images", f"{s.agreement_images}")
+    options = (*s.backbone[: s.backbone.index("--batch-size")], *images)
+    rows = tuple(
+        Row((sharding,), (*options, *split), seeds=s.seeds, command="calibrate")
+        for sharding, split in SHARDINGS.items()
+    )
+    single = [
+        Measure(f"IoU, {what}", f"overlap/{key}")
+        for what, key in (
+            ("two clients", "iou"),
+            ("halves of one", "ceiling"),
+            ("chance", "chance"),
+        )
+    ]
+    groups = [Measure(f"IoU, 2 x {m}", f"overlap/groups/{m}") for m in (2, 5, 10, 50)]
+    title = "Do clients agree on which weights are least sensitive?"
+    return Experiment(title, ("sharding",), rows, (*single, *groups))
+
+
+def consensus(s: Scale) -> Experiment:
+    """How clients' scores become one mask, and how many clients score the same number of images."""
+    rows = []
+    for sharding, (rule, share) in product(
+        ("iid", "nc1"), [*((rule, "1") for rule in CONSENSUS), ("mean", "0.1"), ("mean", "0.01")]
+    ):
+        more = ("--consensus", rule) if rule != "mean" else ()
+        more += ("--calibration-fraction", share) if share != "1" else ()
+        options = masked(s, "least-sensitive", "0.9", sharding, *more)
+        rates = mask_rates(s, "least-sensitive", "0.9", sharding)[:2]
+        name = "-".join([sharding, "least-sensitive-0.9", *(m for m in more if m[:2] != "--")])
+        rows.append(Row((sharding, share, rule), options, rates, s.mask_seeds, name=name))
+    columns = ("sharding", "clients that score", "consensus")
+    title = "Calibration: consensus rules and calibrating clients"
+    return Experiment(title, columns, tuple(rows), ACCURACY, ("1", "mean"), "rules")
+
+
+def linearity(s: Scale) -> Experiment:
+    """How linear and disentangled the moves under each rule are, at equal change of the logits."""
+    rows = []
+    for sharding, (rule, share) in product(("iid", "nc1"), RUNGS):
+        if share in ("0", "0.9"):
+            options = (*masked(s, rule, share, sharding), "--diagnostics")
+            low = rung(RUNGS[rule, share], 0 if sharding == "iid" else -3)
+            rates = (rung(low, rule == "least-sensitive"),)
+            rows.append(Row((sharding, rule), options, rates, s.mask_seeds))
+    figures = (
+        Measure("moved", "final/distance"),
+        Measure("logits moved", "final/displacement"),
+        Measure("linearity error", "final/linearity_error"),
+        Measure("the same, matched", "final/matched_linearity_error"),
+        Measure("disentanglement error, matched", "final/matched_disentanglement_error"),
+    )
+    title = "Linearity and interference under the mask rules, sparsity 0.9"
+    return Experiment(title, ("sharding", "rule"), tuple(rows), (VALIDATION, *figures))
+
+
+def scaffold_mask(s: Scale) -> Experiment:
+    """Whether SCAFFOLD still helps under a mask: 20 clients of 5 classes, each drawn often."""
+    count = max(1, 4 * s.mask_steps // 8)
+    options = (*s.backbone, *rounds(8 * count, 8), "--clients", "20", "--fraction", "0.25")
+    rows = []
+    for (weights, low), method in product(
+        (("dense", 3e-4), ("masked", 3e-3)), ("plain", "scaffold")
+    ):
+        more = ("--nc", "5", *["--scaffold"] * (method == "scaffold"))
+        if weights == "masked":
+            more += ("--mask-rule", "least-sensitive", "--sparsity", "0.9")
+            more += ("--calibration-images", f"{s.images}")
+        rates = (low, rung(low, 1), rung(low, -1))[: s.tries]
+        rows.append(Row((weights, method), (*options, *more), rates, s.wide_seeds))
+    title = "SCAFFOLD with and without a mask, N_c = 5, K = 20"
+    return Experiment(title, ("weights", "method"), tuple(rows), ACCURACY, ("plain",))
+
+
+# -------------------------------------------------------------------------------------- methods
 
 METHODS = {
     "fedavg": (),
@@ -204,19 +377,29 @@ METHODS = {
 }
 
 
-def methods() -> Experiment:
+def methods(s: Scale) -> Experiment:
     """Every federated method at the same budget of local steps, under a frozen ridge head.
 
     fedsgd takes one step a round, on all of a client's images.
     """
-    training = (*CPU, "--J", "16", "--batch-size", "16", "--fraction", "0.05", "--rounds", "4")
+    count = f"{s.method_rounds}"
+    training = (*s.backbone, "--J", "16", "--batch-size", "16", "--fraction", "0.05")
+    training += ("--rounds", count, "--eval-every", count)
     rows = []
-    for (method, options), sharding in itertools.product(METHODS.items(), ("nc1", "nc5")):
-        rung = LADDER.index(1e-4 if sharding == "nc1" else 1e-3) + 4 * (method == "fedsgd")
-        options = (*training, "--eval-every", "4", *SHARDINGS[sharding], *options)
-        rates = tuple(LADDER[i] for i in (rung, rung - 1, rung - 2))
-        rows.append(Row((sharding, method), options, rates))
-    return Experiment(("sharding", "method"), tuple(rows), (0,), ("fedavg",))
+    for (method, options), sharding in product(METHODS.items(), ("nc1", "nc5")):
+        high = rung(1e-4 if sharding == "nc1" else 1e-3, 4 * (method == "fedsgd"))
+        rates = (high, rung(high, -1), rung(high, -2))[: s.tries]
+        options = (*training, *SHARDINGS[sharding], *options)
+        rows.append(Row((sharding, method), options, rates, s.wide_seeds))
+    rows.sort(key=lambda row: row.key[0])
+    columns = ("sharding", "method")
+    return Experiment("Federated methods", columns, tuple(rows), ACCURACY, ("fedavg",))
 
 
-EXPERIMENTS = {"rules": rules(), "methods": methods()}
+def at_scale(name: str) -> dict[str, Experiment]:
+    """Return the experiments, by name, at one of SCALES, cheapest and most telling first."""
+    made = (
+        *(agreement, heads, heterogeneity, fedavg_iid, centralized),
+        *(rules, sparsity, consensus, linearity, scaffold_mask, methods),
+    )
+    return {make.__name__.replace("_", "-"): make(SCALES[name]) for make in made}

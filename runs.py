@@ -66,6 +66,43 @@ class Interrupted(Exception):
 # ---------------------------------------------------------------------------- files
 
 
+def lock(folder: Path) -> None:
+    """Keep other processes out of a folder, until `unlock` or this one's end, however it comes.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    key = folder.resolve()
+    if fcntl is None or key in _locks:
+        return
+    file = open(folder / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{folder} is open in another process, which runs it") from None
+    except OSError:  # a file system without locks
+        pass
+    _locks[key] = file
+
+
+def unlock(folder: Path) -> None:
+    """Let other processes into a folder that this one holds."""
+    if file := _locks.pop(folder.resolve(), None):
+        file.close()
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder, made where it is missing, for the length of a block."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock(folder)
+    try:
+        yield
+    finally:
+        unlock(folder)
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a file beside `path`, sync it to disk, then rename it into place."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write the same path
@@ -177,7 +214,7 @@ class Run:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            lock(self.folder)
             self._made_here = not self.config_path.exists()
             config = {"format": FORMAT, "options": options} | (extra or {})
             if not self.config_path.exists() or self.config()["options"] != options:
@@ -185,25 +222,9 @@ class Run:
         except OSError as error:
             raise ValueError(f"cannot write the run folder {self.folder}: {error}") from None
 
-    def _lock(self) -> None:
-        """Keep other processes out, until `close` or this process's end, however it comes."""
-        key = self.folder.resolve()
-        if fcntl is None or key in _locks:
-            return
-        file = open(self.folder / "lock", "w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise ValueError(f"{self.folder} is open in another process, which runs it") from None
-        except OSError:  # a file system without locks
-            pass
-        _locks[key] = file
-
     def close(self) -> None:
         """Let other processes open the folder."""
-        if file := _locks.pop(self.folder.resolve(), None):
-            file.close()
+        unlock(self.folder)
 
     @contextlib.contextmanager
     def opening(self) -> Iterator[None]:

@@ -572,10 +572,24 @@ def build_parser() -> Parser:
     add_run_options(sub)
 
     sub = command("sweep", commands.run_sweep)
-    sub.add_argument("experiment", choices=tuple(experiments.EXPERIMENTS), help="which one")
+    sub.add_argument(
+        "experiment",
+        nargs="*",
+        choices=[*experiments.at_scale("smoke"), []],
+        metavar="NAME",
+        help=f"{', '.join(experiments.at_scale('smoke'))} [all of them]",
+    )
+    sub.add_argument(
+        "--scale",
+        choices=tuple(experiments.SCALES),
+        default="paper",
+        help="sizes: paper for a GPU, cpu for two cores, smoke for two minutes [%(default)s]",
+    )
     sub.add_argument("--list", action="store_true", help="say what is done and what is missing")
     sub.add_argument("--jobs", type=number(int, 1), default=1, help="runs at a time [%(default)s]")
-    sub.add_argument("--results", default="results", help="where runs and tables go [%(default)s]")
+    sub.add_argument(
+        "--results", default="results", help="where runs and tables go, by scale [%(default)s]"
+    )
 
     sub = command("eval", commands.run_eval)
     sub.add_argument("run_folder", metavar="RUN", help="a run's folder, such as runs/NAME")

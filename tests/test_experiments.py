@@ -1,92 +1,124 @@
-"""The experiments as data: every run is a valid command, and tables say what the logs say."""
-
-import json
+"""The experiments as data: every run is a valid command, and scales differ in sizes alone."""
 
 import pytest
 
 import experiments
 import train
-from experiments import Cell, Experiment, Row
+from experiments import SCALES, at_scale
 from masks import RULES
+from tables import Experiment, Row
 
+NAMES = tuple(at_scale("smoke"))
+PARSER = train.build_parser()
 TINY = ("--data", "synthetic", "--rounds", "1", "--clients", "10", "--threads", "1")
 
 
-def parsed(cell: Cell):
-    return train.resolve(train.build_parser().parse_args(["fedavg", *cell.arguments]))
+def parsed(cell):
+    return train.resolve(PARSER.parse_args(cell.arguments))
 
 
-def finish(folder, cell: Cell, val_acc: float) -> None:
-    (folder / cell.name).mkdir(parents=True)
-    figures = {"final": {"val_acc": val_acc, "test_acc": 0.5}, "bytes_to_dense": 0.25}
-    (folder / cell.name / "summary.json").write_text(json.dumps(figures | {"wall_seconds": 60.0}))
+def all_cells(experiment):
+    return [row.cell(lr, row.seeds[0]) for row in experiment.rows for lr in row.rates]
 
 
-@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
-def test_every_run_is_a_valid_command_of_its_own(name):
-    cells = experiments.EXPERIMENTS[name].cells()
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_run_is_a_valid_command_of_its_own(scale, name):
+    cells = all_cells(at_scale(scale)[name])
     assert len({cell.name for cell in cells}) == len({(*c.arguments,) for c in cells}) == len(cells)
     for cell in cells:
         options = parsed(cell)
-        assert (options.lr, options.seed) == (cell.lr, cell.seed)
-        assert options.threads == 1  # the bits of a run must not depend on the machine's cores
+        assert options.seed == cell.seed and getattr(options, "lr", None) == cell.lr
+        if scale != "paper":
+            assert options.threads == 1  # the bits of a run must not depend on the machine's cores
+
+
+def test_runs_of_one_folder_and_name_are_the_same_runs():
+    for scale in SCALES:
+        known = {}
+        for name, experiment in at_scale(scale).items():
+            for cell in all_cells(experiment):
+                key = experiment.folder or name, cell.name
+                assert known.setdefault(key, vars(parsed(cell))) == vars(parsed(cell))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scales_have_the_same_rows(name):
+    rows = {scale: {(r.key, r.command) for r in at_scale(scale)[name].rows} for scale in SCALES}
+    assert rows["paper"] == rows["cpu"] == rows["smoke"]
 
 
 def test_the_rules_are_compared_at_equal_steps_on_the_same_shards():
-    cells = experiments.EXPERIMENTS["rules"].cells()
-    options = [parsed(cell) for cell in cells]
+    experiment = at_scale("cpu")["rules"]
+    options = [parsed(cell) for cell in all_cells(experiment)]
     assert len({(o.rounds, o.J, o.batch_size, o.clients, o.image_size) for o in options}) == 1
     assert {o.nc for o in options} == {None, 1}
     assert {o.mask_rule for o in options} == {None, *RULES}
     assert {o.sparsity for o in options if o.mask_rule} == {0.5, 0.9, 0.99}
-    assert {o.calibration_rounds for o in options} == {None, 1, 2, 4, 8}
-    for seed in {cell.seed for cell in cells}:
-        assert {c.row for c in cells if c.seed == seed} == {c.row for c in cells}
+    assert {o.calibration_rounds for o in options} == {None, 4}
+    assert len({row.seeds for row in experiment.rows}) == 1
 
 
-KEYS = (("iid", "dense", "0"), ("nc1", "random", "0.9"), ("iid", "random", "0.9"))
-ROWS = tuple(Row(key, (), (0.01, 0.1)) for key in KEYS)
-EXPERIMENT = Experiment(("sharding", "rule", "sparsity"), ROWS, (0, 1), ("dense", "0"))
+@pytest.mark.parametrize("scale", SCALES)
+def test_heterogeneity_takes_the_same_number_of_local_steps_everywhere(scale):
+    options = [parsed(cell) for cell in all_cells(at_scale(scale)["heterogeneity"])]
+    for what in ("head", "all"):
+        assert len({o.J * o.rounds for o in options if o.train == what}) == 1
+    assert {(o.nc, o.J) for o in options} == {
+        (n, j) for n in (None, 50, 10, 5, 1) for j in (4, 8, 16)
+    }
 
 
-def test_every_row_has_a_figure_before_any_tries_its_second_rate(tmp_path):
-    cells = EXPERIMENT.cells()
-    assert [c.lr for c in cells] == [0.01] * 6 + [0.1] * 6
-    assert [c.row for c in cells[:6:2]] == list(KEYS) and {c.seed for c in cells[:2]} == {0, 1}
-    finish(tmp_path, cells[0], 0.3)
-    assert EXPERIMENT.missing(tmp_path) == cells[1:]
-
-
-def test_a_table_shows_the_best_rate_against_dense_seed_by_seed_and_what_is_missing(tmp_path):
-    accuracies = {0.01: ((0.30, 0.32), (0.28, 0.30)), 0.1: ((0.29, 0.31), (0.33, 0.34))}
-    for lr, (dense, random) in accuracies.items():
-        for seed in (0, 1):
-            finish(tmp_path, ROWS[0].cell(lr, seed), dense[seed])
-            finish(tmp_path, ROWS[2].cell(lr, seed), random[seed])
-    finish(tmp_path, ROWS[1].cell(0.01, 0), 0.9)  # one seed of two is no row
-    lines = EXPERIMENT.table(tmp_path).splitlines()
-    assert lines[2:] == [
-        "| iid | dense | 0 | 0.01 | 31.00 ± 1.41 | 50.00 ± 0.00 |  | 2 | 0.250 | 0.1: 30.0 |",
-        "| iid | random | 0.9 | 0.1 | 33.50 ± 0.71 | 50.00 ± 0.00 | +2.50 ± 0.71 | 2 | 0.250 | "
-        "0.01: 29.0 |",
-        "| nc1 | random | 0.9 | not run |  |  |  |  |  |  |",
-    ]
-    assert {line.count("|") for line in lines} == {11}
-
-
-def test_a_sweep_runs_what_is_missing_and_goes_on_past_a_failure(cli, small_data, monkeypatch):
+@pytest.fixture
+def two_runs(monkeypatch):
     rows = (
         Row(("a",), TINY, (0.1,)),
         Row(("b",), (*TINY, "--head", "ridge", "--val-fraction", "0"), (0.1,)),
     )
-    experiment = Experiment(("which",), rows, (0,), ())
-    monkeypatch.setitem(experiments.EXPERIMENTS, "rules", experiment)
-    status, out, err = cli("sweep", "rules", "--list")
-    assert status == 0 and "0 of 2 runs done, time left: unknown" in out
+    made = {"rules": Experiment("Two", ("which",), rows)}
+    monkeypatch.setattr(experiments, "at_scale", lambda scale: made)
+
+
+def test_a_sweep_runs_what_is_missing_and_goes_on_past_a_failure(cli, small_data, two_runs):
+    status, out, err = cli("sweep", "rules", "--scale", "smoke", "--list")
+    assert status == 0 and "0 of 2 runs done" in out and "unknown" in out
     assert not (small_data / "results").exists()
-    status, out, err = cli("sweep", "rules", "--jobs", 2)
+    status, out, err = cli("sweep", "rules", "--scale", "smoke", "--jobs", 2)
     assert status == 2 and "1 runs failed: b-lr0.1-seed0" in err
     assert "a-lr0.1-seed0: done" in out and "needs validation data" in out
-    status, out, err = cli("sweep", "rules", "--list")
+    status, out, err = cli("sweep", "rules", "--scale", "smoke", "--list")
     assert status == 0 and "1 of 2 runs done" in out
-    assert "| a | 0.1 |" in (small_data / "results" / "rules" / "table.md").read_text()
+    table = (small_data / "results" / "smoke" / "rules" / "table.md").read_text()
+    assert "| a | 0.1 |" in table and "| b | not run |" in table
+
+
+def test_a_second_sweep_of_the_same_results_is_refused(cli, small_data, two_runs):
+    folder = small_data / "results" / "smoke" / "rules"
+    folder.mkdir(parents=True)
+    code = (
+        "import sys, time; from runs import *; lock(Path(sys.argv[1])); print(1); sys.stdin.read()"
+    )
+    holder = held_by_another(code, folder)
+    try:
+        status, _, err = cli("sweep", "rules", "--scale", "smoke")
+        assert status == 2 and "is open in another process" in err
+        assert sorted(p.name for p in folder.iterdir()) == ["lock"]
+    finally:
+        holder.communicate("")
+
+
+def held_by_another(code, folder):
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    here = Path(experiments.__file__).parent
+    holder = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=here, **pipes)
+    assert holder.stdout.readline() == "1\n"
+    return holder
+
+
+def test_an_experiment_that_does_not_exist_is_refused(cli):
+    status, _, err = cli("sweep", "rulez")
+    assert status == 2 and "rulez" in err and "rules" in err and len(err.splitlines()) == 1

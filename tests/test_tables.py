@@ -1,0 +1,97 @@
+"""An experiment's table: what runs, in which order, and that its figures are those of the logs."""
+
+import json
+
+import pytest
+
+from tables import TEST, VALIDATION, Experiment, Measure, Row, given, same, summary
+
+KEYS = (("iid", "dense", "0"), ("nc1", "random", "0.9"), ("iid", "random", "0.9"))
+ROWS = tuple(Row(key, ("--J", "4"), (0.01, 0.1), (0, 1)) for key in KEYS)
+COLUMNS = ("sharding", "rule", "sparsity")
+EXPERIMENT = Experiment("Rules", COLUMNS, ROWS, baseline=("dense", "0"))
+
+
+def finish(folder, cell, val_acc, **options):
+    (folder / cell.name).mkdir(parents=True)
+    stored = {"command": cell.command, "lr": cell.lr, "seed": cell.seed, "J": 4} | options
+    figures = {"final": {"val_acc": val_acc, "test_acc": 0.5}, "wall_seconds": 60.0}
+    (folder / cell.name / "config.json").write_text(json.dumps({"options": stored}))
+    (folder / cell.name / "summary.json").write_text(json.dumps(figures))
+
+
+def names(cells):
+    return [cell.name for cell in cells]
+
+
+def test_every_row_has_a_figure_before_any_tries_its_second_rate(tmp_path):
+    cells = EXPERIMENT.missing(tmp_path)
+    assert [(c.lr, c.seed) for c in cells] == [(0.01, 0)] * 3 + [(0.1, 0)] * 3
+    assert [c.row for c in cells[:3]] == ["-".join(key) for key in KEYS]
+    finish(tmp_path, cells[0], 0.3)
+    assert EXPERIMENT.missing(tmp_path) == cells[1:]
+
+
+def test_the_other_seeds_run_the_rate_that_validated_best_on_the_first(tmp_path):
+    dense = ROWS[0]
+    finish(tmp_path, dense.cell(0.01, 0), 0.30)
+    assert not any(c.seed for c in EXPERIMENT.missing(tmp_path))
+    finish(tmp_path, dense.cell(0.1, 0), 0.31)
+    others = [c for c in EXPERIMENT.missing(tmp_path) if c.seed]
+    assert others == [dense.cell(0.1, 1)]
+    finish(tmp_path, dense.cell(0.1, 1), 0.01)  # another seed does not change what was chosen
+    assert EXPERIMENT.best(tmp_path, dense)[0] == 0.1
+    assert dict(EXPERIMENT.left(tmp_path)) == {dense: 0, ROWS[1]: 3, ROWS[2]: 3}
+
+
+def test_a_rate_that_failed_is_not_waited_for(tmp_path):
+    dense = ROWS[0]
+    finish(tmp_path, dense.cell(0.01, 0), 0.30)
+    failed = {dense.cell(0.1, 0).name}
+    missing = EXPERIMENT.missing(tmp_path, failed)
+    assert dense.cell(0.01, 1) in missing and dense.cell(0.1, 0) not in missing
+
+
+def test_a_table_shows_the_best_rate_against_dense_seed_by_seed_and_what_is_missing(tmp_path):
+    accuracies = {0.01: ((0.30, 0.32), (0.28, 0.30)), 0.1: ((0.29, 0.31), (0.33, 0.34))}
+    for lr, (dense, random) in accuracies.items():
+        for seed in (0, 1):
+            finish(tmp_path, ROWS[0].cell(lr, seed), dense[seed])
+            finish(tmp_path, ROWS[2].cell(lr, seed), random[seed])
+    lines = EXPERIMENT.table(tmp_path).splitlines()
+    assert lines[0].startswith("| sharding | rule | sparsity | lr | validation % | test % | ")
+    # a difference of 2.5 with a deviation of 0.7071 over two seeds: 12.706 * 0.7071 / sqrt 2 = 6.35
+    assert lines[2:] == [
+        "| iid | dense | 0 | 0.01 | 31.00 ± 1.41 | 50.00 ± 0.00 |  | 2 | 0.1: 30.0 |",
+        "| nc1 | random | 0.9 | not run |  |  |  |  |  |",
+        "| iid | random | 0.9 | 0.1 | 33.50 ± 0.71 | 50.00 ± 0.00 | +2.50 [-3.85, +8.85] | 2 | "
+        "0.01: 29.0 |",
+    ]
+    assert {line.count("|") for line in lines} == {10}
+
+
+def test_a_run_of_other_options_under_a_cell_s_name_is_refused(tmp_path):
+    cell = ROWS[0].cell(0.01, 0)
+    finish(tmp_path, cell, 0.3, J=8)
+    with pytest.raises(ValueError, match="J is 8 there and 4 here; give another --results"):
+        summary(tmp_path, cell)
+    (tmp_path / cell.name / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged: delete it"):
+        summary(tmp_path, cell)
+
+
+def test_options_are_compared_as_they_are_stored():
+    row = Row(("a",), ("--J", "4", "--scaffold", "--J", "8", "--data", "x", "--fraction", "0.10"))
+    assert given(row.cell(None, 3)) == {"J": "8", "data": "x", "fraction": "0.10", "seed": "3"}
+    assert same(0.1, "0.10") and same("x", "x") and same(3, "3")
+    assert not same(None, "3") and not same(0.1, "0.2")
+
+
+def test_a_measure_that_a_run_lacks_leaves_its_place_empty(tmp_path):
+    row = Row(("a",), ())
+    finish(tmp_path, row.cell(None, 0), 0.25)
+    found = {"final": {"val_acc": 0.25}}
+    assert VALIDATION.of(found) == 25.0 and TEST.of(found) is None
+    measures = (VALIDATION, Measure("moved", "final/distance"))
+    experiment = Experiment("One", ("which",), (row,), measures)
+    assert experiment.lines(tmp_path)[1] == ["a", "25.00", "", "1"]
