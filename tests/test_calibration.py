@@ -206,6 +206,23 @@ def test_calibrate_writes_a_mask_that_fedavg_takes(cli, small_data):
     assert cli("eval", small_data / "runs" / "file")[0] == 0
 
 
+def test_groups_of_clients_agree_as_far_as_their_masks_overlap(small_data):
+    calibration = prepare(small_data, "--clients", 5, "--calibration-images", 25)
+    groups = calibration.group_agreement()
+    assert list(groups) == ["1", "2"]
+    keys = [calibration.client_keys(calibration.images(k)).double() for k in range(5)]
+    sizes = [len(shard) for shard in calibration.shards]
+
+    def kept(clients):
+        mean = sum(sizes[k] * keys[k] for k in clients) / sum(sizes[k] for k in clients)
+        return masks.keep_lowest(mean.float(), round(0.1 * len(mean)))
+
+    for m, iou in groups.items():
+        one, two = kept(range(int(m))), kept(range(5 - int(m), 5))
+        expected = ((one & two).sum() / (one | two).sum()).item()
+        assert iou == pytest.approx(expected, rel=1e-3) and 0.0526 < iou < 1
+
+
 def test_a_mask_of_the_same_options_is_made_once(cli, small_data, monkeypatch):
     assert cli(*SPARSE, "--name", "a")[0] == 0
     with monkeypatch.context() as patch:

@@ -104,6 +104,20 @@ def test_interference_of_pairs():
     assert editing.interference(vectors[:1])[1:] == (None, None)
 
 
+def test_a_move_is_scaled_to_the_displacement_that_is_asked_for():
+    theta, tau = torch.randn(2, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    function = lambda t: (t.square() + t).view(4, 10)  # noqa: E731
+    felt = editing.displacement(function, theta, tau)
+    change = (theta + tau).square() + tau - theta.square()
+    assert felt == pytest.approx(change.square().mean().sqrt().item(), rel=1e-12)
+    for target in (felt, felt / 100, 1000 * felt):
+        scale = editing.scale_to(function, theta, tau, target)
+        assert editing.displacement(function, theta, scale * tau) == pytest.approx(target, rel=0.01)
+    assert editing.scale_to(function, theta, tau, felt) == 1
+    assert editing.scale_to(function, theta, 0 * tau, felt) is None
+    assert editing.scale_to(torch.tanh, theta, tau, 10.0) is None  # beyond what it can move
+
+
 def test_the_linearity_error_is_zero_of_a_linear_model_and_grows_on_a_quadratic():
     weight = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     theta, tau = torch.tensor([0.5, -1.0, 2.0]).double(), torch.tensor([1.0, 0.5, 0.25]).double()
