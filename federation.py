@@ -20,7 +20,7 @@ import privacy
 import runs
 from diagnostics import Diagnostics
 from learner import Learner
-from local_training import ClientTraining
+from local_training import ClientTraining, train_together
 from server import Server
 from workspace import free_memory
 
@@ -65,7 +65,7 @@ def federate(
         entries.theta,
         sizes,
         training.one,
-        train_clients=training.heads if training.together else None,
+        train_clients=training.heads if train_together(options) else None,
         sample=functools.partial(sampled_clients, options, sizes),
         weigh=functools.partial(client_weights, training, sizes),
         server_step=server_step,

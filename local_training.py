@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -19,6 +20,13 @@ from centralized import learning_rate
 from client_states import ClientStates, LocalEntries, Scaffold
 from learner import Learner
 from workspace import HEAD
+
+
+def train_together(options: argparse.Namespace) -> bool:
+    """Tell whether a round's clients train at once: heads do, if all take equal steps."""
+    o = options
+    alike = not (o.straggler_fraction or o.fedir or o.batch_size == "full")
+    return o.train == "head" and alike
 
 
 class ClientTraining:
@@ -53,13 +61,6 @@ class ClientTraining:
             learner.class_weights = torch.ones(
                 learner.workspace.classes, device=entries.theta.device
             )
-
-    @property
-    def together(self) -> bool:
-        """Whether a round's clients train at once: on features, if all take equal steps."""
-        o = self.options
-        alike = not (o.straggler_fraction or o.fedir or o.batch_size == "full")
-        return self.learner.on_features and alike
 
     def lr(self, round: int) -> float:
         """Return the round's client learning rate."""

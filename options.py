@@ -18,6 +18,7 @@ import federation
 import masks
 import model as vit
 import privacy
+from local_training import train_together
 from sparse_sgdm import check_sgd_options
 
 # Defaults that depend on the data set; the help of each option shows both.
@@ -286,7 +287,7 @@ def resolve_training(o: argparse.Namespace) -> None:
         raise ValueError("--augment changes images, and --train head sees their features")
     if o.freeze_head and o.train == "head":
         raise ValueError("--train head with --freeze-head leaves nothing to train")
-    if o.cuda_graph == "on" and o.train == "head" and o.command == "fedavg":
+    if o.cuda_graph == "on" and o.command == "fedavg" and train_together(o):
         raise ValueError(
             "--cuda-graph on: --train head takes all clients' steps together, and none of their own"
         )

@@ -288,7 +288,7 @@ def fingerprint(model: vit.VisionTransformer) -> str:
 
 
 def compiled(function: Callable) -> Callable:
-    """Return a function that is compiled at its first call, or, saying so, stays as it is."""
+    """Return a function that is compiled at its first call, or, saying why not, stays as it is."""
     steady = (
         "deterministic" in torch._inductor.list_options()
     )  # choices are not timed, from 2.10 on
@@ -300,8 +300,8 @@ def compiled(function: Callable) -> Callable:
             return chosen[0](*arguments)
         try:
             result = fast(*arguments)
-        except Exception as error:  # compilers fail in many ways
-            said = str(error).strip().partition("\n")[0]
+        except torch._dynamo.exc.TorchDynamoException as error:  # the step itself may raise others
+            said = " ".join(str(error).strip().partition("\n\n")[0].split())
             print(f"--compile: PyTorch cannot, steps stay as they are: {said}")
             chosen.append(function)
             return function(*arguments)

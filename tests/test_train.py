@@ -2,17 +2,21 @@
 
 import json
 import re
+import time
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 
+import doctor
 import model as vit
 import plots
 import runs
 import train
 import workspace
+from local_training import ClientTraining
 
 FEDAVG = ("fedavg", "--data", "synthetic")
 TINY = (*FEDAVG, "--rounds", 2, "--clients", 10, "--fraction", 0.3, "--batch-size", 8)
@@ -298,6 +302,52 @@ def test_doctor_says_what_a_command_will_cost(cli, small_data, options):
     assert cli("doctor", "ridge")[0] == 2
 
 
+def timed_as(cli, monkeypatch, *options):
+    """Return the learner that doctor times a command with, and its figures."""
+    made, build = [], doctor.Learner
+    monkeypatch.setattr(doctor, "Learner", lambda *a: made.append(build(*a)) or made[-1])
+    status, _, err = cli("doctor", "--json", "d.json", *TINY, *options)
+    assert status == 0, err
+    return made[0], json.loads(Path("d.json").read_text())
+
+
+def test_doctor_times_a_mask_of_the_commands_sparsity(cli, small_data, monkeypatch):
+    rule = ("--mask-rule", "least-sensitive", "--sparsity", 0.8, "--mask-scope", "blocks.*.weight")
+    learner, figures = timed_as(cli, monkeypatch, "--head", "ridge", *rule)
+    scoped = sum(p.numel() for n, p in learner.model.named_parameters() if n in learner.mask.shapes)
+    assert figures["parameters"] == learner.entries.size == round(0.2 * scoped) < 71_668
+    assert all(name.startswith("blocks.") for name in learner.mask.shapes)
+    assert cli("calibrate", "--data", "synthetic", "--sparsity", 0.99, "--name", "m")[0] == 0
+    learner, figures = timed_as(cli, monkeypatch, "--head", "ridge", "--mask", "runs/m/mask.pt")
+    assert figures["parameters"] == learner.mask.made["kept"] < 700
+    threshold = ("--mask-rule", "least-sensitive", "--threshold", 1e-6)
+    assert timed_as(cli, monkeypatch, "--head", "ridge", *threshold)[0].mask is None
+
+
+def test_doctor_counts_clipping_a_client_and_noise_a_round(cli, small_data, monkeypatch):
+    pytest.importorskip("dp_accounting")
+    monkeypatch.setattr(doctor.privacy, "clip_factor", lambda *a, **k: time.sleep(0.1))
+    monkeypatch.setattr(doctor.privacy, "add_noise_", lambda *a, **k: time.sleep(0.2))
+    _, figures = timed_as(cli, monkeypatch, "--dp-noise", 1, "--dp-clip", 0.1)
+    spent = figures["seconds_a_round"] - 3 * figures["seconds_a_client"]
+    assert 0.5 <= spent < 2  # three clients, one round
+
+
+def test_doctor_times_heads_as_the_command_trains_them(cli, small_data, monkeypatch):
+    trained = []
+    for name in ("one", "heads"):
+        way = getattr(ClientTraining, name)
+        record = lambda *a, name=name, way=way: trained.append(name) or way(*a)  # noqa: E731
+        monkeypatch.setattr(ClientTraining, name, record)
+    _, figures = timed_as(cli, monkeypatch, "--train", "head", "--batch-size", "full")
+    assert set(trained) == {"one"}
+    one_by_one = figures["images_a_second"] * figures["seconds_a_client"]
+    assert one_by_one == pytest.approx(4 * 4500, rel=1e-3)
+    trained.clear()
+    timed_as(cli, monkeypatch, "--train", "head")
+    assert set(trained) == {"heads"}
+
+
 def test_shards_prints_and_plots(cli, small_data):
     status, out, _ = cli("shards", "--data", "synthetic", "--nc", 2, "--show", 3)
     assert status == 0
@@ -381,6 +431,9 @@ BAD = {
         *(*FEDAVG, "--cuda-graph", "on", "--device", "cpu"),
     ),
     "--cuda-graph on: --train head": (*FEDAVG, "--cuda-graph", "on", "--train", "head"),
+    "--cuda-graph on: it needs a CUDA device, and": (  # heads that train one by one have steps
+        *(*FEDAVG, "--cuda-graph", "on", "--train", "head", "--fedir", "--device", "cpu"),
+    ),
     "--compile compiles the backbone": (*FEDAVG, "--compile", "--train", "head"),
     "chooses on validation data": (*FEDAVG, "--search", "--val-fraction", 0),
 }  # fmt: skip
