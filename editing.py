@@ -136,14 +136,19 @@ def _as(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def drop_(vector: Tensor, drop: float, *, seed: int = 0, round: int = 0, client: int = 0) -> Tensor:
-    """Zero each entry of a vector (P,), in place, with probability `drop`; returns it.
+    """Zero each entry of a vector (P,), in place, with probability `drop`.
 
-    The pattern is a function of seed, round and client.
+    The pattern is a function of seed, round and client: whoever knows them need not be told it.
+
+    Returns:
+        (P,) bool, the entries that are kept.
     """
     key = [seed, zlib.crc32(b"dare")]
     generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, round, client]))
-    dropped = torch.from_numpy(generator.random(len(vector), dtype=np.float32) < drop)
-    return vector.masked_fill_(dropped.to(vector.device), 0)
+    kept = torch.from_numpy(generator.random(len(vector), dtype=np.float32) >= drop)
+    kept = kept.to(vector.device)
+    vector.masked_fill_(~kept, 0)
+    return kept
 
 
 def dare(vector: Tensor, drop: float, *, seed: int = 0, round: int = 0, client: int = 0) -> Tensor:
@@ -155,7 +160,9 @@ def dare(vector: Tensor, drop: float, *, seed: int = 0, round: int = 0, client: 
         ValueError: `drop` outside [0, 1).
     """
     check_drop(drop)
-    return drop_(vector / (1 - drop), drop, seed=seed, round=round, client=client)
+    result = vector / (1 - drop)
+    drop_(result, drop, seed=seed, round=round, client=client)
+    return result
 
 
 @torch.no_grad()

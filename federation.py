@@ -73,7 +73,7 @@ def federate(
         on_reset=entries.scatter,
         clip=functools.partial(privacy.clip_factor, bound=options.dp_clip) if private else None,
         step_empty=private,
-        edit=contribution_edit(options),
+        edit=contribution_edit(learner, training),
         apart=apart,
         combine=combine,
         companions={"loss_scale": scale, "server": server} | training.states,
@@ -82,16 +82,25 @@ def federate(
     return federation
 
 
-def contribution_edit(options: argparse.Namespace) -> Callable | None:
-    """Return what a client does to its contribution before it is sent, if anything."""
-    dropping, concealing = options.aggregate == "dare", options.secure_aggregation
+def contribution_edit(learner: Learner, training: ClientTraining) -> Callable | None:
+    """Return what a client does to its contribution before it is sent, if anything.
 
-    def edit(contribution: Tensor, client: int, clients: np.ndarray, round: int) -> None:
-        where = dict(seed=options.seed, round=round, client=client)
+    What it drops is not sent either: the server knows the seed of the pattern. Hidden contributions
+    have no zeros.
+    """
+    options = learner.options
+    dropping, concealing = options.aggregate == "dare", options.secure_aggregation
+    shared = shared_entries(learner, training)
+    dense, _ = client_bytes(learner, training)
+
+    def edit(contribution: Tensor, client: int, clients: np.ndarray, round: int) -> int:
+        where, sent = dict(seed=options.seed, round=round, client=client), dense
         if dropping:
-            editing.drop_(contribution, options.dare_drop, **where)
+            kept = editing.drop_(contribution, options.dare_drop, **where)
+            sent -= 4 * int((shared & ~kept).sum())
         if concealing:
             fedavg.conceal_(contribution, clients=clients, **where)
+        return dense if concealing else sent
 
     return edit if dropping or concealing else None
 
@@ -134,9 +143,18 @@ def client_weights(
     return weights
 
 
+def shared_entries(learner: Learner, training: ClientTraining) -> Tensor:
+    """Return which entries of theta are parameters that clients share: (P,) bool."""
+    theta, masked = learner.entries.theta, learner.entries.index is not None
+    shared = torch.ones_like(theta, dtype=torch.bool) if masked else learner.flat.marked()
+    if training.local is not None:
+        shared[training.local.at] = False
+    return shared
+
+
 def client_bytes(learner: Learner, training: ClientTraining) -> tuple[int, int]:
-    """Return what a client sends and what it receives in a round."""
-    sent = learner.entries.size - (len(training.local.at) if training.local else 0)
+    """Return the most that a client sends and what it receives in a round."""
+    sent = int(shared_entries(learner, training).sum())
     up = sent * (8 if learner.options.secure_aggregation else 4)
     variates = 4 * sent if training.scaffold else 0  # the change of c_k, and c
     return up + variates, 4 * sent + variates

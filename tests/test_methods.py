@@ -79,6 +79,24 @@ def test_scaffold_counts_its_bytes_and_its_state(outcome):
     assert "state_bytes" not in plain[1]
 
 
+@pytest.mark.parametrize(
+    "extra", [(), ("--local-norm",), ("--head", "ridge", "--mask-rule", "random", "--scaffold")]
+)
+def test_what_dare_drops_is_not_sent(outcome, extra):
+    _, plain = outcome(*extra)
+    _, records = outcome(*extra, "--aggregate", "dare", "--dare-drop", 0.75)
+    variates = plain[0]["bytes_up"] / 2 if "--scaffold" in extra else 0
+    for record, dense in zip(records, plain, strict=True):
+        entries = dense["bytes_up"] - variates
+        share = (record["bytes_up"] - variates) / entries
+        # five standard deviations of a binomial share
+        assert abs(share - 0.25) < 5 * (0.25 * 0.75 / (entries / 4)) ** 0.5
+        assert record["bytes_down"] == dense["bytes_down"]
+    assert len({r["bytes_up"] for r in records}) == 3  # counted, not expected
+    _, hidden = outcome("--aggregate", "dare", "--secure-aggregation")
+    assert {r["bytes_up"] for r in hidden} == {4 * 8 * 71_668}
+
+
 def test_client_states_that_do_not_fit_are_refused_with_figures(cli, monkeypatch):
     monkeypatch.setattr(federation, "free_memory", lambda device: 1e6)
     status, _, err = cli(*COMMAND, "--scaffold")

@@ -317,7 +317,8 @@ def test_doctor_times_a_mask_of_the_commands_sparsity(cli, small_data, monkeypat
     scoped = sum(p.numel() for n, p in learner.model.named_parameters() if n in learner.mask.shapes)
     assert figures["parameters"] == learner.entries.size == round(0.2 * scoped) < 71_668
     assert all(name.startswith("blocks.") for name in learner.mask.shapes)
-    assert cli("calibrate", "--data", "synthetic", "--sparsity", 0.99, "--name", "m")[0] == 0
+    made = ("--mask-rule", "random", "--sparsity", 0.99, "--name", "m")
+    assert cli("calibrate", "--data", "synthetic", *made)[0] == 0
     learner, figures = timed_as(cli, monkeypatch, "--head", "ridge", "--mask", "runs/m/mask.pt")
     assert figures["parameters"] == learner.mask.made["kept"] < 700
     threshold = ("--mask-rule", "least-sensitive", "--threshold", 1e-6)
