@@ -49,7 +49,7 @@ BY_DATA = {
 LR_OF_BACKBONE = ((4, 1e-4), (9, 1e-3), (math.inf, 1e-2))
 LR_OF_FITTED_HEAD = ((4, 3e-4), (math.inf, 3e-3))
 LR_OF_SYNTHETIC = 0.2, 0.01  # from a linear head, under a fitted one
-TIES_KEEP, DARE_DROP = 0.2, 0.9
+TIES_KEEP, DARE_DROP, FISHER_IMAGES = 0.2, 0.9, 256
 # What client-level privacy does not go with: client state, other samples, other
 # weights, a look at single changes.
 NOT_PRIVATE = (
@@ -137,10 +137,16 @@ def resolve_privacy(o: argparse.Namespace) -> None:
 def resolve_merging(o: argparse.Namespace) -> None:
     """The part of `resolve` for the commands that merge changes."""
     option = "rule" if o.command == "merge" else "aggregate"
-    for rule, name, value in (("ties", "ties_keep", TIES_KEEP), ("dare", "dare_drop", DARE_DROP)):
-        if getattr(o, option) != rule and getattr(o, name) is not None:
+    for rule, name, value in (
+        ("ties", "ties_keep", TIES_KEEP),
+        ("dare", "dare_drop", DARE_DROP),
+        ("fisher", "fisher_images", FISHER_IMAGES),
+    ):
+        chosen = getattr(o, option) == rule
+        if not chosen and getattr(o, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} belongs to --{option} {rule}")
-        if getattr(o, name) is None:
+        # without its rule fisher_images stays None, as in runs from before there was such a rule
+        if getattr(o, name) is None and (chosen or rule != "fisher"):
             setattr(o, name, value)
 
 
@@ -182,6 +188,11 @@ def refuse_combinations(o: argparse.Namespace) -> None:
         (
             o.local_norm and o.train == "head",
             "--local-norm with --train head: the head has no LayerNorm",
+        ),
+        (
+            o.aggregate == "fisher" and o.train == "head",
+            "--aggregate fisher with --train head: a client scores a model on images, and heads "
+            "train on features; --train blocks.N",
         ),
         (
             o.secure_aggregation and o.aggregate in federation.APART,
