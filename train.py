@@ -71,6 +71,15 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
     return parse
 
 
+def cadence(text: str) -> int | float:
+    """The argparse type of epochs between evaluations: a whole number, or a fraction of one."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    return share if 0 < share < 1 else number(int, 1)(text)
+
+
 def batch_size(text: str) -> int | str:
     """The argparse type of a client's batch: a number of images, or "full"."""
     return text if text == "full" else number(int, 1)(text)
@@ -393,8 +402,10 @@ def add_run_options(parser: argparse.ArgumentParser, unit: str | None = None) ->
         )
         add(
             "--eval-every",
-            type=number(int, 1),
-            help=f"{unit}s between evaluations [a 20th of the run]",
+            type=cadence if unit == "epoch" else number(int, 1),
+            help=f"{unit}s between evaluations"
+            + ("; below 1 a share: 0.1 evaluates ten times an epoch" if unit == "epoch" else "")
+            + " [a 20th of the run]",
         )
 
 

@@ -321,15 +321,15 @@ def cast_copy(model: vit.VisionTransformer, dtype: torch.dtype) -> vit.VisionTra
 class Status:
     """One live line on a terminal, nothing elsewhere: what is done, the rate, the time left."""
 
-    def __init__(self, what: str, total: int, done: int = 0):
+    def __init__(self, what: str, total: int, done: float = 0):
         self.what, self.total, self.start_at = what, total, done
         first = int(os.environ.get("RANK", 0)) == 0
         self.live, self.started = first and sys.stderr.isatty(), time.monotonic()
 
-    def show(self, done: int, note: str = "") -> None:
+    def show(self, done: float, note: str = "") -> None:
         """Redraw the line."""
         if self.live:
-            seconds = (time.monotonic() - self.started) / max(1, done - self.start_at)
+            seconds = (time.monotonic() - self.started) / ((done - self.start_at) or 1)
             left = seconds * (self.total - done)
             rate = f"{1 / seconds:.1f}/s" if seconds < 1 else f"{seconds:.1f} s each"
             line = f"{self.what} {done}/{self.total}  {rate}  {duration(left)} left  {note}"

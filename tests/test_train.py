@@ -264,6 +264,36 @@ def test_centralized_training_resumes_within_an_epoch(cli, small_data, monkeypat
     assert torch.equal(theta(whole), theta(parts))
 
 
+def test_a_central_run_stops_within_an_epoch_and_keeps_what_was_best_there(cli, small_data):
+    still = ("centralized", "--data", "synthetic", "--epochs", 2, "--lr", 0, "--batch-size", 360)
+    short = (*still, "--eval-every", 0.1, "--name", "s")
+    status, out, err = cli(*short, "--early-stop", 3)
+    assert status == 0, err
+    assert "stopped early: 3 evaluations" in out and "epoch 0.3 reached" in out
+    folder = small_data / "runs" / "s"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["epoch"] == summary["final"]["epoch"] == 0.3
+    assert [p.name for p in folder.glob("best-*")] == ["best-0.pt"]
+    status, out, _ = cli(*short, "--early-stop", 3)
+    assert status == 0 and "is finished: epoch 0.3, stopped early" in out
+    # more patience, and less often: it goes on from within the epoch
+    assert cli(*short, "--early-stop", 9, "--eval-every", 0.5)[0] == 0
+    found = records(folder)
+    assert [r["epoch"] for r in found] == [0, 0.1, 0.2, 0.3, 0.5, 1, 1.5, 2]
+    assert all("val_acc" in r and "test_loss" in r for r in found)
+    x, _ = plots._series(found, "val_acc")
+    assert x.tolist() == [r["epoch"] for r in found]
+    assert cli("eval", "runs/s", "--best")[0] == 0
+
+
+@pytest.mark.parametrize("every", [0, -0.1, "half", 1.5, "nan"])
+def test_a_cadence_is_whole_or_a_share_of_an_epoch(cli, every):
+    status, _, err = cli("centralized", "--data", "synthetic", "--eval-every", every)
+    assert status == 2 and "--eval-every" in err and err.count("\n") == 1
+    status, _, err = cli(*TINY, "--eval-every", 0.5)
+    assert status == 2 and "'0.5' is not a whole number" in err
+
+
 def test_search_takes_the_best_by_validation(cli, small_data):
     grid = ("--search", "--search-lr", 0.0, 0.2, "--search-weight-decay", 0.0)
     status, out, _ = cli("centralized", "--data", "synthetic", "--epochs", 2, *grid, "--name", "s")
