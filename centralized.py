@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -50,13 +51,17 @@ class Diverged(ValueError):
 
 
 class Centralized:
-    """The centralised loop: `advance` trains one batch; an epoch's last call returns its record.
+    """The centralised loop: `advance` trains one batch; an epoch's last call returns a record.
+
+    A record holds the epochs so far, and loss and seconds since the record before.
 
     Args:
         draw: epoch (from 0) -> (steps, B, ...) tensor of the epoch's batches.
         train_batch: (batch, time in epochs) -> scalar loss tensor; steps the parameters.
         tensors: name -> tensor that training mutates (theta, momentum); saved and restored.
         on_load: called after the tensors were overwritten.
+        every: below 1, a record also after each batch that reaches a multiple of this share of its
+            epoch.
 
     Raises:
         Diverged: a loss is not finite.
@@ -68,47 +73,59 @@ class Centralized:
         train_batch: Callable[[Tensor, float], Tensor],
         tensors: dict[str, Tensor],
         on_load: Callable[[], None] = lambda: None,
+        every: float = 1,
     ):
-        self.draw, self.train_batch, self.tensors, self.on_load = (
-            draw,
-            train_batch,
-            tensors,
-            on_load,
-        )
-        self.epoch, self.step, self.losses, self.seconds = 0, 0, [], 0.0
-        self._batches = None
+        self.draw, self.train_batch, self.tensors = draw, train_batch, tensors
+        self.on_load, self.every = on_load, Fraction(str(every))  # 0.1 is a tenth, exactly
+        self.whole, self.step = 0, 0  # epochs that are complete, batches of the next one
+        self.losses, self.seconds = [], 0.0  # since the last record
+        self._drawn = None
+
+    @property
+    def epoch(self) -> int | float:
+        """Return how many epochs have been trained, to the millionth where one is in hand."""
+        return round(self.whole + self.step / len(self._batches()), 6) if self.step else self.whole
+
+    def _batches(self) -> Tensor:
+        if self._drawn is None:
+            self._drawn = self.draw(self.whole)
+        return self._drawn
 
     def advance(self) -> dict | None:
-        """Train the next batch; returns the epoch's record after its last batch, else None."""
+        """Train the next batch; returns a record where one is due, else None."""
         started = time.perf_counter()
-        if self._batches is None:
-            self._batches = self.draw(self.epoch)
-        steps = len(self._batches)
-        at = self.epoch + self.step / steps
-        self.losses.append(self.train_batch(self._batches[self.step], at))
+        batches, at = self._batches(), self.whole + self.step / len(self._batches())
+        self.losses.append(self.train_batch(batches[self.step], at))
         self.step += 1
         self.seconds += time.perf_counter() - started
-        if self.step < steps:
+        if not self._due():
             return None
         losses = self._checked_losses()
+        if self.step == len(batches):
+            self.whole, self.step, self._drawn = self.whole + 1, 0, None
         record = {
-            "epoch": self.epoch + 1,
-            "train_loss": math.fsum(losses) / steps,
+            "epoch": self.epoch,
+            "train_loss": math.fsum(losses) / len(losses),
             "seconds": float(f"{self.seconds:.4f}"),
         }
-        self.epoch, self.step, self.losses, self.seconds = self.epoch + 1, 0, [], 0.0
-        self._batches = None
+        self.losses, self.seconds = [], 0.0
         return record
+
+    def _due(self) -> bool:
+        """Tell whether the batch just trained ends its epoch or reaches a multiple of `every`."""
+        steps = len(self._batches())
+        before, now = ((step // (self.every * steps)) for step in (self.step - 1, self.step))
+        return self.step == steps or now > before
 
     def _checked_losses(self) -> list[float]:
         """Bring the losses to the CPU, in one transfer, and refuse those of a divergence."""
         fresh = [loss for loss in self.losses if isinstance(loss, Tensor)]
         known = self.losses[: len(self.losses) - len(fresh)]
         self.losses = known + (torch.stack(fresh).tolist() if fresh else [])
-        for step, loss in enumerate(self.losses):
+        for step, loss in enumerate(self.losses, self.step - len(self.losses) + 1):
             if not math.isfinite(loss):
                 raise Diverged(
-                    f"epoch {self.epoch + 1}, step {step + 1}: the loss is {loss}; try a lower --lr"
+                    f"epoch {self.whole + 1}, step {step}: the loss is {loss}; try a lower --lr"
                 )
         return list(self.losses)
 
@@ -119,8 +136,8 @@ class Centralized:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict`'s answer, to the same bits."""
-        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
-        self.losses, self._batches = list(state["losses"]), None
+        self.whole, self.step, self.seconds = int(state["epoch"]), state["step"], state["seconds"]
+        self.losses, self._drawn = list(state["losses"]), None
         for name, tensor in self.tensors.items():
             tensor.copy_(state["tensors"][name])
         self.on_load()

@@ -1,27 +1,31 @@
 """What a command will cost on this machine: device, kernels, seconds a round, the time it takes.
 
 Measured on generated images of CIFAR's size and untrained weights, so that nothing is downloaded;
-neither changes the time. Not counted: the features that a head is fitted to, calibration, a search;
-a mask saves a little more.
+neither changes the time. In place of a mask that the command makes stands a random one of the same
+sparsity; of one made to a --threshold, whose sparsity is not known before, none. Not counted: the
+features that a head is fitted to, calibration, a search.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import platform
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import fisher
+import privacy
 import sparse_sgdm
 from fedavg import sample_clients
 from federation import federate
 from learner import Learner
-from local_training import ClientTraining
+from local_training import ClientTraining, train_together
 from workspace import Workspace, duration, free_memory
 
 CLIENTS_TIMED = 5
@@ -32,31 +36,35 @@ EVALUATED = 5_000 + 10_000  # images of an evaluation on CIFAR-100: validation a
 def examine(options: argparse.Namespace) -> dict:
     """Return the figures of a `fedavg` command, its options resolved, on this machine."""
     trial = argparse.Namespace(**vars(options))
-    trial.data, trial.weights, trial.mask, trial.mask_rule = "synthetic", "none", None, None
+    trial.data, trial.weights = "synthetic", "none"
     trial.head = "linear"  # frozen where the command freezes its own
+    if options.mask_rule is not None:
+        trial.mask_rule, trial.quorum = None if options.sparsity is None else "random", None
     trial.nc = trial.dirichlet = None
     trial.clients = min(options.clients, 1000)
     trial.dropout, trial.head_images, trial.dp_noise, trial.dp_clip = 0.0, None, None, None
-    if options.train != "head":  # heads take equal steps together, others one after the other
+    if options.train != "head":  # of heads it decides whether they train together
         trial.straggler_fraction = 0.0
-    if options.batch_size == "full":
-        trial.batch_size = max(1, TRAINED // options.clients)
-        trial.cuda_graph = "off"  # the run's batches are of many sizes
     workspace = Workspace(trial)
     with tempfile.TemporaryDirectory() as folder:
         trial.data_dir = folder
         shards = workspace.shards()
+        if options.batch_size == "full":  # a batch of as many images as in the run
+            size = max(1, TRAINED // options.clients)
+            shards = [np.resize(workspace.train_index, size)] * len(shards)
         learner = Learner(workspace, workspace.build_model(), trial, Path(folder), shards)
         learner.keep_activations()
     client, evaluation = time_client(learner, shards), time_evaluation(learner)
+    batch = len(shards[0]) if options.batch_size == "full" else options.batch_size
     sampled = len(sample_clients(options.clients, options.fraction, seed=0, round=1))
     evaluations = 1 + -(-options.rounds // options.eval_every)
-    left = options.rounds * sampled * client + evaluations * evaluation
+    a_round = sampled * client + time_privacy(learner, options, sampled)
+    left = options.rounds * a_round + evaluations * evaluation
     return environment(workspace) | {
         "parameters": learner.entries.size,
         "seconds_a_client": float(f"{client:.4g}"),
-        "seconds_a_round": float(f"{sampled * client:.4g}"),
-        "images_a_second": float(f"{options.J * trial.batch_size / client:.4g}"),
+        "seconds_a_round": float(f"{a_round:.4g}"),
+        "images_a_second": float(f"{options.J * batch / client:.4g}"),
         "seconds_an_evaluation": float(f"{evaluation:.4g}"),
         "cuda_graph": cuda_graph(learner, shards),
         "rounds": options.rounds,
@@ -110,7 +118,7 @@ KERNELS = {"optimiser": optimiser_kernel, "scoring": scoring_kernel}
 def cuda_graph(learner: Learner, shards: list[np.ndarray]) -> str:
     """Say whether a local step is replayed as a CUDA graph, or why not."""
     training = ClientTraining(learner, shards)
-    if training.together:
+    if train_together(learner.options):
         return "off (heads train together)"
     if training.graphed is None:
         return NO_GRAPH
@@ -121,7 +129,7 @@ def cuda_graph(learner: Learner, shards: list[np.ndarray]) -> str:
 def time_client(learner: Learner, shards: list[np.ndarray]) -> float:
     """Return the median seconds of one client's part of a round, after one that warms up."""
     federation, seconds = federate(learner, shards), []
-    if learner.on_features:  # a round's clients train together
+    if train_together(learner.options):
         for _ in range(2):
             while (record := federation.advance()) is None:
                 pass
@@ -135,16 +143,34 @@ def time_client(learner: Learner, shards: list[np.ndarray]) -> float:
     return float(np.median(seconds[1:]))
 
 
+def time_privacy(learner: Learner, options: argparse.Namespace, sampled: int) -> float:
+    """Return the seconds that a round of --dp-noise and --dp-clip spends on them."""
+    theta, seconds = learner.entries.theta, 0.0
+    if options.dp_clip is not None:
+        clip = functools.partial(privacy.clip_factor, theta, theta, options.dp_clip)
+        seconds += sampled * seconds_of(clip, theta.device)
+    if options.dp_noise:
+        total = torch.zeros_like(theta, dtype=torch.int64)
+        noise = functools.partial(privacy.add_noise_, total, 1.0, unit=1.0, seed=0, round=1)
+        seconds += seconds_of(noise, theta.device)
+    return seconds
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that something takes when it is done for the second time."""
+    work()
+    synchronise(device)
+    started = time.perf_counter()
+    work()
+    synchronise(device)
+    return time.perf_counter() - started
+
+
 def time_evaluation(learner: Learner) -> float:
     """Return the seconds of an evaluation of EVALUATED images."""
     learner.start = None
-    learner.evaluate()
-    synchronise(learner.workspace.device)
-    started = time.perf_counter()
-    learner.evaluate()
-    synchronise(learner.workspace.device)
     counted = len(learner.workspace.val_index) + len(learner.labels["test"])
-    return (time.perf_counter() - started) * EVALUATED / counted
+    return seconds_of(learner.evaluate, learner.workspace.device) * EVALUATED / counted
 
 
 def largest_batch(learner: Learner) -> int | None:

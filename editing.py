@@ -6,14 +6,14 @@
             those that have it
     sign    the same of all entries, rescaled to the norm of the mean
     dare    the mean of tau_k / (1 - drop), each entry of which is zero with probability `drop`
-    fisher  sum of F_k tau_k / sum of F_k
+    fisher  sum of p_k F_k tau_k / sum of p_k F_k, per entry
 Source: task arithmetic, Ilharco 2023, arXiv:2212.04089; TIES, Yadav 2023, arXiv:2306.01708; DARE,
 Yu 2024, arXiv:2311.03099; Fisher-weighted averaging, Matena 2022, arXiv:2111.09832; the
 disentanglement error and edits as linear maps, Ortiz-Jimenez 2023, arXiv:2305.12827.
 
 The rules take `parts`, (m, P): what each has to say with its weight p_k in it, p_k tau_k. Parts are
 floating-point, or int64 in any unit: sums of integers do not depend on the order of the parts, and
-where every part agrees, `ties` and `sign` give the very sum.
+where every part agrees, `ties` and `sign` give the very sum, and so does `fisher` at equal F_k.
 
     import torch; from editing import add_task_vectors, ties
     start, tuned = torch.zeros(4), torch.tensor([[1.0, 2.0, 0.0, -1.0], [3.0, -1.0, 0.1, -1.0]])
@@ -112,9 +112,8 @@ def _largest(part: Tensor, count: int) -> Tensor:
 
 def _agreeing_mean(parts: Tensor, weights: Sequence[float], bars: Tensor | None) -> Tensor:
     """Average per entry the parts that have the sign of the sum; bars (m,): what trimming keeps."""
-    units = (torch.as_tensor(np.asarray(weights, np.float64)) * UNIT).round().long()
-    units = units.to(parts.device)[:, None]
-    whole, exact = units.sum(), not parts.is_floating_point()
+    units, exact = _units(weights, parts.device), not parts.is_floating_point()
+    whole = units.sum()
     result = torch.empty_like(parts[0])
     for start in range(0, parts.shape[1], CHUNK):
         block = parts[:, start : start + CHUNK]
@@ -125,9 +124,20 @@ def _agreeing_mean(parts: Tensor, weights: Sequence[float], bars: Tensor | None)
         against = (block.sign() != elected) | (elected == 0)
         total = block.masked_fill(against, 0).sum(dim=0)
         share = units.expand_as(block).masked_fill(against, 0).sum(dim=0)
-        mean = _as(total.double() * (whole.double() / share.clamp(min=1)), parts.dtype)
-        result[start : start + CHUNK] = torch.where(share == whole, total.to(parts.dtype), mean)
+        result[start : start + CHUNK] = _rescaled(total, share, whole, parts.dtype)
     return result
+
+
+def _units(weights: Sequence[float], device: torch.device) -> Tensor:
+    """Return weights (m, 1) as integers, whose sums do not depend on their order."""
+    units = (torch.as_tensor(np.asarray(weights, np.float64)) * UNIT).round().long()
+    return units.to(device)[:, None]
+
+
+def _rescaled(total: Tensor, share: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return total * whole / share, and total itself, to the bit, where the share is the whole."""
+    mean = _as(total.double() * (whole.double() / share.clamp(min=1)), dtype)
+    return torch.where(share == whole, total.to(dtype), mean)
 
 
 def _as(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -136,14 +146,19 @@ def _as(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def drop_(vector: Tensor, drop: float, *, seed: int = 0, round: int = 0, client: int = 0) -> Tensor:
-    """Zero each entry of a vector (P,), in place, with probability `drop`; returns it.
+    """Zero each entry of a vector (P,), in place, with probability `drop`.
 
-    The pattern is a function of seed, round and client.
+    The pattern is a function of seed, round and client: whoever knows them need not be told it.
+
+    Returns:
+        (P,) bool, the entries that are kept.
     """
     key = [seed, zlib.crc32(b"dare")]
     generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, round, client]))
-    dropped = torch.from_numpy(generator.random(len(vector), dtype=np.float32) < drop)
-    return vector.masked_fill_(dropped.to(vector.device), 0)
+    kept = torch.from_numpy(generator.random(len(vector), dtype=np.float32) >= drop)
+    kept = kept.to(vector.device)
+    vector.masked_fill_(~kept, 0)
+    return kept
 
 
 def dare(vector: Tensor, drop: float, *, seed: int = 0, round: int = 0, client: int = 0) -> Tensor:
@@ -155,19 +170,37 @@ def dare(vector: Tensor, drop: float, *, seed: int = 0, round: int = 0, client: 
         ValueError: `drop` outside [0, 1).
     """
     check_drop(drop)
-    return drop_(vector / (1 - drop), drop, seed=seed, round=round, client=client)
+    result = vector / (1 - drop)
+    drop_(result, drop, seed=seed, round=round, client=client)
+    return result
 
 
 @torch.no_grad()
-def fisher_mean(vectors: Tensor, scores: Tensor) -> Tensor:
-    """Average vectors (m, P) by scores (m, P) at least 0; where all scores are 0, evenly."""
-    result = torch.empty_like(vectors[0])
-    for start in range(0, vectors.shape[1], CHUNK):
+def fisher_mean(parts: Tensor, weights: Sequence[float], scores: Tensor) -> Tensor:
+    """Average each entry by p_k F_k: (sum of all p_k) times sum of p_k F_k tau_k / sum of p_k F_k.
+
+    Scores matter by their ratios within an entry. Where they are all equal, zero too, the result is
+    the plain sum of the parts.
+
+    Args:
+        parts: (m, P) p_k tau_k.
+        weights: (m,) p_k.
+        scores: (m, P) F_k, at least 0.
+
+    Returns:
+        (P,) in the dtype of the parts.
+    """
+    units, exact = _units(weights, parts.device), not parts.is_floating_point()
+    whole, result = units.sum(), torch.empty_like(parts[0])
+    for start in range(0, parts.shape[1], CHUNK):
         at = slice(start, start + CHUNK)
-        block, weights = vectors[:, at].double(), scores[:, at].double()
-        total = weights.sum(dim=0)
-        weighted = (weights * block).sum(dim=0) / total
-        result[at] = torch.where(total > 0, weighted, block.mean(dim=0))
+        block = parts[:, at] if exact else parts[:, at].double()
+        counted = scores[:, at].double().masked_fill(units == 0, 0)
+        top = counted.amax(dim=0)
+        missing = torch.where(top > 0, 1 - counted / top, 0.0)  # to the entry's largest score
+        total = (block - _as(block.double() * missing, block.dtype)).sum(dim=0)
+        share = (units - _as(units.double() * missing, units.dtype)).sum(dim=0)
+        result[at] = _rescaled(total, share, whole, parts.dtype)
     return result
 
 

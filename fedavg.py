@@ -196,7 +196,8 @@ class FedAvg:
         step_empty: the server takes its step, of no change, in a round without clients too.
         edit: optional (contribution (P,) int64, client, clients, round) that changes a client's
             contribution in place, before it is added; must not make an entry larger, unless it
-            hides them all such that the round's sum stays what it is.
+            hides them all such that the round's sum stays what it is. May return what the client
+            then sends, in place of client_bytes[0].
         apart: optional (round) -> whether the round keeps its contributions apart, (m, P) int64 by
             place in the sample, in place of their sum (1, P).
         combine: optional (contributions, weights (m,), clients, round) -> (P,) int64 that takes the
@@ -230,7 +231,7 @@ class FedAvg:
         train_clients: Callable | None = None,
         clip: Callable[[Tensor, Tensor], float] | None = None,
         step_empty: bool = False,
-        edit: Callable[[Tensor, int, np.ndarray, int], None] | None = None,
+        edit: Callable[[Tensor, int, np.ndarray, int], int | None] | None = None,
         apart: Callable[[int], bool] = lambda round: False,
         combine: Callable[[Tensor, np.ndarray, np.ndarray, int], Tensor] | None = None,
         companions: dict[str, Companion] | None = None,
@@ -257,6 +258,7 @@ class FedAvg:
         self.quick, self._meet_once = quick, False
         self._clients = np.empty(0, np.int64)  # sampled for the round in hand
         self.losses: dict[int, float] = {}  # theirs, by place in the sample
+        self._sent: dict[int, int] = {}  # bytes, of those whose edit says so
         self._queue: list[list[int]] | None = None  # places still to train: one a process, a call
 
     def _zeros(self, rows: int) -> Tensor:
@@ -300,12 +302,14 @@ class FedAvg:
         except ClientError as error:
             problem = str(error)
         taken = self.seconds + time.perf_counter() - started
-        told = self.group.gather((problem, taken, {} if self._queue else self.losses))
-        problems, seconds, losses = zip(*told, strict=True)
+        known = ({}, {}) if self._queue else (self.losses, self._sent)
+        told = self.group.gather((problem, taken, *known))
+        problems, seconds, losses, sent = zip(*told, strict=True)
         if any(problems):
             raise ClientError(next(filter(None, problems)))
-        record = None if self._queue else self._finish_round(clients, _united(losses))
-        if record is not None:
+        record = None
+        if not self._queue:
+            record = self._finish_round(clients, _united(losses), _united(sent))
             self._meet_once = self.group.size > 1 and max(seconds) < self.quick
         self.seconds += time.perf_counter() - started
         if record is not None:
@@ -323,15 +327,17 @@ class FedAvg:
         largest = add_delta_(target, theta_k, self.theta_global, weight)
         check_client(round, client, losses, largest * max(1.0, float(sum(self._weights))))
         if self.edit is not None:
-            self.edit(target, client, clients, round)
+            sent = self.edit(target, client, clients, round)
             row += target  # mod 2^64
+            if sent is not None:
+                self._sent[place] = sent
         self.losses[place] = losses.double().mean().item()
 
     def _merge(self) -> None:
         for companion in self.companions.values():
             companion.merge(self.group)
 
-    def _finish_round(self, clients: np.ndarray, losses: dict[int, float]) -> dict:
+    def _finish_round(self, clients: np.ndarray, losses: dict, sent: dict) -> dict:
         self.round += 1
         record = {"round": self.round}
         if len(clients) or self.step_empty:
@@ -349,13 +355,13 @@ class FedAvg:
         self.theta.copy_(self.theta_global)
         self.on_reset()
         self.total.zero_()
-        self.losses, self._queue = {}, None
+        self.losses, self._sent, self._queue = {}, {}, None
         kept = {name: getattr(one, "bytes", 0) for name, one in self.companions.items()}
         if any(kept.values()):
             record["state_bytes"] = {name: count for name, count in kept.items() if count}
         return record | {
             "seconds": 0.0,
-            "bytes_up": self.client_bytes[0] * len(clients),
+            "bytes_up": sum(sent.get(i, self.client_bytes[0]) for i in range(len(clients))),
             "bytes_down": self.client_bytes[1] * len(clients),
             "clients": [int(k) for k in clients],
         }
@@ -368,8 +374,9 @@ class FedAvg:
         if self._queue is not None or self.losses:
             total = self.total.clone()
             self.group.sum_(total)
-            losses = _united(self.group.gather(self.losses))
-            state |= {"total": total, "losses": losses, "seconds": self.seconds}
+            known = self.group.gather((self.losses, self._sent))
+            losses, sent = map(_united, zip(*known, strict=True))
+            state |= {"total": total, "losses": losses, "sent": sent, "seconds": self.seconds}
         return state
 
     def load_state_dict(self, state: dict) -> None:
@@ -380,7 +387,8 @@ class FedAvg:
         self.theta.copy_(self.theta_global)
         self.on_reset()
         self.round, self.seconds = state["round"], state.get("seconds", 0.0)
-        self.losses, self._queue = dict(state.get("losses", {})), None
+        self.losses, self._sent = (dict(state.get(key, {})) for key in ("losses", "sent"))
+        self._queue = None
         total = state["total"].reshape(-1, *self.theta.shape) if self.losses else self.total[:1]
         self.total = self._zeros(len(total))
         if self.losses and self.group.rank == 0:

@@ -18,14 +18,15 @@ import fedavg
 import participation
 import privacy
 import runs
+from client_fisher import ClientFisher
 from diagnostics import Diagnostics
 from learner import Learner
-from local_training import ClientTraining
+from local_training import ClientTraining, train_together
 from server import Server
 from workspace import free_memory
 
 SHARE = {"cuda": 0.5, "cpu": 0.8}  # of the free memory, for what clients keep
-APART = ("ties", "sign")  # values of --aggregate that need each client's change by itself
+APART = ("ties", "sign", "fisher")  # values of --aggregate that need each client's change by itself
 
 
 def federate(
@@ -37,9 +38,13 @@ def federate(
     """Return the federated loop over a learner's entries; clients' states are kept with `run`."""
     options, entries, scale = learner.options, learner.entries, learner.loss_scale
     sizes = [len(shard) for shard in shards]
-    training = ClientTraining(learner, shards, functools.partial(client_store, learner, sizes, run))
+    fisher = ClientFisher(learner, shards) if options.aggregate == "fisher" else None
+    told = {"after_steps": fisher.score} if fisher else {}
+    store = functools.partial(client_store, learner, sizes, run)
+    training = ClientTraining(learner, shards, store, **told)
     settings = dict(lr=options.server_lr, momentum=options.server_momentum, tau=options.server_tau)
     server = Server(options.server, entries.theta, **settings)
+    companions = {"loss_scale": scale, "server": server} | ({"fisher": fisher} if fisher else {})
     local, private = training.local, options.dp_clip is not None
     trains = None if entries.index is not None else learner.flat.marked()
     check_apart(learner, sizes)
@@ -59,13 +64,14 @@ def federate(
     def combine(rows: Tensor, weights: np.ndarray, clients: np.ndarray, round: int) -> Tensor:
         if diagnostics is not None and len(rows) == len(clients) and diagnostics.due(round):
             diagnostics.watch(federation.theta_global, rows, weights, clients)
-        return combined(options, rows, weights, entries.size)
+        scores = fisher.take(clients) if fisher else None
+        return combined(options, rows, weights, entries.size, scores)
 
     federation = fedavg.FedAvg(
         entries.theta,
         sizes,
         training.one,
-        train_clients=training.heads if training.together else None,
+        train_clients=training.heads if train_together(options) else None,
         sample=functools.partial(sampled_clients, options, sizes),
         weigh=functools.partial(client_weights, training, sizes),
         server_step=server_step,
@@ -73,35 +79,57 @@ def federate(
         on_reset=entries.scatter,
         clip=functools.partial(privacy.clip_factor, bound=options.dp_clip) if private else None,
         step_empty=private,
-        edit=contribution_edit(options),
+        edit=contribution_edit(learner, training),
         apart=apart,
         combine=combine,
-        companions={"loss_scale": scale, "server": server} | training.states,
+        companions=companions | training.states,
         group=learner.group,
     )
     return federation
 
 
-def contribution_edit(options: argparse.Namespace) -> Callable | None:
-    """Return what a client does to its contribution before it is sent, if anything."""
-    dropping, concealing = options.aggregate == "dare", options.secure_aggregation
+def contribution_edit(learner: Learner, training: ClientTraining) -> Callable | None:
+    """Return what a client does to its contribution before it is sent, if anything.
 
-    def edit(contribution: Tensor, client: int, clients: np.ndarray, round: int) -> None:
-        where = dict(seed=options.seed, round=round, client=client)
+    What it drops is not sent either: the server knows the seed of the pattern. Hidden contributions
+    have no zeros.
+    """
+    options = learner.options
+    dropping, concealing = options.aggregate == "dare", options.secure_aggregation
+    shared = shared_entries(learner, training)
+    dense, _ = client_bytes(learner, training)
+
+    def edit(contribution: Tensor, client: int, clients: np.ndarray, round: int) -> int:
+        where, sent = dict(seed=options.seed, round=round, client=client), dense
         if dropping:
-            editing.drop_(contribution, options.dare_drop, **where)
+            kept = editing.drop_(contribution, options.dare_drop, **where)
+            sent -= 4 * int((shared & ~kept).sum())
         if concealing:
             fedavg.conceal_(contribution, clients=clients, **where)
+        return dense if concealing else sent
 
     return edit if dropping or concealing else None
 
 
-def combined(options: argparse.Namespace, rows: Tensor, weights: np.ndarray, size: int) -> Tensor:
-    """Return what --aggregate makes of contributions (m, P), or of their sum (1, P)."""
+def combined(
+    options: argparse.Namespace,
+    rows: Tensor,
+    weights: np.ndarray,
+    size: int,
+    scores: Tensor | None = None,
+) -> Tensor:
+    """Return what --aggregate makes of contributions (m, P), or of their sum (1, P).
+
+    Args:
+        size: entries of P that are not padding.
+        scores: (m, P) the clients' Fisher diagonals, for --aggregate fisher.
+    """
     if options.aggregate == "ties":
         return editing.ties(rows, weights, keep=options.ties_keep, size=size)
     if options.aggregate == "sign":
         return editing.sign_elected(rows, weights)
+    if options.aggregate == "fisher":
+        return editing.fisher_mean(rows, weights, scores)
     return fedavg.add_up(rows)
 
 
@@ -134,11 +162,21 @@ def client_weights(
     return weights
 
 
+def shared_entries(learner: Learner, training: ClientTraining) -> Tensor:
+    """Return which entries of theta are parameters that clients share: (P,) bool."""
+    theta, masked = learner.entries.theta, learner.entries.index is not None
+    shared = torch.ones_like(theta, dtype=torch.bool) if masked else learner.flat.marked()
+    if training.local is not None:
+        shared[training.local.at] = False
+    return shared
+
+
 def client_bytes(learner: Learner, training: ClientTraining) -> tuple[int, int]:
-    """Return what a client sends and what it receives in a round."""
-    sent = learner.entries.size - (len(training.local.at) if training.local else 0)
+    """Return the most that a client sends and what it receives in a round."""
+    sent = int(shared_entries(learner, training).sum())
     up = sent * (8 if learner.options.secure_aggregation else 4)
     variates = 4 * sent if training.scaffold else 0  # the change of c_k, and c
+    up += 4 * sent if learner.options.aggregate == "fisher" else 0
     return up + variates, 4 * sent + variates
 
 
@@ -159,7 +197,8 @@ def check_apart(learner: Learner, sizes: list[int]) -> None:
     options, device = learner.options, learner.workspace.device
     if options.aggregate not in APART and not options.diagnostics:
         return
-    needed = 8 * len(learner.entries.theta) * max(1, round(options.fraction * len(sizes)))
+    each = 12 if options.aggregate == "fisher" else 8  # bytes an entry: the change, the score
+    needed = each * len(learner.entries.theta) * max(1, round(options.fraction * len(sizes)))
     room = memory_room(learner)[device]
     if room and needed > room:
         option = "--diagnostics" if options.diagnostics else f"--aggregate {options.aggregate}"

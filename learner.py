@@ -230,9 +230,12 @@ def find_mask(
     return mask
 
 
-def evaluation_due(at: int, every: int, total: int) -> bool:
-    """Tell whether an evaluation follows round or epoch `at`."""
-    return at % every == 0 or at >= total
+def evaluation_due(at: float, every: float, total: int) -> bool:
+    """Tell whether an evaluation follows a record at round or epoch `at`.
+
+    Within an epoch there are records only where one is due.
+    """
+    return every < 1 or at % every == 0 or at >= total
 
 
 class Evaluated:
@@ -248,7 +251,7 @@ class Evaluated:
         learner: Learner,
         unit: str,
         total: int,
-        every: int,
+        every: float,
         opening: dict,
         measure: Callable[[], dict] = dict,
     ):
@@ -260,7 +263,7 @@ class Evaluated:
         """Evaluate where it is due, adding val_* and test_* to the record; show progress."""
         at = record[self.unit]
         if at:
-            self.status = self.status or Status(self.unit, self.total, at - 1)
+            self.status = self.status or Status(self.unit, self.total, at)
             self.status.show(at, self.note)
         else:
             record |= self.opening

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -21,12 +22,21 @@ from learner import Learner
 from workspace import HEAD
 
 
+def train_together(options: argparse.Namespace) -> bool:
+    """Tell whether a round's clients train at once: heads do, if all take equal steps."""
+    o = options
+    alike = not (o.straggler_fraction or o.fedir or o.batch_size == "full")
+    return o.train == "head" and alike
+
+
 class ClientTraining:
     """The local training of clients, with what they keep from round to round.
 
     Args:
         store: (name, bytes of one client's state) -> keyword arguments of ClientStates: where the
             clients' states lie.
+        after_steps: called with (client, round, losses) when a client that trains alone has taken
+            its steps, and the model is still its own.
     """
 
     def __init__(
@@ -34,7 +44,9 @@ class ClientTraining:
         learner: Learner,
         shards: list[np.ndarray],
         store: Callable[[str, int], dict] = lambda name, each: {},
+        after_steps: Callable[[int, int, Tensor], None] = lambda client, round, losses: None,
     ):
+        self.after_steps = after_steps
         self.learner, self.shards, self.options = learner, shards, learner.options
         entries, options = learner.entries, self.options
         self.graphed = learner.graphed(learner.local_step)
@@ -53,13 +65,6 @@ class ClientTraining:
             learner.class_weights = torch.ones(
                 learner.workspace.classes, device=entries.theta.device
             )
-
-    @property
-    def together(self) -> bool:
-        """Whether a round's clients train at once: on features, if all take equal steps."""
-        o = self.options
-        alike = not (o.straggler_fraction or o.fedir or o.batch_size == "full")
-        return self.learner.on_features and alike
 
     def lr(self, round: int) -> float:
         """Return the round's client learning rate."""
@@ -107,6 +112,7 @@ class ClientTraining:
 
         losses, _ = learner.loss_scale.attempt(attempt, learner.overflowed)
         entries.gather()
+        self.after_steps(client, round, losses)
         if self.states:
             self._leave(client, round, start, losses)
         return losses

@@ -105,7 +105,7 @@ class Merger:
             parts = [editing.dare(v, drop, seed=seed, client=k) for k, v in enumerate(parts)]
             return torch.stack(parts).sum(dim=0)
         if options.rule == "fisher":
-            return editing.fisher_mean(self.vectors, torch.stack(self.scores()))
+            return editing.fisher_mean(parts, weights, torch.stack(self.scores()))
         return (self.vectors if options.rule == "add" else parts).sum(dim=0)
 
     def scores(self) -> list[Tensor]:

@@ -172,6 +172,8 @@ class VisionTransformer(nn.Module):
     def classify(self, features: Tensor) -> Tensor:
         """Return logits (N, classes) of features (N, D), in fp32 or wider."""
         dtype = torch.promote_types(features.dtype, torch.float32)
+        if features.dtype == self.head.weight.dtype == dtype:
+            return self.head(features)  # where hooks see it
         return F.linear(features.to(dtype), self.head.weight.to(dtype), self.head.bias.to(dtype))
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:

@@ -18,6 +18,7 @@ import federation
 import masks
 import model as vit
 import privacy
+from local_training import train_together
 from sparse_sgdm import check_sgd_options
 
 # Defaults that depend on the data set; the help of each option shows both.
@@ -48,7 +49,7 @@ BY_DATA = {
 LR_OF_BACKBONE = ((4, 1e-4), (9, 1e-3), (math.inf, 1e-2))
 LR_OF_FITTED_HEAD = ((4, 3e-4), (math.inf, 3e-3))
 LR_OF_SYNTHETIC = 0.2, 0.01  # from a linear head, under a fitted one
-TIES_KEEP, DARE_DROP = 0.2, 0.9
+TIES_KEEP, DARE_DROP, FISHER_IMAGES = 0.2, 0.9, 256
 # What client-level privacy does not go with: client state, other samples, other
 # weights, a look at single changes.
 NOT_PRIVATE = (
@@ -136,10 +137,16 @@ def resolve_privacy(o: argparse.Namespace) -> None:
 def resolve_merging(o: argparse.Namespace) -> None:
     """The part of `resolve` for the commands that merge changes."""
     option = "rule" if o.command == "merge" else "aggregate"
-    for rule, name, value in (("ties", "ties_keep", TIES_KEEP), ("dare", "dare_drop", DARE_DROP)):
-        if getattr(o, option) != rule and getattr(o, name) is not None:
+    for rule, name, value in (
+        ("ties", "ties_keep", TIES_KEEP),
+        ("dare", "dare_drop", DARE_DROP),
+        ("fisher", "fisher_images", FISHER_IMAGES),
+    ):
+        chosen = getattr(o, option) == rule
+        if not chosen and getattr(o, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} belongs to --{option} {rule}")
-        if getattr(o, name) is None:
+        # without its rule fisher_images stays None, as in runs from before there was such a rule
+        if getattr(o, name) is None and (chosen or rule != "fisher"):
             setattr(o, name, value)
 
 
@@ -181,6 +188,11 @@ def refuse_combinations(o: argparse.Namespace) -> None:
         (
             o.local_norm and o.train == "head",
             "--local-norm with --train head: the head has no LayerNorm",
+        ),
+        (
+            o.aggregate == "fisher" and o.train == "head",
+            "--aggregate fisher with --train head: a client scores a model on images, and heads "
+            "train on features; --train blocks.N",
         ),
         (
             o.secure_aggregation and o.aggregate in federation.APART,
@@ -286,7 +298,7 @@ def resolve_training(o: argparse.Namespace) -> None:
         raise ValueError("--augment changes images, and --train head sees their features")
     if o.freeze_head and o.train == "head":
         raise ValueError("--train head with --freeze-head leaves nothing to train")
-    if o.cuda_graph == "on" and o.train == "head" and o.command == "fedavg":
+    if o.cuda_graph == "on" and o.command == "fedavg" and train_together(o):
         raise ValueError(
             "--cuda-graph on: --train head takes all clients' steps together, and none of their own"
         )

@@ -3,7 +3,7 @@
     config.json      the options that define the run, and what it ran with
     log.jsonl        one JSON object per round or epoch
     checkpoint.pt    torch.save plus a SHA-256 footer; checkpoint.prev.pt is the one before
-    best-N.pt        where that is asked for: what validated best, in round or epoch N
+    best-N.pt        where that is asked for: what validated best, in round or epoch N (or 0.5)
     summary.json     final and best-by-validation figures, wall time
 
 A checkpoint is written aside, fsynced and renamed, and holds the length and hash of the log at that
@@ -355,7 +355,7 @@ class Run:
         if best_record(records) is records[-1]:
             save_checked(self.folder / f"best-{records[-1][unit]}.pt", value)
 
-    def load_best(self, unit: str, log: dict) -> tuple[int, Any]:
+    def load_best(self, unit: str, log: dict) -> tuple[float, Any]:
         """Return round or epoch, and what was kept of it, of the best record of a checkpoint's log.
 
         Raises:
@@ -368,7 +368,7 @@ class Run:
             raise ValueError(f"{self.folder} has kept no best weights: --early-stop keeps them")
         return best[unit], load_checked(path)
 
-    def forget_worse(self, needed: Iterable[int]) -> None:
+    def forget_worse(self, needed: Iterable[float | None]) -> None:
         """Delete what `keep_best` wrote of all but these rounds or epochs."""
         for path in set(self.folder.glob("best-*.pt")) - {
             self.folder / f"best-{at}.pt" for at in needed
@@ -437,7 +437,8 @@ def drive(
 
     Args:
         process: has advance() -> record or None, state_dict(), load_state_dict(state), a counter.
-        unit: the counter's name, "round" or "epoch"; every record holds it.
+        unit: the counter's name, "round" or "epoch"; every record holds it, or a fraction where
+            the process gives records within an epoch.
         complete: fills in a record (say, an evaluation) before it is logged; the log's first
             record, {unit: 0}, stands for the start.
         environment: what may change the last bits; a resume under another one is noted in the log.
@@ -463,7 +464,7 @@ def drive(
             if patience and run.writes and "val_acc" in record:
                 run.keep_best(unit, weights())
 
-        def best_at() -> int | None:
+        def best_at() -> float | None:
             best = best_record(run.records()) if patience and run.writes else None
             return best and best[unit]
 
@@ -512,7 +513,7 @@ def _begin(run: Run, process: Any, unit: str, note: Callable, environment: dict 
         return 0.0
     process.load_state_dict(state["process"])
     if changes := _differences(state["environment"], environment):
-        at = getattr(process, unit)
+        at = int(getattr(process, unit))
         run.log({"note": f"not bit-exact from {unit} {at + 1} on: {changes}"})
     return state["wall_seconds"]
 

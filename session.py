@@ -126,7 +126,8 @@ def train_centralized(workspace: Workspace, options: argparse.Namespace, name: s
         scale.next_round()
         return loss
 
-    process = centralized.Centralized(draw, train_batch, tensors, entries.scatter)
+    every = options.eval_every
+    process = centralized.Centralized(draw, train_batch, tensors, entries.scatter, every)
     return drive_to_summary(run, process, "epoch", options.epochs, learner)
 
 

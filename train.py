@@ -29,14 +29,14 @@ import merging
 import model as vit
 import runs
 import server
-from options import BY_DATA, DARE_DROP, MASK_DEFAULTS, TIES_KEEP, resolve
+from options import BY_DATA, DARE_DROP, FISHER_IMAGES, MASK_DEFAULTS, TIES_KEEP, resolve
 from ranks import LostProcess, ToldByFirst
 
 LR_HELP = (
     "0.01, with --nc below 10: 0.001, below 5: 0.0001; a fitted head alone: 0.003, with --nc "
     "below 5: 0.0003; synthetic: 0.2, with a fitted head 0.01"
 )
-AGGREGATES = ("mean", "fednova", "ties", "dare", "sign")
+AGGREGATES = ("mean", "fednova", "ties", "dare", "sign", "fisher")
 TOLD_ONCE = (ToldByFirst, fedavg.ClientError)  # errors that all processes of a group share
 
 
@@ -69,6 +69,15 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
         return value
 
     return parse
+
+
+def cadence(text: str) -> int | float:
+    """The argparse type of epochs between evaluations: a whole number, or a fraction of one."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    return share if 0 < share < 1 else number(int, 1)(text)
 
 
 def batch_size(text: str) -> int | str:
@@ -348,6 +357,13 @@ def add_merging_options(add: Callable) -> None:
         metavar="P",
         help=f"dare: probability that an entry of a change is dropped, below 1 [{DARE_DROP}]",
     )
+    add(
+        "--fisher-images",
+        type=number(int, 1),
+        metavar="N",
+        help="fisher: training images, a client's of its own, on which each model's sensitivities "
+        f"are taken [{FISHER_IMAGES}]",
+    )
 
 
 def add_run_options(parser: argparse.ArgumentParser, unit: str | None = None) -> None:
@@ -386,8 +402,10 @@ def add_run_options(parser: argparse.ArgumentParser, unit: str | None = None) ->
         )
         add(
             "--eval-every",
-            type=number(int, 1),
-            help=f"{unit}s between evaluations [a 20th of the run]",
+            type=cadence if unit == "epoch" else number(int, 1),
+            help=f"{unit}s between evaluations"
+            + ("; below 1 a share: 0.1 evaluates ten times an epoch" if unit == "epoch" else "")
+            + " [a 20th of the run]",
         )
 
 
@@ -468,8 +486,8 @@ def build_parser() -> Parser:
         "--aggregate",
         choices=AGGREGATES,
         default="mean",
-        help="how clients' changes become one; fednova: per unit of local work; ties, dare, sign: "
-        "merging rules of model editing [%(default)s]",
+        help="how clients' changes become one; fednova: per unit of local work; ties, dare, sign, "
+        "fisher: merging rules of model editing [%(default)s]",
     )
     add_merging_options(add)
     add(
@@ -631,12 +649,6 @@ def build_parser() -> Parser:
     )
     add("--scale", type=number(float, -math.inf), default=1.0, help="factor on it [%(default)g]")
     add_merging_options(add)
-    add(
-        "--fisher-images",
-        type=number(int, 1),
-        default=256,
-        help="fisher: training images on which each model's sensitivities are taken [%(default)s]",
-    )
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="dare: of what drops [0]")
     add("--out", type=path, metavar="FILE", help="where the merged weights go [nowhere]")
     add("--data-dir", default="data", help="folder of data and weights [%(default)s]")

@@ -288,7 +288,7 @@ def fingerprint(model: vit.VisionTransformer) -> str:
 
 
 def compiled(function: Callable) -> Callable:
-    """Return a function that is compiled at its first call, or, saying so, stays as it is."""
+    """Return a function that is compiled at its first call, or, saying why not, stays as it is."""
     steady = (
         "deterministic" in torch._inductor.list_options()
     )  # choices are not timed, from 2.10 on
@@ -300,8 +300,8 @@ def compiled(function: Callable) -> Callable:
             return chosen[0](*arguments)
         try:
             result = fast(*arguments)
-        except Exception as error:  # compilers fail in many ways
-            said = str(error).strip().partition("\n")[0]
+        except torch._dynamo.exc.TorchDynamoException as error:  # the step itself may raise others
+            said = " ".join(str(error).strip().partition("\n\n")[0].split())
             print(f"--compile: PyTorch cannot, steps stay as they are: {said}")
             chosen.append(function)
             return function(*arguments)
@@ -321,15 +321,15 @@ def cast_copy(model: vit.VisionTransformer, dtype: torch.dtype) -> vit.VisionTra
 class Status:
     """One live line on a terminal, nothing elsewhere: what is done, the rate, the time left."""
 
-    def __init__(self, what: str, total: int, done: int = 0):
+    def __init__(self, what: str, total: int, done: float = 0):
         self.what, self.total, self.start_at = what, total, done
         first = int(os.environ.get("RANK", 0)) == 0
         self.live, self.started = first and sys.stderr.isatty(), time.monotonic()
 
-    def show(self, done: int, note: str = "") -> None:
+    def show(self, done: float, note: str = "") -> None:
         """Redraw the line."""
         if self.live:
-            seconds = (time.monotonic() - self.started) / max(1, done - self.start_at)
+            seconds = (time.monotonic() - self.started) / ((done - self.start_at) or 1)
             left = seconds * (self.total - done)
             rate = f"{1 / seconds:.1f}/s" if seconds < 1 else f"{seconds:.1f} s each"
             line = f"{self.what} {done}/{self.total}  {rate}  {duration(left)} left  {note}"

@@ -39,7 +39,7 @@ def test_bad_schedules_are_refused(warmup):
         learning_rate("linear", 0, total=100, lr=0.1)
 
 
-def loop(fail_at=None):
+def loop(fail_at=None, every=1):
     theta = torch.ones(2, dtype=torch.float64)
     calls = []
 
@@ -53,7 +53,7 @@ def loop(fail_at=None):
         generator = torch.Generator().manual_seed(epoch)
         return torch.randn(4, 2, generator=generator, dtype=torch.float64)
 
-    return Centralized(draw, train, {"theta": theta}), theta, calls
+    return Centralized(draw, train, {"theta": theta}, every=every), theta, calls
 
 
 @pytest.mark.parametrize("stop", range(1, 9))
@@ -74,9 +74,59 @@ def test_it_stops_at_any_batch_and_goes_on_to_the_same_bits(stop):
         assert (mine and mine["train_loss"]) == (theirs and theirs["train_loss"])
 
 
-def test_a_diverged_state_is_named_and_not_saved():
-    process, _, _ = loop(fail_at=6)
-    for _ in range(6):
+@pytest.mark.parametrize(
+    ("every", "at"),
+    [
+        (0.5, [0.5, 1, 1.5, 2]),
+        (0.25, [0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2]),
+        (0.01, [0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2]),
+        (0.3, [0.5, 0.75, 1, 1.5, 1.75, 2]),  # 0.3, 0.6 and 0.9 are reached by batches 2, 3 and 4
+        (0.9, [1, 2]),
+        (3, [1, 2]),
+    ],
+)
+def test_records_come_where_a_batch_reaches_a_multiple_of_a_share_of_the_epoch(every, at):
+    whole, process = loop()[0], loop(every=every)[0]
+    records = [record for _ in range(8) if (record := process.advance())]
+    assert [r["epoch"] for r in records] == at
+    ends = {r["epoch"]: r["train_loss"] for _ in range(8) if (r := whole.advance())}
+    spans = {1: 0.0, 2: 0.0}  # losses are those since the record before
+    for before, record in zip([0, *at], records, strict=False):
+        spans[math.ceil(record["epoch"])] += record["train_loss"] * (record["epoch"] - before)
+    assert spans == pytest.approx(ends, rel=1e-12)
+
+
+def test_a_tenth_is_a_tenth_however_many_batches_an_epoch_has():
+    for steps in range(10, 200):
+        draw = lambda epoch, steps=steps: torch.zeros(steps, 1)  # noqa: E731
+        process = Centralized(draw, lambda batch, at: batch.sum(), {}, every=0.1)
+        found = [r["epoch"] for _ in range(steps) if (r := process.advance())]
+        assert found == [round(-(-k * steps // 10) / steps, 6) for k in range(1, 11)], steps
+
+
+@pytest.mark.parametrize("stop", range(1, 8))
+def test_it_goes_on_to_the_same_bits_between_records_and_to_another_cadence(stop):
+    whole, expected, _ = loop(every=0.5)
+    records = [whole.advance() for _ in range(8)]
+    for every in (0.5, 1):
+        first, second = loop(every=every)[0], loop(every=0.5)
+        for _ in range(stop):
+            first.advance()
+        second[0].load_state_dict(first.state_dict())
+        assert second[0].epoch == first.epoch == stop / 4
+        rest = [second[0].advance() for _ in range(8 - stop)]
+        assert torch.equal(second[1], expected)
+        assert [r and r["epoch"] for r in rest] == [r and r["epoch"] for r in records[stop:]]
+        if every == 0.5:
+            losses = [[r and r["train_loss"] for r in some] for some in (rest, records[stop:])]
+            assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("every", [1, 0.25])
+def test_a_diverged_state_is_named_and_not_saved(every):
+    process, _, _ = loop(fail_at=6, every=every)
+    for _ in range(5):
         process.advance()
     with pytest.raises(ValueError, match="epoch 2, step 2: the loss is nan"):
+        process.advance()
         process.state_dict()

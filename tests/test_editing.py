@@ -50,7 +50,13 @@ def test_padding_counts_in_no_share():
     assert torch.equal(merged[:5], editing.ties(PARTS / 3, THIRDS, keep=0.6))
 
 
-@pytest.mark.parametrize("rule", [editing.ties, editing.sign_elected])
+def fisher_mean(parts, weights):
+    """Merge under scores that a part's first entry decides, some of them zero."""
+    grid = parts[:, :1].double() / parts[:, :1].double().abs().max()
+    return editing.fisher_mean(parts, weights, (grid * torch.arange(parts.shape[1])).cos().relu())
+
+
+@pytest.mark.parametrize("rule", [editing.ties, editing.sign_elected, fisher_mean])
 def test_fixed_point_parts_give_what_floats_give_in_any_order(rule, monkeypatch):
     monkeypatch.setattr(editing, "CHUNK", 7)
     generator = torch.Generator().manual_seed(0)
@@ -89,7 +95,15 @@ def test_dare_keeps_the_expectation_and_its_pattern_has_no_hidden_state():
 
 def test_scores_weigh_entries_and_without_any_the_mean_is_plain():
     scores = torch.tensor([[1.0, 0.0, 2.0, 0, 1], [3.0, 1.0, 0.0, 0, 1]], dtype=torch.float64)
-    close(editing.fisher_mean(PARTS[:2], scores), [2.5, 3.0, 3.0, 0.375, 0.0])
+    merged = editing.fisher_mean(PARTS[:2] / 2, [0.5, 0.5], scores)
+    close(merged, [2.5, 3.0, 3.0, 0.375, 0.0])
+    # p_k F_k: 0.75 and 0.75, 0 and 0.25, ...
+    weights = torch.tensor([0.75, 0.25], dtype=torch.float64)
+    merged = editing.fisher_mean(PARTS[:2] * weights[:, None], weights, scores)
+    close(merged, [3.0, 3.0, 3.0, 0.4375, 1.0])
+    # a part without weight has no say, whatever its score
+    merged = editing.fisher_mean(PARTS[:2] * torch.tensor([[1.0], [0.0]]), [1.0, 0.0], scores)
+    close(merged, PARTS[0].tolist())
 
 
 def test_interference_of_pairs():
@@ -181,6 +195,13 @@ def merged(rule):
         "ties": lambda rows, weights, *_: editing.ties(rows, weights, keep=0.4),
         "ties keep 1": lambda rows, weights, *_: editing.ties(rows, weights, keep=1),
         "sign": lambda rows, weights, *_: editing.sign_elected(rows, weights),
+        "fisher": lambda rows, weights, *_: fisher_mean(rows, weights),
+        "fisher, equal": lambda rows, weights, *_: editing.fisher_mean(
+            rows, weights, torch.full(rows.shape, 0.3)
+        ),
+        "fisher, none": lambda rows, weights, *_: editing.fisher_mean(
+            rows, weights, torch.zeros(rows.shape)
+        ),
     }
     return dict(apart=lambda round: True, combine=rules[rule])
 
@@ -218,6 +239,9 @@ def run(process, rounds):
         (merged("sign"), dict(fraction=0.05)),
         (merged("ties keep 1"), dict(pull="one way")),  # all agree
         (merged("sign"), dict(pull="one way")),
+        (merged("fisher, equal"), {}),
+        (merged("fisher, none"), {}),
+        (merged("fisher"), dict(fraction=0.05)),
         (dropping(0.0), {}),
         (merged("sum") | dropping(0.0), {}),
     ],
@@ -226,7 +250,9 @@ def test_degenerate_rules_are_fedavg_to_the_bit(options, where):
     assert torch.equal(run(federation(**where, **options), 4), run(federation(**where), 4))
 
 
-@pytest.mark.parametrize("options", [merged("ties"), merged("sign"), dropping(0.6)])
+@pytest.mark.parametrize(
+    "options", [merged("ties"), merged("sign"), merged("fisher"), dropping(0.6)]
+)
 def test_rules_do_something(options):
     assert not torch.equal(run(federation(**options), 4), run(federation(), 4))
 
@@ -239,6 +265,28 @@ def test_a_round_of_a_rule_goes_on_from_its_middle_to_the_same_bits(options, sto
         first.advance()
     second.load_state_dict(first.state_dict())
     assert torch.equal(run(second, 3), run(federation(**options), 3))
+
+
+def test_one_round_of_solved_quadratics_under_their_fishers_is_the_common_optimum():
+    """Clients whose loss is sum of h (theta - target)^2 / 2 go to its optimum; the Fisher is h."""
+    generator = torch.Generator().manual_seed(2)
+    targets, h = torch.rand(2, 6, 7, dtype=torch.float64, generator=generator)
+    h[:, 0], h[3], h[0, 1:] = 0, 0, 1e3 * h[0, 1:]  # an entry that matters to none, a client
+    theta, sizes = torch.zeros(7, dtype=torch.float64), torch.arange(1, 7).double()
+
+    def train(client, round):
+        theta.copy_(targets[client])
+        return torch.zeros(1)
+
+    def combine(rows, weights, clients, round):
+        return editing.fisher_mean(rows, weights, h[clients])
+
+    how = dict(fraction=1.0, apart=lambda round: True, combine=combine)
+    merged = run(FedAvg(theta, range(1, 7), train, **how), 1)
+    p = (sizes / sizes.sum())[:, None]
+    optimum = (p * h * targets).sum(dim=0)[1:] / (p * h).sum(dim=0)[1:]
+    torch.testing.assert_close(merged[1:], optimum, rtol=0, atol=1e-10)
+    torch.testing.assert_close(merged[0], (p * targets).sum(dim=0)[0], rtol=0, atol=1e-10)
 
 
 def test_a_round_that_was_saved_as_a_sum_or_apart_goes_on_as_the_other():

@@ -13,7 +13,7 @@ import model as vit
 import train
 from learner import Learner
 from local_training import ClientTraining
-from workspace import Workspace
+from workspace import Workspace, compiled
 
 
 def build(tmp_path, *arguments):
@@ -215,7 +215,7 @@ def test_what_cannot_be_compiled_trains_as_it_is(small_data, monkeypatch, capsys
 
     def broken(function, dynamic, options):
         def call(*arguments):
-            raise RuntimeError("no C++ compiler\nmore")
+            raise torch._dynamo.exc.TorchDynamoException("it raised:\nno compiler\n\nmore")
 
         return call
 
@@ -223,8 +223,17 @@ def test_what_cannot_be_compiled_trains_as_it_is(small_data, monkeypatch, capsys
     learner, training = build(small_data, "--compile")
     training.one(4, round=1)
     assert torch.equal(learner.entries.theta, plain.entries.theta)
-    said = "--compile: PyTorch cannot, steps stay as they are: no C++ compiler\n"
+    said = "--compile: PyTorch cannot, steps stay as they are: it raised: no compiler\n"
     assert capsys.readouterr().out == said
+
+
+def test_an_error_of_a_compiled_step_itself_is_raised(monkeypatch):
+    def out_of_memory(*arguments):
+        raise torch.cuda.OutOfMemoryError("all of it")
+
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic, options: function)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="all of it"):
+        compiled(out_of_memory)(torch.zeros(1))
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

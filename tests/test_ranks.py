@@ -176,6 +176,18 @@ def test_a_merging_rule_gives_the_same_bits_over_processes_and_a_save(rule):
     assert not torch.equal(state["theta"], federate(1, 14)[1]["theta"])
 
 
+def test_what_clients_say_they_sent_is_counted_over_processes_and_a_save():
+    options = dict(client_bytes=(1000, 10), edit=lambda *a: 7 * a[1] if a[1] % 2 else None)
+    expected, _ = federate(1, 14, **options)
+    for record in expected:
+        sent = [7 * k if k % 2 else 1000 for k in record["clients"]]
+        assert (record["bytes_up"], record["bytes_down"]) == (sum(sent), 70)
+    records, _ = federate(2, 8, **options)
+    assert records == expected
+    _, state = federate(2, 6, **options)  # two calls into round 2
+    assert federate(3, 1, state, **options)[0] == expected[1:]
+
+
 def test_concealed_contributions_look_uniform_and_their_sum_is_exact():
     clients, generator = [3, 14, 7, 90], torch.Generator().manual_seed(0)
     plain = torch.randint(-(2**50), 2**50, (4, 10_000), generator=generator)

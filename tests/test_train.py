@@ -2,17 +2,21 @@
 
 import json
 import re
+import time
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 
+import doctor
 import model as vit
 import plots
 import runs
 import train
 import workspace
+from local_training import ClientTraining
 
 FEDAVG = ("fedavg", "--data", "synthetic")
 TINY = (*FEDAVG, "--rounds", 2, "--clients", 10, "--fraction", 0.3, "--batch-size", 8)
@@ -216,6 +220,7 @@ def test_another_seed_is_another_run(cli, small_data):
         ("--aggregate", "ties", "--diagnostics"),
         ("--aggregate", "dare", "--secure-aggregation", "--dare-drop", 0.5),
         ("--aggregate", "sign", "--train", "head"),
+        ("--aggregate", "fisher", "--fisher-images", 5, "--scaffold", "--server", "fedadam"),
         ("--precision", "fp16"),
     ],
     ids=lambda o: " ".join(str(x) for x in o),
@@ -259,6 +264,36 @@ def test_centralized_training_resumes_within_an_epoch(cli, small_data, monkeypat
     assert torch.equal(theta(whole), theta(parts))
 
 
+def test_a_central_run_stops_within_an_epoch_and_keeps_what_was_best_there(cli, small_data):
+    still = ("centralized", "--data", "synthetic", "--epochs", 1, "--lr", 0, "--batch-size", 360)
+    short = (*still, "--eval-every", 0.1, "--name", "s")
+    status, out, err = cli(*short, "--early-stop", 3)
+    assert status == 0, err
+    assert "stopped early: 3 evaluations" in out and "epoch 0.3 reached" in out
+    folder = small_data / "runs" / "s"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["epoch"] == summary["final"]["epoch"] == 0.3
+    assert [p.name for p in folder.glob("best-*")] == ["best-0.pt"]
+    status, out, _ = cli(*short, "--early-stop", 3)
+    assert status == 0 and "is finished: epoch 0.3, stopped early" in out
+    # more patience, and less often: it goes on from within the epoch
+    assert cli(*short, "--early-stop", 9, "--eval-every", 0.5)[0] == 0
+    found = records(folder)
+    assert [r["epoch"] for r in found] == [0, 0.1, 0.2, 0.3, 0.5, 1]
+    assert all("val_acc" in r and "test_loss" in r for r in found)
+    x, _ = plots._series(found, "val_acc")
+    assert x.tolist() == [r["epoch"] for r in found]
+    assert cli("eval", "runs/s", "--best")[0] == 0
+
+
+@pytest.mark.parametrize("every", [0, -0.1, "half", 1.5, "nan"])
+def test_a_cadence_is_whole_or_a_share_of_an_epoch(cli, every):
+    status, _, err = cli("centralized", "--data", "synthetic", "--eval-every", every)
+    assert status == 2 and "--eval-every" in err and err.count("\n") == 1
+    status, _, err = cli(*TINY, "--eval-every", 0.5)
+    assert status == 2 and "'0.5' is not a whole number" in err
+
+
 def test_search_takes_the_best_by_validation(cli, small_data):
     grid = ("--search", "--search-lr", 0.0, 0.2, "--search-weight-decay", 0.0)
     status, out, _ = cli("centralized", "--data", "synthetic", "--epochs", 2, *grid, "--name", "s")
@@ -296,6 +331,53 @@ def test_doctor_says_what_a_command_will_cost(cli, small_data, options):
     assert figures["cuda_graph"].startswith("on" if torch.cuda.is_available() else "off (")
     assert not (small_data / "runs").exists() and not (small_data / "data").exists()
     assert cli("doctor", "ridge")[0] == 2
+
+
+def timed_as(cli, monkeypatch, *options):
+    """Return the learner that doctor times a command with, and its figures."""
+    made, build = [], doctor.Learner
+    monkeypatch.setattr(doctor, "Learner", lambda *a: made.append(build(*a)) or made[-1])
+    status, _, err = cli("doctor", "--json", "d.json", *TINY, *options)
+    assert status == 0, err
+    return made[0], json.loads(Path("d.json").read_text())
+
+
+def test_doctor_times_a_mask_of_the_commands_sparsity(cli, small_data, monkeypatch):
+    rule = ("--mask-rule", "least-sensitive", "--sparsity", 0.8, "--mask-scope", "blocks.*.weight")
+    learner, figures = timed_as(cli, monkeypatch, "--head", "ridge", *rule)
+    scoped = sum(p.numel() for n, p in learner.model.named_parameters() if n in learner.mask.shapes)
+    assert figures["parameters"] == learner.entries.size == round(0.2 * scoped) < 71_668
+    assert all(name.startswith("blocks.") for name in learner.mask.shapes)
+    made = ("--mask-rule", "random", "--sparsity", 0.99, "--name", "m")
+    assert cli("calibrate", "--data", "synthetic", *made)[0] == 0
+    learner, figures = timed_as(cli, monkeypatch, "--head", "ridge", "--mask", "runs/m/mask.pt")
+    assert figures["parameters"] == learner.mask.made["kept"] < 700
+    threshold = ("--mask-rule", "least-sensitive", "--threshold", 1e-6)
+    assert timed_as(cli, monkeypatch, "--head", "ridge", *threshold)[0].mask is None
+
+
+def test_doctor_counts_clipping_a_client_and_noise_a_round(cli, small_data, monkeypatch):
+    pytest.importorskip("dp_accounting")
+    monkeypatch.setattr(doctor.privacy, "clip_factor", lambda *a, **k: time.sleep(0.1))
+    monkeypatch.setattr(doctor.privacy, "add_noise_", lambda *a, **k: time.sleep(0.2))
+    _, figures = timed_as(cli, monkeypatch, "--dp-noise", 1, "--dp-clip", 0.1)
+    spent = figures["seconds_a_round"] - 3 * figures["seconds_a_client"]
+    assert 0.5 <= spent < 2  # three clients, one round
+
+
+def test_doctor_times_heads_as_the_command_trains_them(cli, small_data, monkeypatch):
+    trained = []
+    for name in ("one", "heads"):
+        way = getattr(ClientTraining, name)
+        record = lambda *a, name=name, way=way: trained.append(name) or way(*a)  # noqa: E731
+        monkeypatch.setattr(ClientTraining, name, record)
+    _, figures = timed_as(cli, monkeypatch, "--train", "head", "--batch-size", "full")
+    assert set(trained) == {"one"}
+    one_by_one = figures["images_a_second"] * figures["seconds_a_client"]
+    assert one_by_one == pytest.approx(4 * 4500, rel=1e-3)
+    trained.clear()
+    timed_as(cli, monkeypatch, "--train", "head")
+    assert set(trained) == {"heads"}
 
 
 def test_shards_prints_and_plots(cli, small_data):
@@ -381,6 +463,9 @@ BAD = {
         *(*FEDAVG, "--cuda-graph", "on", "--device", "cpu"),
     ),
     "--cuda-graph on: --train head": (*FEDAVG, "--cuda-graph", "on", "--train", "head"),
+    "--cuda-graph on: it needs a CUDA device, and": (  # heads that train one by one have steps
+        *(*FEDAVG, "--cuda-graph", "on", "--train", "head", "--fedir", "--device", "cpu"),
+    ),
     "--compile compiles the backbone": (*FEDAVG, "--compile", "--train", "head"),
     "chooses on validation data": (*FEDAVG, "--search", "--val-fraction", 0),
 }  # fmt: skip
