@@ -218,7 +218,7 @@ def test_groups_of_clients_agree_as_far_as_their_masks_overlap(small_data):
         return masks.keep_lowest(mean.float(), round(0.1 * len(mean)))
 
     for m, iou in groups.items():
-        one, two = kept(range(int(m))), kept(range(5 - int(m), 5))
+        one, two = kept(calibration.clients[: int(m)]), kept(calibration.clients[-int(m) :])
         expected = ((one & two).sum() / (one | two).sum()).item()
         assert iou == pytest.approx(expected, rel=1e-3) and 0.0526 < iou < 1
 
