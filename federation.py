@@ -66,7 +66,10 @@ def federate(
         sizes,
         training.one,
         train_clients=training.heads if training.together else None,
+        keep=training.keep,
+        skip=options.on_nonfinite == "skip",
         sample=functools.partial(sampled_clients, options, sizes),
+        answering=functools.partial(answering_clients, options),
         weigh=functools.partial(client_weights, training, sizes),
         server_step=server_step,
         client_bytes=client_bytes(learner, training),
@@ -106,14 +109,18 @@ def combined(options: argparse.Namespace, rows: Tensor, weights: np.ndarray, siz
 
 
 def sampled_clients(options: argparse.Namespace, sizes: list[int], round: int) -> np.ndarray:
-    """Return the clients that take part in a round."""
+    """Return the clients that are sent the model in a round."""
     where = dict(seed=options.seed, round=round)
     if options.dp_clip is not None:
         return privacy.sample_poisson(len(sizes), options.fraction, **where)
     if options.fedvc:
-        clients = participation.sample_by_size(sizes, options.fraction, **where)
-    else:
-        clients = fedavg.sample_clients(len(sizes), options.fraction, **where)
+        return participation.sample_by_size(sizes, options.fraction, **where)
+    return fedavg.sample_clients(len(sizes), options.fraction, **where)
+
+
+def answering_clients(options: argparse.Namespace, clients: np.ndarray, round: int) -> np.ndarray:
+    """Return those of a round's clients that send their result."""
+    where = dict(seed=options.seed, round=round)
     return participation.drop_out(clients, options.dropout, **where) if options.dropout else clients
 
 

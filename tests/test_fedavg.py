@@ -12,7 +12,6 @@ from fedavg import (
     FedAvg,
     add_delta_,
     apply_total_,
-    local_sgd,
     sample_clients,
     step_weight_sum,
 )
@@ -191,7 +190,7 @@ def test_a_round_without_clients_is_skipped_and_says_so():
 
     process, never = federation(sample=sample), federation(sample=lambda t: np.array([3, 8]))
     records = run(process, 3)
-    assert records[1]["skipped"] and "train_loss" not in records[1] and not records[1]["clients"]
+    assert records[1]["unchanged"] and "train_loss" not in records[1] and not records[1]["clients"]
     assert records[1]["bytes_up"] == 0 and records[2]["train_loss"] > 0
     run(never, 2)
     assert torch.equal(process.theta_global, never.theta_global)
@@ -230,17 +229,3 @@ def test_a_fraction_outside_its_range_is_refused(fraction):
 def test_bytes_count_every_sampled_client():
     record = run(federation(client_bytes=(20, 20)), 1)[0]
     assert record["bytes_up"] == record["bytes_down"] == 20 * len(record["clients"]) == 100
-
-
-def test_local_sgd_zeroes_scales_and_reports_the_loss_before_each_step():
-    w = torch.nn.Parameter(torch.tensor([4.0]))
-    w.grad = torch.tensor([99.0])
-    seen = []
-
-    def step(j):
-        seen.append((j, w.grad.item()))
-        w.data -= 0.25 * w.grad / 8
-
-    losses = local_sgd([1.0, 2.0], lambda b: (b * w**2).sum(), w.grad, step, loss_scale=8.0)
-    assert losses.tolist() == [16.0, 8.0]
-    assert seen == [(0, 64.0), (1, 64.0)]

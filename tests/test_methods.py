@@ -61,10 +61,12 @@ def test_rounds_in_which_all_clients_drop_out_are_skipped_and_logged(cli, learne
     status, out, err = cli(*COMMAND, "--dropout", 1, "--name", "none")
     assert status == 0, err
     run = runs.Run("runs/none")
-    assert all(r["skipped"] and r["bytes_up"] == 0 for r in run.records()[1:])
+    for record in run.records()[1:]:
+        assert record["unchanged"] and record["bytes_up"] == 0 and not record["clients"]
+        assert record["bytes_down"] == 4 * 4 * 71_668 and len(record["dropped_out"]) == 4
     start = learners[0].workspace.build_model().state_dict()
     assert all(torch.equal(x, start[name]) for name, x in learners[0].model.state_dict().items())
-    assert json.loads((run.folder / "summary.json").read_text())["bytes_to_dense"] == 0
+    assert json.loads((run.folder / "summary.json").read_text())["bytes_to_dense"] == 1
 
 
 def test_scaffold_counts_its_bytes_and_its_state(outcome):
@@ -165,6 +167,7 @@ def test_layer_norms_are_a_clients_own(small_data, mask):
     theta, at = learner.entries.theta, local_entries(learner)
     start = theta.clone()
     training.one(4, round=1)
+    training.keep(4, 1, theta, start)
     assert torch.equal(theta[at], start[at])  # what the server would take in
     shared = torch.ones_like(theta, dtype=torch.bool)
     shared[at] = False
@@ -194,6 +197,7 @@ def test_scaffold_corrects_every_step_of_a_client(small_data, mask):
     training.scaffold.mean.copy_(c)
     training.scaffold.put(4, own)
     training.one(4, round=1)
+    training.keep(4, 1, learner.entries.theta, start)
     moved = learner.entries.theta - start
     torch.testing.assert_close(moved, step - 0.01 * (c - own), rtol=1e-4, atol=1e-7)
     # option II with one step: c_k' = the gradient alone
@@ -207,12 +211,15 @@ def test_heads_trained_together_take_scaffolds_steps(small_data):
     c = torch.randn(len(start)) * 0.01
     training.scaffold.mean.copy_(c)
     together = [(theta.clone(), losses) for theta, losses in training.heads(start, clients, 2)]
+    for client, (theta, _) in zip(clients, together, strict=True):
+        training.keep(int(client), 2, theta, start)
     variates = [training.scaffold.get(int(k)).clone() for k in clients]
     again, alone = build(small_data, *command)
     alone.scaffold.mean.copy_(c)
     for client, (theta, losses), variate in zip(clients, together, variates, strict=True):
         again.flat.reset(start)
         expected = alone.one(int(client), round=2)
+        alone.keep(int(client), 2, again.flat.theta, start)
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(theta, again.flat.theta, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(alone.scaffold.get(int(client)), variate, rtol=1e-3, atol=1e-4)

@@ -111,7 +111,7 @@ def test_a_round_without_clients_adds_its_noise():
 
     loop = federation(noise=1.0, sample=nobody)
     record = loop.advance()
-    assert "skipped" not in record and "train_loss" not in record and not record["clients"]
+    assert "unchanged" not in record and "train_loss" not in record and not record["clients"]
     expected = torch.zeros(5, dtype=torch.int64)
     std = BOUND / (FRACTION * CLIENTS)
     add_noise_(expected, std, unit=2.0**-48, seed=3, round=1, where=TRAINS)
