@@ -37,27 +37,31 @@ class ClientFisher:
         self.preprocess = learner.workspace.preprocess(torch.float32)
         self._scores: dict[int, Tensor] = {}
         self._unmerged: list[int] = []
+        self._problem: str | None = None  # of the client that trained last
 
     def score(self, client: int, round: int, losses: Tensor) -> None:
-        """Score the model as the client's local steps, of these losses, have left it.
-
-        Raises:
-            fedavg.ClientError: the client has diverged.
-        """
-        fedavg.check_client(round, client, losses, torch.zeros(()))
+        """Score the model as the client's local steps, of these losses, have left it."""
+        self._problem = None
+        if not torch.isfinite(losses).all():  # the loop will say so
+            return
         self.flat.reset(self.learner.flat.theta)
         names, batches = list(self.flat.shapes), self._batches(client, round)
         try:
             with exact_products():
                 scores = fisher.fisher_diagonal(self.model, batches, parameters=names)
         except ValueError as error:
-            message = f"round {round}, client {client}: {error}; try a lower --lr"
-            raise fedavg.ClientError(message) from None
+            self._problem = f"round {round}, client {client}: {error}; try a lower --lr"
+            return
         vector, index = torch.zeros_like(self.flat.theta), self.learner.entries.index
         for name, values in scores.items():
             self.flat.view(vector, name).copy_(values)
         self._scores[client] = vector if index is None else vector[index]
         self._unmerged.append(client)
+
+    def check(self) -> None:
+        """Raise fedavg.ClientError if the model that was scored last had no scores."""
+        if self._problem:
+            raise fedavg.ClientError(self._problem)
 
     def _batches(self, client: int, round: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the images and the uniform numbers that draw their labels."""
@@ -72,8 +76,9 @@ class ClientFisher:
             yield self.preprocess(workspace.sets["train"].images[at]), given
 
     def take(self, clients: np.ndarray) -> Tensor:
-        """Return the scores (m, P) of a round's clients, and forget them."""
-        return torch.stack([self._scores.pop(int(client)) for client in clients])
+        """Return the scores (m, P) of a round's clients, and forget them; of the skipped, zeros."""
+        none = torch.zeros_like(self.learner.entries.theta)
+        return torch.stack([self._scores.pop(int(client), none) for client in clients])
 
     def merge(self, group: Any) -> None:
         """Let every process of a group know what the others have scored."""

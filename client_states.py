@@ -192,10 +192,12 @@ class LocalEntries(ClientStates):
         self._shared = theta[self.at]
         theta[self.at] = self.get(client)
 
-    def leave_(self, theta: Tensor, client: int) -> None:
-        """Keep the client's entries; `theta` has the shared ones again, as if none had moved."""
-        self.put(client, theta[self.at])
+    def leave_(self, theta: Tensor) -> Tensor:
+        """Give `theta` the shared entries back, as if none had moved; returns the client's, to be
+        `put` if its round is good."""
+        own = theta[self.at]
         theta[self.at] = self._shared
+        return own
 
     def average_into_(self, theta: Tensor) -> None:
         """Give `theta` the average of all clients' entries."""

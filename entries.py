@@ -13,6 +13,7 @@ from torch import Tensor
 import model as vit
 from sparse_sgdm import sparse_sgdm_
 
+CHUNK = 262_144  # elements whose norm a CPU takes at once
 COMPACT_BELOW = 0.7  # density below which a CPU steps the unmasked entries alone (bench_compact.py)
 
 
@@ -44,6 +45,12 @@ class Entries:
         self.anchor = torch.empty_like(self.stepped[0]) if prox else None
         scaffold = getattr(options, "scaffold", False)
         self.correction = torch.zeros_like(self.stepped[0]) if scaffold else None
+
+    def clipped(self, grad: Tensor, loss_scale: float | Tensor = 1.0) -> float | Tensor:
+        """Return what a gradient (P',) of the entries that train is divided by: the loss scale,
+        with --clip-norm times what brings the norm down to that."""
+        bound = self.options.clip_norm
+        return loss_scale if bound is None else clip_divisor(grad, bound, loss_scale)
 
     @property
     def state(self) -> list[Tensor]:
@@ -93,10 +100,11 @@ class Entries:
         self, lr: float | Tensor, first: bool = False, loss_scale: float | Tensor = 1.0
     ) -> None:
         """Take one optimiser step from the flat gradient."""
-        flat, changing = self.flat, dict(lr=lr, first=first, grad_scale=loss_scale)
-        theta, momentum = self.stepped
+        flat, (theta, momentum) = self.flat, self.stepped
+        gathers = self.index is not None and (self.compact or self.options.clip_norm is not None)
+        grad = flat.grad[self.index] if gathers else flat.grad
+        changing = dict(lr=lr, first=first, grad_scale=self.clipped(grad, loss_scale))
         if self.compact:
-            grad = flat.grad[self.index]
             terms = None, None, self.anchor, self.correction
             self.step_flat(theta, grad, momentum, *terms, **changing)
             self.scatter()
@@ -110,3 +118,24 @@ class Entries:
         constants = dict(momentum=options.momentum, weight_decay=options.weight_decay)
         constants["prox"] = getattr(options, "prox", 0.0)  # of fedavg alone
         sparse_sgdm_(*tensors, nesterov=options.nesterov, **constants, **changing)
+
+
+@torch.no_grad()
+def clip_divisor(grad: Tensor, bound: float, loss_scale: float | Tensor = 1.0) -> Tensor:
+    """Return the scalar that takes the loss scale off a gradient and its norm down to a bound.
+
+    It is loss_scale / min(1, bound / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it, and
+    the loss scale itself, to the bit, where the norm is smaller. Nothing waits for the device. The
+    norm is summed in fp64: in fp32 that of 21.7 million entries was 0.1 % short on a CPU.
+
+    Args:
+        grad: (P,) in any floating dtype, times `loss_scale`.
+        bound: largest L2 norm.
+
+    Returns:
+        fp32; Inf or NaN where the gradient holds one.
+    """
+    parts = grad.split(CHUNK if grad.is_cpu else max(1, grad.numel()))
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
+    norm = torch.linalg.vector_norm(torch.stack(norms)) / loss_scale
+    return (loss_scale * ((norm + 1e-6) / bound).clamp(min=1.0)).float()

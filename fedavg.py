@@ -32,6 +32,7 @@ from torch import Tensor
 FIXED_POINT = 2.0**48  # units per 1.0 of the int64 totals
 LIMIT = 2.0**14  # largest weighted change of a parameter in one round: far above sense
 CHUNK = 262_144  # elements; keeps the temporaries of a CPU in cache
+NO_CLIENT, EVERYONE_SKIPPED = "no client took part", "every client was skipped"  # in the log
 
 
 class ClientError(ValueError):
@@ -78,34 +79,6 @@ def apply_total_(
     chunk = CHUNK if theta.is_cpu else max(1, theta.numel())
     for part, units in zip(theta.split(chunk), total.split(chunk), strict=True):
         part.copy_(units.double().mul_(server_lr * unit).add_(part))
-
-
-def local_sgd(
-    batches: Iterable,
-    loss_of: Callable[..., Tensor],
-    grad: Tensor,
-    step: Callable[[int], None],
-    loss_scale: float = 1.0,
-) -> Tensor:
-    """Take one optimiser step per batch.
-
-    Args:
-        batches: the J batches of the local steps, each handed to `loss_of`.
-        grad: the flat gradient that backward adds into; zeroed before each step.
-        step: callable of the local step 0..J-1; updates the parameters from `grad`.
-        loss_scale: factor on the loss before backward; `step` has to undo it.
-
-    Returns:
-        (J,) losses, each before its step.
-    """
-    losses = []
-    for j, batch in enumerate(batches):
-        grad.zero_()
-        loss = loss_of(batch)
-        (loss if loss_scale == 1.0 else loss * loss_scale).backward()
-        step(j)
-        losses.append(loss.detach())
-    return torch.stack(losses)
 
 
 def step_weight_sum(steps: int, momentum: float = 0.0, nesterov: bool = False) -> float:
@@ -182,16 +155,25 @@ class FedAvg:
         shard_sizes: samples per client; the weights of the average.
         train_client: (client, round) -> (J,) losses; trains `theta` in place from where it stands.
         fraction: share C of the clients that take part in a round, in (0, 1].
-        sample: optional (round) -> (m,) the distinct clients that take part, in place of the
-            uniform draw; where it returns none the round changes nothing, unless `step_empty`.
-        weigh: optional (clients, round) -> (m,) the weights p_k, in place of shares of samples.
+        sample: optional (round) -> the distinct clients that are sent the model, in place of the
+            uniform draw.
+        answering: optional (clients, round) -> (m,) those of them that take part; where there are
+            none the round changes nothing, unless `step_empty`.
+        weigh: optional (clients, round) -> (m,) the weights p_k, in place of shares of samples;
+            without some of the clients, those of the others must stay in proportion.
         server_lr: factor on the averaged change, where there is no server_step.
         server_step: optional (theta, total (P,) int64, unit) that moves theta in place by a rule of
             its own; total * unit is the averaged change.
-        client_bytes: what one client sends, and what it receives, in a round.
+        client_bytes: what a client that takes part sends in a round, and what one that is sent the
+            model receives.
         on_reset: called after `theta` was overwritten, to bring copies of it up to date.
         train_clients: optional (theta_global, clients, round) -> iterable of (theta_k, losses), for
             clients that are trained together; replaces `train_client`.
+        keep: optional (client, round, theta_k, theta_global), called once a client's result is
+            good: what stays with the client may change now. Raises ClientError where it cannot.
+        skip: what would raise ClientError is dropped in place of that: the client's change counts
+            as zero, and its weight leaves the average. Where all are skipped the round changes
+            nothing, unless `step_empty`.
         clip: optional (theta_k, theta_global) -> factor on a client's change, in [0, 1].
         step_empty: the server takes its step, of no change, in a round without clients too.
         edit: optional (contribution (P,) int64, client, clients, round) that changes a client's
@@ -201,8 +183,8 @@ class FedAvg:
         apart: optional (round) -> whether the round keeps its contributions apart, (m, P) int64 by
             place in the sample, in place of their sum (1, P).
         combine: optional (contributions, weights (m,), clients, round) -> (P,) int64 that takes the
-            place of their sum; must not depend on their order. A round that was saved in the
-            middle is combined as it was begun.
+            place of their sum; must not depend on their order. The weight of a skipped client is
+            zero. A round that was saved in the middle is combined as it was begun.
         companions: by name, what else changes over the rounds; merged, saved and restored.
         group: the processes that share the work, with rank, size, sum_(tensor) in place and
             gather(plain value) -> list by rank; None is this process alone.
@@ -211,7 +193,8 @@ class FedAvg:
 
     Raises:
         ValueError: an option outside its range.
-        ClientError: a client's loss or update is not finite, or beyond the fixed-point range.
+        ClientError: a client's loss or update is not finite, or beyond the fixed-point range, and
+            `skip` is not set.
     """
 
     def __init__(
@@ -223,12 +206,15 @@ class FedAvg:
         fraction: float = 0.1,
         seed: int = 0,
         sample: Callable[[int], np.ndarray] | None = None,
+        answering: Callable[[np.ndarray, int], np.ndarray] | None = None,
         weigh: Callable[[np.ndarray, int], Sequence[float]] | None = None,
         server_lr: float = 1.0,
         server_step: Callable[[Tensor, Tensor, float], None] | None = None,
         client_bytes: tuple[int, int] = (0, 0),
         on_reset: Callable[[], None] = lambda: None,
         train_clients: Callable | None = None,
+        keep: Callable[[int, int, Tensor, Tensor], None] | None = None,
+        skip: bool = False,
         clip: Callable[[Tensor, Tensor], float] | None = None,
         step_empty: bool = False,
         edit: Callable[[Tensor, int, np.ndarray, int], int | None] | None = None,
@@ -245,21 +231,27 @@ class FedAvg:
         self.shard_sizes = shard_sizes
         drawn = functools.partial(sample_clients, len(shard_sizes), fraction, seed=seed)
         self.sample = sample or (lambda round: drawn(round=round))
-        self.weigh = weigh or (lambda clients, round: self._sizes / self._sizes.sum())
+        self.answering = answering or (lambda clients, round: clients)
+        self.weigh = weigh or self._shares
         self.client_bytes, self.on_reset = client_bytes, on_reset
         self.server_step = server_step or functools.partial(apply_total_, server_lr=server_lr)
         self.train_client, self.edit = train_client, edit
         self.apart, self.combine = apart, combine or (lambda rows, *_: add_up(rows))
+        self.keep, self.skip = keep or (lambda *result: None), skip
         self.clip, self.step_empty = clip, step_empty
         self.companions = companions or {}
         self.train_clients = train_clients or self._one_by_one
         self.group = group or _Alone()
         self.round, self.seconds = 0, 0.0
         self.quick, self._meet_once = quick, False
-        self._clients = np.empty(0, np.int64)  # sampled for the round in hand
-        self.losses: dict[int, float] = {}  # theirs, by place in the sample
+        self._sampled = self._clients = np.empty(0, np.int64)  # for the round in hand
+        self.losses: dict[int, float | str] = {}  # by place among them; of the skipped: why
         self._sent: dict[int, int] = {}  # bytes, of those whose edit says so
         self._queue: list[list[int]] | None = None  # places still to train: one a process, a call
+
+    def _shares(self, clients: np.ndarray, round: int) -> np.ndarray:
+        held = np.array([self.shard_sizes[k] for k in clients], np.int64)
+        return held / held.sum()
 
     def _zeros(self, rows: int) -> Tensor:
         return torch.zeros(rows, *self.theta.shape, dtype=torch.int64, device=self.theta.device)
@@ -273,9 +265,9 @@ class FedAvg:
     def _start_round(self) -> None:
         """Sample the round's clients, and deal out those that have not trained yet."""
         round, size, rank = self.round + 1, self.group.size, self.group.rank
-        self._clients = self.sample(round)
-        self._sizes = np.array([self.shard_sizes[k] for k in self._clients], np.int64)
-        self._weights = self.weigh(self._clients, round)
+        self._sampled = self.sample(round)
+        self._clients = self.answering(self._sampled, round)
+        self._weights = np.asarray(self.weigh(self._clients, round), np.float64)
         rows = len(self._clients) if self.apart(round) and len(self._clients) else 1
         if not self.losses and rows != len(self.total):
             self.total = self._zeros(rows)
@@ -321,37 +313,56 @@ class FedAvg:
         """Let the next client train, and add what it changed to this process's total."""
         theta_k, losses = next(self._results)
         client, row = int(clients[place]), self.total[place % len(self.total)]
-        target = row if self.edit is None else torch.zeros_like(row)
+        apart = self.skip or self.edit is not None
+        target = torch.zeros_like(row) if apart else row
         weight = float(self._weights[place])
         weight *= self.clip(theta_k, self.theta_global) if self.clip else 1.0
         largest = add_delta_(target, theta_k, self.theta_global, weight)
-        check_client(round, client, losses, largest * max(1.0, float(sum(self._weights))))
+        try:
+            check_client(round, client, losses, largest * max(1.0, float(sum(self._weights))))
+            self.keep(client, round, theta_k, self.theta_global)
+            self.losses[place] = losses.double().mean().item()
+        except ClientError as error:
+            if not self.skip:
+                raise
+            self.losses[place] = str(error)
+            target.zero_()
         if self.edit is not None:
             sent = self.edit(target, client, clients, round)
-            row += target  # mod 2^64
             if sent is not None:
                 self._sent[place] = sent
-        self.losses[place] = losses.double().mean().item()
+        if apart:
+            row += target  # mod 2^64
 
     def _merge(self) -> None:
         for companion in self.companions.values():
             companion.merge(self.group)
 
-    def _finish_round(self, clients: np.ndarray, losses: dict, sent: dict) -> dict:
+    def _finish_round(
+        self, clients: np.ndarray, losses: dict[int, float | str], sent: dict[int, int]
+    ) -> dict:
         self.round += 1
         record = {"round": self.round}
-        if len(clients) or self.step_empty:
+        good = [i for i in range(len(clients)) if not isinstance(losses[i], str)]
+        if good or self.step_empty:
             self.group.sum_(self.total)
             self._merge()
             for companion in self.companions.values():
                 companion.next_round()
-            total = self.combine(self.total, self._weights, clients, self.round)
+            weights = self._weights if len(good) == len(clients) else self._reweigh(good)
+            total = self.combine(self.total, weights, clients, self.round)
             self.server_step(self.theta_global, total, 1 / FIXED_POINT)
-        if len(clients):
-            weighted = [int(n) * losses[i] for i, n in enumerate(self._sizes)]
-            record["train_loss"] = math.fsum(weighted) / int(self._sizes.sum())
+        if good:
+            weighted = [self._weights[i] * losses[i] for i in good]
+            record["train_loss"] = math.fsum(weighted) / math.fsum(self._weights[good])
         elif not self.step_empty:
-            record["skipped"] = "no client took part"
+            record["unchanged"] = EVERYONE_SKIPPED if len(clients) else NO_CLIENT
+        if skipped := [i for i in range(len(clients)) if i not in good]:
+            record["skipped"] = [int(clients[i]) for i in skipped]
+            for i in skipped if self.group.rank == 0 else ():
+                print(f"skipped: {losses[i]}", flush=True)
+        if dropped := [int(k) for k in self._sampled if k not in clients]:
+            record["dropped_out"] = dropped
         self.theta.copy_(self.theta_global)
         self.on_reset()
         self.total.zero_()
@@ -362,9 +373,25 @@ class FedAvg:
         return record | {
             "seconds": 0.0,
             "bytes_up": sum(sent.get(i, self.client_bytes[0]) for i in range(len(clients))),
-            "bytes_down": self.client_bytes[1] * len(clients),
+            "bytes_down": self.client_bytes[1] * len(self._sampled),
             "clients": [int(k) for k in clients],
         }
+
+    def _reweigh(self, good: list[int]) -> np.ndarray:
+        """Give the total the weights of a round of these places alone; the others' are zero."""
+        weights = np.zeros(len(self._clients))
+        weights[good] = self.weigh(self._clients[good], self.round)
+        factor = math.fsum(weights) / math.fsum(self._weights[good]) if good else 1.0
+        if factor != 1:
+            for row in self.total:
+                scaled = row.double().mul_(factor).round_()
+                if not scaled.abs().max().item() < LIMIT * FIXED_POINT:
+                    raise ClientError(
+                        f"round {self.round}: the change is beyond the fixed-point range of "
+                        f"{LIMIT:g} without the skipped clients; try a lower --lr"
+                    )
+                row.copy_(scaled)
+        return weights
 
     def state_dict(self) -> dict:
         """Return all that the rest of the run depends on, a round in hand included."""

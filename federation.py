@@ -67,12 +67,20 @@ def federate(
         scores = fisher.take(clients) if fisher else None
         return combined(options, rows, weights, entries.size, scores)
 
+    def keep(client: int, round: int, theta_k: torch.Tensor, theta_global: torch.Tensor) -> None:
+        if fisher is not None:
+            fisher.check()
+        training.keep(client, round, theta_k, theta_global)
+
     federation = fedavg.FedAvg(
         entries.theta,
         sizes,
         training.one,
         train_clients=training.heads if train_together(options) else None,
+        keep=keep,
+        skip=options.on_nonfinite == "skip",
         sample=functools.partial(sampled_clients, options, sizes),
+        answering=functools.partial(answering_clients, options),
         weigh=functools.partial(client_weights, training, sizes),
         server_step=server_step,
         client_bytes=client_bytes(learner, training),
@@ -134,14 +142,18 @@ def combined(
 
 
 def sampled_clients(options: argparse.Namespace, sizes: list[int], round: int) -> np.ndarray:
-    """Return the clients that take part in a round."""
+    """Return the clients that are sent the model in a round."""
     where = dict(seed=options.seed, round=round)
     if options.dp_clip is not None:
         return privacy.sample_poisson(len(sizes), options.fraction, **where)
     if options.fedvc:
-        clients = participation.sample_by_size(sizes, options.fraction, **where)
-    else:
-        clients = fedavg.sample_clients(len(sizes), options.fraction, **where)
+        return participation.sample_by_size(sizes, options.fraction, **where)
+    return fedavg.sample_clients(len(sizes), options.fraction, **where)
+
+
+def answering_clients(options: argparse.Namespace, clients: np.ndarray, round: int) -> np.ndarray:
+    """Return those of a round's clients that send their result."""
+    where = dict(seed=options.seed, round=round)
     return participation.drop_out(clients, options.dropout, **where) if options.dropout else clients
 
 

@@ -130,11 +130,32 @@ class Learner:
         return F.cross_entropy(logits, self.labels["train"][at], self.class_weights)
 
     def backward(self, draws: Tensor, loss_scale: float | Tensor) -> Tensor:
-        """Fill the flat gradient with that of the loss times `loss_scale`; returns the loss."""
+        """Fill the flat gradient with that of the loss times `loss_scale`; returns the loss.
+
+        Pieces of --micro-batch images add their shares of the loss up.
+        """
         self.flat.grad.zero_()
-        loss = self.loss(draws)
-        (loss * loss_scale).backward()
-        return loss.detach()
+        pieces = draws.split(self.options.micro_batch or len(draws))
+        with self.workspace.fitting("a training step", len(pieces[0]), "--micro-batch"):
+            if len(pieces) == 1:
+                loss = self.loss(draws)
+                (loss * loss_scale).backward()
+                return loss.detach()
+            losses = []
+            for piece, share in zip(pieces, self._shares(pieces), strict=True):
+                loss = self.loss(piece) * share
+                (loss * loss_scale).backward()
+                losses.append(loss.detach())
+            return torch.stack(losses).sum()
+
+    def _shares(self, pieces: tuple[Tensor, ...]) -> list[float] | Tensor:
+        """Return each piece's share of its batch's mean loss: (n,), adding up to 1."""
+        if self.class_weights is None:
+            count = sum(map(len, pieces))
+            return [len(piece) / count for piece in pieces]
+        labels = [self.labels["train"][piece[:, 0]] for piece in pieces]
+        weights = torch.stack([self.class_weights[y].sum() for y in labels])
+        return weights / weights.sum()
 
     def local_step(self, draws: Tensor, lr: Tensor, loss_scale: Tensor) -> Tensor:
         """Take a local step whose momentum holds something, or zeros; returns the loss."""
@@ -183,10 +204,11 @@ class Learner:
         totals = torch.zeros(len(chunks), 2, dtype=torch.float64, device=index.device)
         for i in range(group.rank, len(chunks), group.size):
             at = index[chunks[i]]
-            if start:
-                logits = self.model.classify(start[part][at])
-            else:
-                logits = self.logits_of(self.gather(part, at), None)
+            with self.workspace.fitting("an evaluation", len(at), "--eval-batch"):
+                if start:
+                    logits = self.model.classify(start[part][at])
+                else:
+                    logits = self.logits_of(self.gather(part, at), None)
             labels = self.labels[part][at]
             totals[i, 0] = F.cross_entropy(logits, labels, reduction="sum")
             totals[i, 1] = (logits.argmax(1) == labels).sum()

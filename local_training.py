@@ -52,6 +52,7 @@ class ClientTraining:
         self.graphed = learner.graphed(learner.local_step)
         self.states: dict[str, ClientStates] = {}
         self.scaffold = self.local = None
+        self.own_entries: Tensor | None = None  # of the client that trained last, with --local-norm
         if options.scaffold:
             kept = store("scaffold", entries.theta.nbytes)
             zeros = torch.zeros_like(entries.theta)
@@ -94,8 +95,7 @@ class ClientTraining:
         learner, entries, lr = self.learner, self.learner.entries, self.lr(round)
         draws = self.draws(client, round).to(entries.theta.device, non_blocking=True)
         self._enter(client)
-        redone = learner.loss_scale.active or self.states
-        start = entries.theta.clone() if redone else None
+        start = entries.theta.clone() if learner.loss_scale.active else None
         entries.start()
 
         def attempt(scale: float) -> Tensor:
@@ -104,17 +104,17 @@ class ClientTraining:
             if self.graphed is not None:
                 entries.clear_momentum()
                 return torch.stack([self.graphed(draws=d, lr=lr, loss_scale=scale) for d in draws])
-
-            def step(j: int) -> None:
+            losses = []
+            for j, batch in enumerate(draws):
+                losses.append(learner.backward(batch, scale))
                 entries.step(lr, first=j == 0, loss_scale=scale)
-
-            return fedavg.local_sgd(draws, learner.loss, learner.flat.grad, step, scale)
+            return torch.stack(losses)
 
         losses, _ = learner.loss_scale.attempt(attempt, learner.overflowed)
         entries.gather()
         self.after_steps(client, round, losses)
-        if self.states:
-            self._leave(client, round, start, losses)
+        if self.local is not None:
+            self.own_entries = self.local.leave_(entries.theta)
         return losses
 
     def _enter(self, client: int) -> None:
@@ -132,24 +132,21 @@ class ClientTraining:
             weights = participation.importance_weights(everywhere, here, workspace.classes)
             learner.class_weights.copy_(torch.from_numpy(weights))
 
-    def _leave(self, client: int, round: int, start: Tensor, losses: Tensor) -> None:
-        """Take in what the client keeps."""
-        theta = self.learner.entries.theta
-        if self.scaffold is not None:
-            self._update_variate(client, round, start, theta, losses)
-        if self.local is not None:
-            fedavg.check_client(round, client, losses, (theta - start).abs().max())
-            self.local.leave_(theta, client)
+    def keep(self, client: int, round: int, theta_k: Tensor, theta_global: Tensor) -> None:
+        """Let the client that has just trained keep what is its own.
 
-    def _update_variate(
-        self, client: int, round: int, start: Tensor, end: Tensor, losses: Tensor
-    ) -> None:
-        fedavg.check_client(round, client, losses, (end - start).abs().max())
-        if rate := self.lr(round) * self.effort(client, round):
-            try:
-                self.scaffold.update(client, start, end, rate)
-            except ValueError as error:
-                raise fedavg.ClientError(f"round {round}: {error}; try a higher --lr") from None
+        Raises:
+            ClientError: its state would leave the fixed point's range.
+        """
+        try:
+            if self.scaffold is not None:
+                if rate := self.lr(round) * self.effort(client, round):
+                    self.scaffold.update(client, theta_global, theta_k, rate)
+            if self.local is not None:
+                self.local.put(client, self.own_entries)
+        except ValueError as error:
+            rate = "higher" if self.scaffold is not None else "lower"
+            raise fedavg.ClientError(f"round {round}: {error}; try a {rate} --lr") from None
 
     def heads(self, theta_global: Tensor, clients: np.ndarray, round: int) -> Iterator:
         """Train the heads of all `clients` together on features; yields each (theta_k, losses)."""
@@ -165,6 +162,8 @@ class ClientTraining:
         flattened = [x if x is None else x.view(-1) for x in tensors]
 
         def step(j: int) -> None:
+            if self.options.clip_norm is not None:  # each client's, by a norm that knows no other
+                grad.div_(torch.stack([learner.entries.clipped(own) for own in grad])[:, None])
             learner.entries.step_flat(*flattened, lr=lr, first=j == 0)
 
         indices = torch.stack([self.draws(k, round)[..., 0] for k in clients]).to(theta.device)
@@ -176,10 +175,7 @@ class ClientTraining:
             step,
             *(flat.view(grad, name) for name in HEAD),
         )
-        for client, theta_k, own in zip(clients, theta, losses, strict=True):
-            if self.scaffold is not None:
-                self._update_variate(int(client), round, theta_global, theta_k, own)
-            yield theta_k, own
+        yield from zip(theta, losses, strict=True)
 
 
 def local_entries(learner: Learner) -> Tensor:

@@ -43,12 +43,14 @@ class LossScale:
     def attempt(
         self, train: Callable[[float], Tensor], overflowed: Callable[[], bool]
     ) -> tuple[Tensor, float]:
-        """Return train(scale) and scale: the round's, halved until it does not overflow."""
+        """Return train(scale) and scale: the round's, halved until nothing overflows or it is 1."""
         scale = self.state[0].item()
         while True:
             result = train(scale)
-            if scale <= 1.0 or not overflowed():
+            failed = self.active and overflowed()
+            if not failed:  # what fails at any scale says nothing about the scale
                 self.state[1] = min(self.state[1].item(), scale)
+            if not failed or scale <= 1.0:
                 return result, scale
             scale /= 2
 

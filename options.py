@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator
 
 import editing
+import fedavg
 import federation
 import masks
 import model as vit
@@ -78,7 +79,8 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
     Raises:
         ValueError: the message names the options.
     """
-    o = options
+    o, defaults = options, options.defaults.get(options.command, {})
+    o.left_away = [name for name, value in defaults.items() if getattr(o, name) == value]
     if getattr(o, "augment", False) is None and o.train not in ("all", "blocks.0"):
         o.augment = False
     for name, value in BY_DATA[o.data].items() if hasattr(o, "data") else ():
@@ -127,11 +129,18 @@ def resolve_privacy(o: argparse.Namespace) -> None:
                 f"--{option} with --dp-noise: privacy needs clients that keep no state, all take "
                 "part alike and weigh alike, and show in their sum alone"
             )
+    with naming("--dp-noise"):
+        privacy.check_std(noise_std(o), unit=1 / fedavg.FIXED_POINT)
     if o.dp_delta is None:
         o.dp_delta = min(1e-5, o.clients**-1.1)
     if o.dp_noise:
         with naming("--dp-noise"):
             privacy.check_accountant()
+
+
+def noise_std(o: argparse.Namespace) -> float:
+    """Return the standard deviation of the noise in each entry of a private round's average."""
+    return o.dp_noise * o.dp_clip / (o.fraction * o.clients)
 
 
 def resolve_merging(o: argparse.Namespace) -> None:
@@ -302,6 +311,8 @@ def resolve_training(o: argparse.Namespace) -> None:
         raise ValueError(
             "--cuda-graph on: --train head takes all clients' steps together, and none of their own"
         )
+    if o.micro_batch and o.train == "head":
+        raise ValueError("--micro-batch divides images, and --train head sees their features")
     if o.compile and o.train == "head":
         raise ValueError("--compile compiles the backbone, and --train head does not run it")
     if o.early_stop and not o.val_fraction:

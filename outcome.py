@@ -23,9 +23,6 @@ from local_training import ClientTraining
 from workspace import Status, Workspace, fingerprint
 
 HERE = ("data_dir", "device", "threads", "eval_batch")  # of this command, not of the run
-LATER = dict(mask=None, mask_rule=None, keep_tokens=1.0)  # what a run from before them lacks
-LATER |= dict(prox=0.0, scaffold=False, local_norm=False, fedir=False, straggler_fraction=0.0)
-LATER |= dict(compile=False, head_images=None)
 PERSONAL = 2**40  # the round of the batches that personalise: beyond those of any run
 
 
@@ -40,8 +37,8 @@ class Outcome:
         self.run = runs.Run(folder)
         self.config = self.run.config()
         self.options = stored = argparse.Namespace(**self.config["options"])
-        for name, value in LATER.items():
-            vars(stored).setdefault(name, value)
+        for name, value in options.defaults.get(stored.command, {}).items():
+            vars(stored).setdefault(name, value)  # the run may be older than the option
         for name in HERE:
             setattr(stored, name, getattr(options, name))
         stored.best = options.best
@@ -133,7 +130,7 @@ class Personalising(ClientTraining):
         self.one(client, PERSONAL)
         if self.local is not None:
             entries = self.learner.entries
-            self.local.enter_(entries.theta, client)
+            entries.theta[self.local.at] = self.own_entries
             entries.scatter()
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 262_144  # elements drawn at a time
+HEADROOM = 16.0  # standard deviations of noise in the range of int64: the rest is for the sum
 PACKAGE = "dp_accounting"
 ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512, 1024)  # whole: each has a finite sum
 
@@ -72,7 +73,11 @@ def add_noise_(
         std: standard deviation of the noise, in the scale of the parameters.
         unit: what 1 in `total` stands for.
         where: (P,) bool, the entries that get noise; None: all.
+
+    Raises:
+        ValueError: the fixed point does not hold the noise.
     """
+    check_std(std, unit=unit)
     generator = _random(seed, "dp noise", round)
     for start in range(0, len(total), CHUNK):
         part = total[start : start + CHUNK]
@@ -81,6 +86,16 @@ def add_noise_(
         if where is not None:
             noise.mul_(where[start : start + CHUNK])
         part.add_(noise)
+
+
+def check_std(std: float, *, unit: float) -> None:
+    """Raise ValueError where int64 in `unit` cannot hold noise of a standard deviation."""
+    largest = 2.0**63 / HEADROOM * unit
+    if not std <= largest:
+        raise ValueError(
+            f"noise of standard deviation {std:g} in each parameter is more than the fixed point "
+            f"holds, {largest:g}: less noise, a lower clipping norm, or more clients a round"
+        )
 
 
 def check_accountant() -> None:

@@ -197,19 +197,26 @@ class Run:
         self._log_hash, self._log_length = hashlib.sha256(), 0
         self._made_here = False
 
-    def open(self, options: dict, extra: dict | None = None, free: Iterable[str] = ()) -> None:
+    def open(
+        self,
+        options: dict,
+        extra: dict | None = None,
+        free: Iterable[str] = (),
+        defaults: dict | None = None,
+    ) -> None:
         """Create the folder, or check that it was made by the same options.
 
         Args:
             options: JSON values by name; all but those named in `free` must equal the folder's.
             extra: what else config.json records (versions, statistics); never compared.
+            defaults: what options are that config.json, being older than they, does not have.
 
         Raises:
             ValueError: the folder belongs to other options (they are named), is open in another
                 process, or cannot be written.
         """
         if self.config_path.exists():
-            self._check_options(options, set(free))
+            self._check_options(options, set(free), defaults or {})
         if not self.writes:
             return
         try:
@@ -258,11 +265,12 @@ class Run:
             )
         return config
 
-    def _check_options(self, options: dict, free: set[str]) -> None:
-        known = self.config()["options"]
+    def _check_options(self, options: dict, free: set[str], defaults: dict) -> None:
+        stored = self.config()["options"]
+        known = json.loads(json.dumps(defaults)) | stored
         differ = [
             f"{name} is {known.get(name)!r} there and {options.get(name)!r} here"
-            for name in sorted({*known, *options} - free)
+            for name in sorted({*stored, *options} - free)
             if known.get(name) != json.loads(json.dumps(options.get(name)))
         ]
         if differ:
@@ -305,8 +313,12 @@ class Run:
         os.replace(fresh, self.checkpoint_path)
         _sync_folder(self.folder)
 
-    def load(self) -> dict | None:
+    def load(self, take: Callable[[Any], object] = lambda state: None) -> dict | None:
         """Return the newest whole checkpoint {"state", "log"}, or None where there is none.
+
+        Args:
+            take: called with its state; where a file that this refers to turns out to be damaged or
+                gone, the checkpoint before takes its place.
 
         Raises:
             DamagedFile: there are checkpoints, and none of them is whole.
@@ -316,7 +328,10 @@ class Run:
             try:
                 checkpoint = load_checked(path)
                 self._check_log(path, checkpoint["log"])
-            except FileNotFoundError:
+                take(checkpoint["state"])
+            except FileNotFoundError as error:
+                if path.exists():
+                    damaged.append(f"{error.filename} is gone")
                 continue
             except DamagedFile as error:
                 damaged.append(str(error))
@@ -328,9 +343,12 @@ class Run:
             raise DamagedFile(f"{'; '.join(damaged)}. Delete {self.folder} to start over")
         return None
 
-    def restore(self) -> dict | None:
-        """Return the newest whole checkpoint's state, the log cut back to it; None at the start."""
-        checkpoint = self.load()
+    def restore(self, take: Callable[[Any], object] = lambda state: None) -> dict | None:
+        """Return the newest whole checkpoint's state, the log cut back to it; None at the start.
+
+        `take` is as of `load`.
+        """
+        checkpoint = self.load(take)
         length = checkpoint["log"]["length"] if checkpoint else 0
         self._log_hash, self._log_length = hashlib.sha256(), length
         if self.writes and self.log_path.exists():
@@ -507,11 +525,10 @@ def drive(
 
 def _begin(run: Run, process: Any, unit: str, note: Callable, environment: dict | None) -> float:
     """Restore the process, or log the start; returns the wall time of earlier sessions."""
-    state = run.restore()
+    state = run.restore(lambda state: process.load_state_dict(state["process"]))
     if state is None:
         note({unit: 0})
         return 0.0
-    process.load_state_dict(state["process"])
     if changes := _differences(state["environment"], environment):
         at = int(getattr(process, unit))
         run.log({"note": f"not bit-exact from {unit} {at + 1} on: {changes}"})

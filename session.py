@@ -35,8 +35,10 @@ from workspace import Workspace, duration, fingerprint
 FREE = {
     *("name", "runs_dir", "data_dir", "device", "threads"),
     *("cuda_graph", "eval_every", "eval_batch", "diagnostics"),
-    "early_stop",  # a run that stops early is the beginning of one that does not
+    "micro_batch",
+    *("early_stop", "on_nonfinite"),  # a run that stops is the beginning of one that does not
 }
+NOT_STORED = {"run", "defaults", "left_away"}  # what a parsed command line holds beside options
 
 
 def train_federated(
@@ -86,7 +88,8 @@ def communication(records: list[dict], dense_size: int) -> dict[str, float]:
         dense_size: parameters that would train without a mask.
     """
     up, down = (sum(r.get(key, 0) for r in records) for key in ("bytes_up", "bytes_down"))
-    dense = 2 * 4 * dense_size * sum(len(r.get("clients", ())) for r in records)
+    messages = [2 * len(r.get("clients", ())) + len(r.get("dropped_out", ())) for r in records]
+    dense = 4 * dense_size * sum(messages)
     return {"bytes_up": up, "bytes_down": down, "bytes_to_dense": (up + down) / max(1, dense)}
 
 
@@ -170,14 +173,19 @@ def search_then_train(
 
 
 def default_name(options: argparse.Namespace) -> str:
-    """Name a run after what it does, with a short hash of everything that defines it."""
+    """Name a run after what it does, with a short hash of what it does not leave at its default.
+
+    A later version's further options then change no name.
+    """
     parts = [
         options.command,
         options.data,
         sharding_name(options) if "clients" in options else None,
     ]
     parts += [f"J{options.J}" if "J" in options else None, f"seed{options.seed}"]
-    digest = hashlib.sha256(json.dumps(defining(options), sort_keys=True).encode()).hexdigest()
+    declared = options.defaults[options.command]
+    told = {k: v for k, v in defining(options).items() if k not in declared or v != declared[k]}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     return "-".join(p for p in [*parts, digest[:6]] if p)
 
 
@@ -193,8 +201,17 @@ def defining(options: argparse.Namespace) -> dict:
     extendable = (
         {"rounds", "epochs"} if getattr(options, "schedule", "constant") == "constant" else set()
     )
-    free = FREE | extendable | {"run"}
+    free = FREE | extendable | NOT_STORED
     return {name: value for name, value in sorted(vars(options).items()) if name not in free}
+
+
+def defaults_of_older_runs(options: argparse.Namespace) -> dict:
+    """Return what options are to a run that was made before they existed: their defaults.
+
+    The default of one that follows other options is what it has come to, where it was left away.
+    """
+    resolved = {name: getattr(options, name) for name in options.left_away}
+    return options.defaults[options.command] | resolved
 
 
 def open_run(
@@ -217,7 +234,7 @@ def open_run(
         made_from["mask_sha256"] = mask.sha256
         if mask.made["weights_sha256"] != made_from["weights_sha256"]:
             print(f"warning: --mask {options.mask} was made for other weights", file=sys.stderr)
-    stored = {k: v for k, v in vars(options).items() if k != "run"} | made_from
+    stored = {k: v for k, v in vars(options).items() if k not in NOT_STORED} | made_from
     extra = {
         "environment": workspace.environment(),
         "python": platform.python_version(),
@@ -226,7 +243,8 @@ def open_run(
     if shards:
         sizes = [len(shard) for shard in shards]
         extra["shards"] = {"clients": len(sizes), "smallest": min(sizes), "largest": max(sizes)}
-    run.open(stored, extra, free=set(stored) - {*defining(options), *made_from})
+    free, older = set(stored) - {*defining(options), *made_from}, defaults_of_older_runs(options)
+    run.open(stored, extra, free=free, defaults=older)
     if shards and run.writes and not (run.folder / "shards.npz").exists():
         ends = np.cumsum([len(shard) for shard in shards])
         arrays = dict(validation=workspace.val_index, clients=np.concatenate(shards), ends=ends)

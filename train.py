@@ -19,6 +19,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 import centralized
 import commands
 import doctor
@@ -37,6 +39,7 @@ LR_HELP = (
     "below 5: 0.0003; synthetic: 0.2, with a fitted head 0.01"
 )
 AGGREGATES = ("mean", "fednova", "ties", "dare", "sign", "fisher")
+OUT_OF_MEMORY = "the device is out of memory: try a lower --eval-batch, --micro-batch or --fraction"
 TOLD_ONCE = (ToldByFirst, fedavg.ClientError)  # errors that all processes of a group share
 
 
@@ -190,6 +193,19 @@ def add_training_options(parser: argparse.ArgumentParser, unit: str) -> None:
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum [%(default)s]")
     add("--nesterov", action="store_true", help="Nesterov momentum")
     add("--weight-decay", type=number(float, 0), default=0.0, help="L2 factor [%(default)s]")
+    add(
+        "--clip-norm",
+        type=number(float, 0, above=True),
+        metavar="S",
+        help="largest L2 norm of a step's gradient, of all that trains [none]",
+    )
+    add(
+        "--micro-batch",
+        type=number(int, 1),
+        metavar="N",
+        help="images of a step that are on the device at a time: the same gradient up to rounding, "
+        "in less memory [all]",
+    )
     add(
         "--schedule",
         choices=centralized.SCHEDULES,
@@ -503,6 +519,13 @@ def build_parser() -> Parser:
         help="probability that a sampled client does not answer [%(default)g]",
     )
     add(
+        "--on-nonfinite",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what a client's loss or update that is not finite, or beyond the fixed point's range "
+        "of 2^14, does: end the run, or drop out of the round [%(default)s]",
+    )
+    add(
         "--secure-aggregation",
         action="store_true",
         help="hide each client's update under pairwise masks that cancel in the sum",
@@ -669,6 +692,11 @@ def build_parser() -> Parser:
     sub = command("plot", commands.run_plot)
     sub.add_argument("run_folders", metavar="RUN", nargs="+", help="run folders, one or several")
     sub.add_argument("--out", help="where the picture goes [curves.png in the first run]")
+    makes_runs = ("fedavg", "centralized", "ridge", "calibrate")
+    defaults = {name: vars(subparsers.choices[name].parse_args([])) for name in makes_runs}
+    for values in defaults.values():
+        del values["run"]
+    parser.set_defaults(defaults=defaults)
     return parser
 
 
@@ -698,7 +726,9 @@ def main(arguments: list[str] | None = None) -> int:
             if not first:
                 silence.enter_context(contextlib.redirect_stdout(nowhere))
             options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = OUT_OF_MEMORY
         if first or not (shared or isinstance(error, TOLD_ONCE)):
             who = "" if first else f" of process {os.environ['RANK']}"
             print(f"train.py: error{who}: {error}", file=sys.stderr)

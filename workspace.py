@@ -7,12 +7,13 @@ others. `options` is the namespace of train.py's command line, its defaults reso
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -146,7 +147,8 @@ class Workspace:
         status = Status(f"features of the {part} images", count)
         for chunk in data.in_chunks(count, self.options.eval_batch):
             pixels = images[chunk if index is None else index[chunk]]
-            rows.append(backbone.features(preprocess(pixels)).float())
+            with self.fitting("features", len(pixels), "--eval-batch"):
+                rows.append(backbone.features(preprocess(pixels)).float())
             status.show(chunk.stop)
         status.close()
         return torch.cat(rows)
@@ -175,7 +177,8 @@ class Workspace:
         for part, pixels in images.items():
             result[part] = torch.empty(len(pixels), *shape, dtype=self.dtype, device=place)
             for chunk in data.in_chunks(len(pixels), self.options.eval_batch):
-                tokens = backbone.tokens(preprocess(pixels[chunk]), first)
+                with self.fitting("activations", len(pixels[chunk]), "--eval-batch"):
+                    tokens = backbone.tokens(preprocess(pixels[chunk]), first)
                 result[part][chunk] = tokens[:, :read]
                 status.show(done := done + len(pixels[chunk]))
         status.close()
@@ -219,6 +222,24 @@ class Workspace:
         draw = data.draw_by_class
         return tuple(part[draw(labels[part], n, self.options.seed)] for part, n in pairs)
 
+    @contextlib.contextmanager
+    def fitting(self, what: str, images: int, option: str) -> Iterator[None]:
+        """Say which option to lower where the device's memory does not hold the block's work.
+
+        Raises:
+            ValueError: it does not.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            advice = (
+                f"{option} {images // 2}" if images > 1 else "a smaller --image-size or --model"
+            )
+            raise ValueError(
+                f"{self.device} is out of memory in {what} of {images} images: try {advice}; a run "
+                "goes on from its last checkpoint"
+            ) from None
+
     def environment(self) -> dict:
         """Return what may change the last bits of a result."""
         cuda = self.device.type == "cuda"
@@ -228,6 +249,7 @@ class Workspace:
             "precision": str(self.dtype).removeprefix("torch."),
             "activations_kept": self.keeps_activations,
             "eval_batch": self.options.eval_batch,
+            "micro_batch": getattr(self.options, "micro_batch", None),
             "torch": str(torch.__version__),
             "numpy": np.__version__,
         }

@@ -205,7 +205,7 @@ def test_local_entries_stay_and_the_model_gets_their_average():
     def train(client, round):
         local.enter_(theta, client)
         theta.add_(CURVATURE[client] * (TARGETS[client] - theta), alpha=0.3)
-        local.leave_(theta, client)
+        local.put(client, local.leave_(theta))
         return torch.ones(1)
 
     def server_step(theta, total, unit):

@@ -158,6 +158,11 @@ ON_STATIC_INPUTS = {
     "class weights": ["--fedir", "--nc", "30"],
     "control variates": ["--scaffold"],
     "bf16": ["--precision", "bf16"],
+    "clipped": ["--clip-norm", "0.05"],
+    "clipped under a mask": [
+        *("--head", "ridge", "--mask-rule", "random", "--sparsity", "0.2", "--clip-norm", "0.05"),
+    ],
+    "pieces": ["--micro-batch", "5", "--fedir", "--nc", "30"],
 }
 
 
@@ -297,3 +302,77 @@ def test_with_all_images_the_head_is_the_usual_one(small_data):
         named.model.head.weight, usual.model.head.weight, rtol=1e-3, atol=1e-5
     )
     assert named.evaluate()["val_acc"] == usual.evaluate()["val_acc"]
+
+
+@pytest.mark.parametrize("piece", [1, 7, 16, 32])
+@pytest.mark.parametrize("options", [[], ["--fedir", "--dirichlet", "0.3"]], ids=" ".join)
+def test_a_batch_in_pieces_has_the_gradient_of_the_whole(small_data, piece, options):
+    found = []
+    for micro in ([], ["--micro-batch", str(piece)]):
+        learner, training = build(small_data, *options, *micro)
+        seen, loss_of = [], learner.loss
+        learner.loss = lambda draws, s=seen, f=loss_of: (s.append(len(draws)), f(draws))[1]
+        if options:
+            training._enter(4)
+        loss = learner.backward(training.draws(4, round=1)[0], 1.0)
+        found.append((loss, learner.flat.grad.clone()))
+    assert seen == [piece] * (32 // piece) + [32 % piece] * (32 % piece > 0)
+    (loss, grad), (pieces_loss, pieces_grad) = found
+    if piece == 32:
+        assert torch.equal(grad, pieces_grad) and torch.equal(loss, pieces_loss)
+    torch.testing.assert_close(pieces_loss, loss, rtol=1e-6, atol=0)
+    assert (pieces_grad - grad).norm() < 2e-6 * grad.norm()
+
+
+def test_steps_are_clipped_as_torch_clips_them(small_data):
+    command = ["--lr", "0.1", "--weight-decay", "0.01", "--J", "5"]
+    learner, training = build(small_data, *command, "--clip-norm", "0.02")
+    plain, _ = build(small_data, *command)
+    draws = training.draws(4, round=1)
+    training.one(4, round=1)
+    parameters = [p for p in plain.model.parameters() if p.requires_grad]
+    optimiser = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01)
+    norms = []
+    for batch in draws:
+        optimiser.zero_grad(set_to_none=False)
+        plain.loss(batch).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, 0.02).item())
+        optimiser.step()
+    assert min(norms) > 0.02
+    # clipping divides where torch multiplies; the norm is summed in another order
+    torch.testing.assert_close(learner.flat.theta, plain.flat.theta, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--head", "ridge", "--mask-rule", "random"], ["--precision", "fp16"]],
+    ids=" ".join,
+)
+def test_a_bound_above_every_norm_changes_no_bit(small_data, options):
+    ends = []
+    for bound in ([], ["--clip-norm", "1e6"], ["--clip-norm", "0.01"]):
+        learner, training = build(small_data, *options, *bound)
+        training.one(4, round=1)
+        ends.append(learner.entries.theta)
+    assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
+
+
+def test_heads_trained_together_are_clipped_each_by_its_own_norm(small_data):
+    command = ["--train", "head", "--nc", "3", "--lr", "0.2"]
+    start, clients = None, np.array([3, 0, 77])
+    ends = {}
+    for bound in ("none", "1e6", "0.05"):
+        clip = [] if bound == "none" else ["--clip-norm", bound]
+        learner, training = build(small_data, *command, *clip)
+        if start is None:
+            start = torch.randn(learner.flat.theta.shape) * torch.linspace(0.01, 0.3, 1)
+        together = [theta.clone() for theta, _ in training.heads(start, clients, round=2)]
+        ends[bound] = together
+        (one,) = [theta.clone() for theta, _ in training.heads(start, clients[:1], round=2)]
+        torch.testing.assert_close(one, together[0], rtol=1e-5, atol=1e-7)
+        for client, theta in zip(clients, together, strict=True):
+            learner.flat.reset(start)
+            training.one(int(client), round=2)
+            torch.testing.assert_close(theta, learner.flat.theta, rtol=1e-5, atol=1e-6)
+    assert all(map(torch.equal, ends["none"], ends["1e6"]))
+    assert not any(map(torch.equal, ends["none"], ends["0.05"]))

@@ -50,3 +50,11 @@ def test_a_group_takes_the_lowest_scale_that_one_of_it_needed():
     scale.merge(Others())
     scale.next_round()
     assert scale.state.tolist() == [16.0, 16.0, 0.0]
+
+
+def test_what_fails_at_any_scale_says_nothing_about_the_scale():
+    scale = LossScale(64.0)
+    assert scale.attempt(*needs(0.0))[1] == 1.0
+    scale.attempt(*needs(32.0))
+    scale.next_round()
+    assert scale.state.tolist() == [32.0, 32.0, 0.0]

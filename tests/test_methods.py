@@ -81,10 +81,12 @@ def test_rounds_in_which_all_clients_drop_out_are_skipped_and_logged(cli, learne
     status, out, err = cli(*COMMAND, "--dropout", 1, "--name", "none")
     assert status == 0, err
     run = runs.Run("runs/none")
-    assert all(r["skipped"] and r["bytes_up"] == 0 for r in run.records()[1:])
+    for record in run.records()[1:]:
+        assert record["unchanged"] and record["bytes_up"] == 0 and not record["clients"]
+        assert record["bytes_down"] == 4 * 4 * 71_668 and len(record["dropped_out"]) == 4
     start = learners[0].workspace.build_model().state_dict()
     assert all(torch.equal(x, start[name]) for name, x in learners[0].model.state_dict().items())
-    assert json.loads((run.folder / "summary.json").read_text())["bytes_to_dense"] == 0
+    assert json.loads((run.folder / "summary.json").read_text())["bytes_to_dense"] == 1
 
 
 def test_scaffold_counts_its_bytes_and_its_state(outcome):
@@ -238,7 +240,7 @@ def test_a_client_scores_its_own_model_on_its_own_images(small_data, monkeypatch
     model = cast_copy(learner.model, torch.float32)
     own = learner.flat.theta.clone()
     if training.local is not None:
-        own[training.local.at] = training.local.get(4)
+        own[training.local.at] = training.own_entries
     for name, parameter in model.named_parameters():
         if name in learner.flat.shapes:
             parameter.data = learner.flat.view(own, name).clone()
@@ -281,6 +283,7 @@ def test_layer_norms_are_a_clients_own(small_data, mask):
     theta, at = learner.entries.theta, local_entries(learner)
     start = theta.clone()
     training.one(4, round=1)
+    training.keep(4, 1, theta, start)
     assert torch.equal(theta[at], start[at])  # what the server would take in
     shared = torch.ones_like(theta, dtype=torch.bool)
     shared[at] = False
@@ -310,6 +313,7 @@ def test_scaffold_corrects_every_step_of_a_client(small_data, mask):
     training.scaffold.mean.copy_(c)
     training.scaffold.put(4, own)
     training.one(4, round=1)
+    training.keep(4, 1, learner.entries.theta, start)
     moved = learner.entries.theta - start
     torch.testing.assert_close(moved, step - 0.01 * (c - own), rtol=1e-4, atol=1e-7)
     # option II with one step: c_k' = the gradient alone
@@ -323,12 +327,125 @@ def test_heads_trained_together_take_scaffolds_steps(small_data):
     c = torch.randn(len(start)) * 0.01
     training.scaffold.mean.copy_(c)
     together = [(theta.clone(), losses) for theta, losses in training.heads(start, clients, 2)]
+    for client, (theta, _) in zip(clients, together, strict=True):
+        training.keep(int(client), 2, theta, start)
     variates = [training.scaffold.get(int(k)).clone() for k in clients]
     again, alone = build(small_data, *command)
     alone.scaffold.mean.copy_(c)
     for client, (theta, losses), variate in zip(clients, together, variates, strict=True):
         again.flat.reset(start)
         expected = alone.one(int(client), round=2)
+        alone.keep(int(client), 2, again.flat.theta, start)
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(theta, again.flat.theta, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(alone.scaffold.get(int(client)), variate, rtol=1e-3, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------- skipped clients
+
+
+@pytest.fixture
+def two_rounds(small_data, monkeypatch):
+    """Run two rounds in which one client fails, "skip", or does not answer, "absent", in the
+    second; returns theta, the clients' states, the second record."""
+    one = ClientTraining.one
+
+    def run(way, *arguments):
+        clients = ("--dirichlet", "1", "--on-nonfinite", "skip")
+        learner, training = build(small_data, *TINY, *clients, *map(str, arguments))
+        sampled = [federation.sampled_clients(learner.options, [180] * 20, t) for t in (1, 2)]
+        failing = int(next(k for k in sampled[1] if k in sampled[0]))
+
+        def fails(self, client, round):
+            losses = one(self, client, round)
+            if (client, round) == (failing, 2):
+                self.learner.entries.theta[5] = float("nan")
+                if self.local is not None:
+                    self.own_entries.fill_(99.0)
+            return losses
+
+        def answers(options, clients, round):
+            return clients[clients != failing] if round == 2 else clients
+
+        with monkeypatch.context() as patch:
+            if way == "skip":
+                patch.setattr(ClientTraining, "one", fails)
+            else:
+                patch.setattr(federation, "answering_clients", answers)
+            process, records = federation.federate(learner, training.shards), []
+            while process.round < 2:
+                if (record := process.advance()) is not None:
+                    records.append(record)
+        states = {n: s for n, s in process.companions.items() if hasattr(s, "get")}
+        return process.theta_global, states, records[1], failing
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ("--scaffold", "--seed", 1),
+        ("--local-norm", "--seed", 1),
+        ("--straggler-fraction", 0.7, "--aggregate", "fednova", "--seed", 1),
+        ("--aggregate", "ties", "--seed", 1),
+        ("--aggregate", "sign", "--seed", 1),
+        ("--aggregate", "dare", "--secure-aggregation", "--seed", 1),
+        ("--fedvc", "--seed", 1),
+        ("--precision", "fp16", "--seed", 1),
+    ],
+    ids=lambda m: " ".join(map(str, m[:-2])),
+)
+def test_under_every_method_a_skipped_client_is_one_that_did_not_answer(two_rounds, method):
+    more = ("--fraction", 0.4)  # eight of twenty: some take part in both rounds
+    theta, states, record, failing = two_rounds("skip", *method, *more)
+    expected, others, absent, _ = two_rounds("absent", *method, *more)
+    assert record["skipped"] == [failing] and absent["dropped_out"] == [failing]
+    assert record["train_loss"] == pytest.approx(absent["train_loss"], rel=1e-12)
+    torch.testing.assert_close(theta, expected, rtol=1e-6, atol=1e-9)
+    for name, state in states.items():
+        assert torch.equal(state.mean, others[name].mean)
+        for k in range(20):
+            assert torch.equal(state.get(k), others[name].get(k)), (name, k)
+
+
+def test_a_private_rounds_other_clients_do_not_see_one_that_is_skipped(two_rounds):
+    """Their weights stay: what one client does may move the sum by its own clipped change alone."""
+    private = ("--dp-noise", 0, "--dp-clip", 0.5, "--fraction", 0.4)
+    theta, _, record, failing = two_rounds("skip", *private, "--seed", 1)
+    expected, *_ = two_rounds("absent", *private, "--seed", 1)
+    if failing in record["clients"]:
+        assert record["skipped"] == [failing] and torch.equal(theta, expected)
+
+
+def test_a_run_goes_on_past_clients_that_diverge_where_it_is_told_to(cli):
+    status, _, err = cli(*COMMAND, "--lr", 1e30, "--name", "x")
+    assert status == 2 and "round 1, client" in err, err
+    status, out, err = cli(*COMMAND, "--lr", 1e30, "--name", "x", "--on-nonfinite", "skip")
+    assert status == 0 and out.count("skipped: round") == 12, err
+    records = runs.Run("runs/x").records()[1:]
+    assert all(r["unchanged"] == "every client was skipped" for r in records)
+    assert all(r["skipped"] == r["clients"] for r in records)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "gone"])
+def test_a_damaged_client_state_gives_way_to_the_checkpoint_before(cli, small_data, damage):
+    command = ("fedavg", "--data", "synthetic", *TINY, "--scaffold", "--eval-every", 1)
+    for name, rounds in (("whole", 3), ("x", 1), ("x", 2)):
+        assert cli(*command, "--rounds", rounds, "--name", name)[0] == 0
+    whole, folder = (small_data / "runs" / name for name in ("whole", "x"))
+    first, second = (set(r["clients"]) for r in runs.Run(folder).records()[1:])
+    path = folder / "scaffold" / f"client{min(second - first)}-1.pt"
+    raw = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    else:
+        raw[len(raw) // 2] ^= 4
+        path.write_bytes(raw if damage == "flip" else raw[:-99])
+    status, out, err = cli(*command, "--rounds", 3, "--name", "x")
+    assert status == 0 and out.count("warning: ") == 1, err
+    assert f"{path.name} is" in out and "going on from checkpoint.prev.pt" in out
+    ends = [runs.Run(f).load()["state"]["process"] for f in (whole, folder)]
+    assert torch.equal(ends[0]["theta"], ends[1]["theta"])
+    logs = [[r | {"seconds": 0} for r in runs.Run(f).records()] for f in (whole, folder)]
+    assert logs[0] == logs[1]

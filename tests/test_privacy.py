@@ -111,7 +111,7 @@ def test_a_round_without_clients_adds_its_noise():
 
     loop = federation(noise=1.0, sample=nobody)
     record = loop.advance()
-    assert "skipped" not in record and "train_loss" not in record and not record["clients"]
+    assert "unchanged" not in record and "train_loss" not in record and not record["clients"]
     expected = torch.zeros(5, dtype=torch.int64)
     std = BOUND / (FRACTION * CLIENTS)
     add_noise_(expected, std, unit=2.0**-48, seed=3, round=1, where=TRAINS)
@@ -220,3 +220,27 @@ def test_bad_privacy_options_are_refused(cli, monkeypatch):
         status, _, err = cli(*command)
         assert status == 2 and message in err and err.count("\n") == 1, err
     assert cli(*TINY, "--dp-noise", 0, "--dp-clip", 1, "--rounds", 1)[0] == 0  # clips alone
+
+
+def test_noise_beyond_the_fixed_point_is_refused(cli, accountant):
+    total = torch.zeros(100_000, dtype=torch.int64)
+    add_noise_(total, 2.0**11, unit=2.0**-48, seed=0, round=1)
+    # five standard errors; a wrapped entry alone would be 32 deviations out
+    assert total.double().mul(2.0**-48).std().item() == pytest.approx(2**11, rel=0.012)
+    with pytest.raises(ValueError, match="noise of standard deviation 2049 in each parameter"):
+        add_noise_(total, 2049.0, unit=2.0**-48, seed=0, round=1)
+    status, _, err = cli(*TINY, "--dp-noise", 1e3, "--dp-clip", 100)  # over C K = 4
+    assert status == 2 and "--dp-noise: noise of standard deviation 25000" in err, err
+    assert err.count("\n") == 1
+
+
+def test_a_private_runs_training_loss_counts_clients_alike():
+    loop = federation()
+    loop.train_clients = lambda theta, clients, round: (
+        (theta.clone(), torch.tensor([float(k)])) for k in clients
+    )
+    loop.shard_sizes = list(range(1, CLIENTS + 1))
+    record = loop.advance()
+    while record is None:
+        record = loop.advance()
+    assert record["train_loss"] == pytest.approx(np.mean(record["clients"]), rel=1e-12)

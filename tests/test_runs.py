@@ -266,3 +266,32 @@ def test_a_damaged_checkpoints_predecessor_has_its_best(tmp_path):
     run = Run(tmp_path / "run")
     run.checkpoint_path.write_bytes(b"damaged")
     assert run.load_best("round", run.load()["log"])[0] == 3
+
+
+def test_an_option_that_the_folder_is_older_than_counts_as_its_default(run):
+    before = run.config_path.read_bytes()
+    with pytest.raises(ValueError, match="clip is None there and 2 here"):
+        Run(run.folder).open({"rounds": 9, "clip": 2}, defaults={"clip": None, "rounds": 7})
+    with pytest.raises(ValueError, match="scale is 1.5 there and 2 here"):
+        Run(run.folder).open({"rounds": 9, "scale": 2}, defaults={"scale": 1.5})
+    assert run.config_path.read_bytes() == before
+    Run(run.folder).open({"rounds": 9, "scale": 1.5}, defaults={"scale": 1.5, "rounds": 7})
+    assert run.config()["options"] == {"rounds": 9, "scale": 1.5}
+
+
+def test_a_checkpoint_that_refers_to_a_damaged_file_gives_way_to_its_predecessor(run, capsys):
+    drive(run, Walk(), "round", 5)
+    drive(run, Walk(), "round", 7)
+
+    def take(state):
+        if state["process"]["round"] in bad:
+            raise DamagedFile("client3-2.pt is damaged")
+
+    bad = {7}
+    assert Run(run.folder).restore(take)["process"]["round"] == 5
+    said = capsys.readouterr().out
+    assert said == "warning: client3-2.pt is damaged; going on from checkpoint.prev.pt\n"
+    assert [r["round"] for r in Run(run.folder).records()] == [0, 1, 2, 3, 4, 5]
+    bad = {5, 7}
+    with pytest.raises(DamagedFile, match="Delete .* to start over"):
+        Run(run.folder).restore(take)

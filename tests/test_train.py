@@ -11,12 +11,14 @@ import pytest
 import torch
 
 import doctor
+import learner
 import model as vit
 import plots
 import runs
 import train
 import workspace
 from local_training import ClientTraining
+from session import default_name
 
 FEDAVG = ("fedavg", "--data", "synthetic")
 TINY = (*FEDAVG, "--rounds", 2, "--clients", 10, "--fraction", 0.3, "--batch-size", 8)
@@ -510,3 +512,86 @@ def test_a_diverging_client_is_named_and_the_last_checkpoint_kept(cli, small_dat
     assert status == 2 and re.search(r"round 1, client \d+, local step \d: the loss is", err)
     assert not (small_data / "runs" / "d" / "checkpoint.pt").exists()
     assert not (small_data / "runs" / "d" / "summary.json").exists()
+
+
+def test_centralized_training_in_pieces_and_clipped(cli, small_data):
+    short = ("centralized", "--data", "synthetic", "--train", "blocks.1", "--head", "ridge")
+    short += ("--epochs", 1, "--batch-size", 360)
+    for name, options in (
+        ("plain", ()),
+        ("pieces", ("--micro-batch", 150)),
+        ("wide", ("--clip-norm", 1e6)),
+        ("clipped", ("--clip-norm", 0.05)),
+    ):
+        assert cli(*short, *options, "--name", name)[0] == 0
+    ends = {name: theta(small_data / "runs" / name) for name in ("plain", "wide", "clipped")}
+    moved = ends["plain"].norm()
+    assert torch.equal(ends["plain"], ends["wide"])
+    assert (theta(small_data / "runs" / "pieces") - ends["plain"]).norm() < 1e-4 * moved
+    assert (ends["clipped"] - ends["plain"]).norm() > 1e-2 * moved
+
+
+def out_of_memory(*arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines.")
+
+
+def test_a_step_that_does_not_fit_says_what_to_try_and_resumes_so(cli, small_data, monkeypatch):
+    assert cli(*TINY, "--name", "x", "--rounds", 1)[0] == 0
+    folder = small_data / "runs" / "x"
+    before = (folder / "checkpoint.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(learner.Learner, "loss", out_of_memory)
+        status, _, err = cli(*TINY, "--name", "x")
+        assert status == 2 and "cpu is out of memory in a training step of 8 images" in err, err
+        assert "try --micro-batch 4;" in err and err.count("\n") == 1
+        assert "try --micro-batch 1;" in cli(*TINY, "--name", "x", "--micro-batch", 3)[2]
+        assert "smaller --image-size" in cli(*TINY, "--name", "x", "--micro-batch", 1)[2]
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert cli(*TINY, "--name", "x", "--micro-batch", 4)[0] == 0
+    (note,) = [r["note"] for r in records(folder) if "note" in r]
+    assert note == "not bit-exact from round 2 on: micro_batch was None, is 4"
+
+
+def test_an_evaluation_that_does_not_fit_says_so(cli, monkeypatch):
+    monkeypatch.setattr(vit.VisionTransformer, "forward", out_of_memory)
+    status, _, err = cli(*TINY, "--name", "x")
+    assert status == 2 and "in an evaluation of 256 images: try --eval-batch 128;" in err, err
+    monkeypatch.setattr(vit.VisionTransformer, "features", out_of_memory)
+    status, _, err = cli(*TINY, "--head", "ridge", "--name", "y")
+    assert status == 2 and "in features of 256 images: try --eval-batch 128" in err, err
+    monkeypatch.setattr(workspace.Workspace, "build_model", out_of_memory)
+    status, _, err = cli(*TINY, "--name", "z")
+    assert status == 2 and "the device is out of memory" in err and err.count("\n") == 1, err
+
+
+def test_a_run_that_is_older_than_an_option_is_resumed_at_its_default(cli, small_data):
+    """clip_norm has a default of its own, server_lr one that follows another option."""
+    assert cli(*TINY, "--name", "x", "--rounds", 1)[0] == 0
+    path = small_data / "runs" / "x" / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("clip_norm", "server_lr", "prox", "micro_batch"):
+        del config["options"][name]
+    path.write_text(json.dumps(config))
+    for option, said in (
+        (("--clip-norm", 2), "clip_norm is None there and 2.0 here"),
+        (("--server-lr", 0.5), "server_lr is None there and 0.5 here"),
+        (("--prox", 0.1), "prox is 0.0 there and 0.1 here"),
+    ):
+        status, _, err = cli(*TINY, "--name", "x", *option)
+        assert status == 2 and said in err and err.count("\n") == 1, err
+    assert cli("eval", small_data / "runs" / "x")[0] == 0
+    assert cli(*TINY, "--name", "x")[0] == 0
+    assert cli(*TINY, "--name", "whole")[0] == 0
+    assert torch.equal(theta(small_data / "runs" / "x"), theta(small_data / "runs" / "whole"))
+
+
+def test_options_at_their_defaults_do_not_enter_a_runs_name():
+    def name(*arguments):
+        options = train.resolve(train.build_parser().parse_args([*FEDAVG, *arguments]))
+        return default_name(options)
+
+    assert name() == name("--clients", "100", "--prox", "0")
+    assert len({name(), name("--prox", "0.1"), name("--clip-norm", "1"), name("--lr", "1")}) == 4
+    options = train.resolve(train.build_parser().parse_args(FEDAVG))
+    options.defaults["fedavg"]["later"] = options.later = None
+    assert default_name(options) == name()
