@@ -35,6 +35,27 @@ BASE = {  # before what is drawn, which may repeat it: the last one counts
     "shards": ("--data", "synthetic",),
     "sweep": ("--list",),
 }  # fmt: skip
+THEMES = {  # what gives other options something to act on
+    "fedavg": (
+        *(
+            "",
+            "--head ridge",
+            "--head probe",
+            "--train head",
+            "--train head --head ridge --lr 0.01",
+        ),
+        *("--head ridge --mask-rule least-sensitive --calibration-images 20 --sparsity 0.5",),
+        *("--head ridge --mask-rule random", "--head ridge --mask mask.pt", "--scaffold --lr 0.1"),
+        *("--search --search-lr 0.1 --search-length 1", "--local-norm", "--aggregate fednova"),
+        *("--aggregate ties", "--aggregate dare", "--aggregate sign --diagnostics", "--fedvc"),
+        *("--server fedadam", "--dp-noise 1 --dp-clip 1", "--dp-clip 0.1", "--early-stop 1"),
+        *("--secure-aggregation", "--batch-size full --J 1", "--nc 10", "--dirichlet 0.3"),
+    ),
+    "centralized": ("", "--head ridge", "--train head", "--search --search-lr 0.1", "--augment"),
+    "calibrate": ("", "--consensus vote", "--threshold 1e-9", "--mask-rule random"),
+    "eval": ("", "--per-client", "--per-client --personalised", "--best"),
+    "merge": ("", "--rule ties", "--rule fisher --fisher-images 10", "--rule dare"),
+}
 FEW = ("1", "2", "3")
 VALUES = {  # what costs too much at the bounds, or is a name
     **dict.fromkeys(("rounds", "epochs", "search_length", "calibration_rounds", "threads"), FEW),
@@ -45,7 +66,7 @@ VALUES = {  # what costs too much at the bounds, or is a name
     **dict(val_fraction=("0", "0.1", "0.5", "0.001", "0.9"), keep_tokens=("0.01", "0.5", "1")),
     **dict(calibration_images=("1", "10", "50"), clients_evaluated=("1", "3", "100000")),
     **dict(weights=("none", "dino", "good.pth", "evil.pth", "away.pth", "occupied", "")),
-    **dict(mask=("mask.pt", "good.pth", "away.pt", "occupied"), device=("cpu", "auto", "cuda", "x")),
+    **dict(mask=("mask.pt", "good.pth", "occupied"), device=("cpu", "auto", "cuda", "x")),
     **dict(train=("all", "head", "blocks.0", "blocks.1", "blocks.2", "")),
     **dict(mask_scope=("*", "blocks.*", "*.weight", "norm.weight", "blocks.7", "")),
     **dict(name=("x", "a/b", "../x", "", ".", "n" * 300, "a\0b", "/tmp/x", "out/x", "a:b")),
@@ -78,7 +99,7 @@ def values(action: argparse.Action, draw: np.random.Generator) -> str:
     low, high = bounds["low"], bounds["high"]
     inside = [0, 1, 2, 10] if bounds["kind"] is int else [0, 1e-30, 1e-3, 0.1, 0.5, 1, 3, 1e30]
     edges = [b for b in (low, high) if math.isfinite(b)]
-    return f"{draw.choice([*inside, *edges]):.17g}"
+    return str(bounds["kind"]([*inside, *edges][draw.integers(len(inside) + len(edges))]))
 
 
 def command_line(seed: int) -> list[str]:
@@ -88,12 +109,13 @@ def command_line(seed: int) -> list[str]:
     shares = np.array([6 if name == "fedavg" else 2 if "ca" in name else 1 for name in parsers])
     name = str(draw.choice(list(parsers), p=shares / shares.sum()))
     options = [a for a in parsers[name]._actions if a.dest not in ("help", "list")]
-    line = [name, *map(str, BASE.get(name, ()))]
+    theme = str(draw.choice(THEMES.get(name, ("",))))
+    line = [name, *map(str, BASE.get(name, ())), *theme.split()]
     if name == "doctor":
         options = [a for a in parsers["fedavg"]._actions if a.dest != "help"]
         line = [name, *["--json", "j.json"] * draw.integers(2), *line[1:]]
     named = [a for a in options if a.option_strings]
-    chosen = draw.permutation(len(named))[: draw.geometric(0.25) - 1]
+    chosen = draw.permutation(len(named))[: draw.geometric(0.3) - 1]
     for action in [named[i] for i in chosen]:
         line.append(str(draw.choice(action.option_strings)))
         if action.nargs != 0:
