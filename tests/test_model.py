@@ -261,7 +261,7 @@ def test_dinos_first_use_is_pinned_and_a_changed_file_refused(tmp_path, small_di
 
 def flipped(content):
     """One bit of a tensor is another one."""
-    at = content.index(demo_state()["norm.bias"].numpy().tobytes())
+    at = content.index(demo_state()["patch_embed.proj.weight"].numpy().tobytes())
     return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
