@@ -46,9 +46,6 @@ class Outcome:
         self.run = runs.Run(folder)
         self.config = self.run.config()
         self.options = stored = argparse.Namespace(**self.config["options"])
-        for name, kind in NEEDED.items():
-            if not isinstance(getattr(stored, name, None), kind):
-                raise runs.DamagedFile(f"{self.run.config_path} is damaged: {name} in its options")
         for name, value in LATER.items():
             vars(stored).setdefault(name, value)
         for name in HERE:
@@ -60,6 +57,9 @@ class Outcome:
         checkpoint = self.run.load()
         if checkpoint is None:
             raise ValueError(f"{folder} holds no checkpoint yet")
+        for name, kind in NEEDED.items():
+            if not isinstance(getattr(stored, name, None), kind):
+                raise runs.DamagedFile(f"{self.run.config_path} is damaged: {name} in its options")
         try:
             self.process = process = checkpoint["state"]["process"]
             unit = "round" if "round" in process else "epoch"

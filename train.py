@@ -733,7 +733,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if first or not (shared or isinstance(error, TOLD_ONCE)):
             who = "" if first else f" of process {os.environ['RANK']}"
-            print(f"train.py: error{who}: {error}", file=sys.stderr)
+            print(f"train.py: error{who}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except LostProcess as error:
         print(f"train.py: error: {error}", file=sys.stderr)

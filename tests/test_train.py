@@ -403,6 +403,13 @@ def test_plot_draws_several_runs(cli, small_data, monkeypatch):
     assert list(drawn) == ["runs/a", "runs/c/a"]
 
 
+def test_labels_are_no_formulas(tmp_path):
+    pytest.importorskip("matplotlib")
+    records = [{"round": 1, "train_loss": 2.0, "val_acc": 0.1}]
+    plots.plot_curves({"$^$": records, "$x_$": records}, tmp_path / "x.png")
+    assert (tmp_path / "x.png").exists()
+
+
 BAD = {
     "--clients above": (*FEDAVG, "--clients", 3601),
     "--clients 5 --nc 3: 5 clients of 3 classes cannot cover": (*FEDAVG, "--clients", 5, "--nc", 3),
