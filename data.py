@@ -135,8 +135,11 @@ def _unpack(archive: Path, base: Path, names: Iterable[str]) -> None:
         with tarfile.open(archive) as tar:
             for name in names:
                 (aside / name).write_bytes(tar.extractfile(f"{base.name}/{name}").read())
-        if not base.exists():
+        try:
             os.replace(aside, base)
+        except OSError:
+            if not base.exists():
+                raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

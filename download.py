@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 try:
     import fcntl
@@ -90,16 +91,22 @@ def _alone(part: Path) -> Iterator[None]:
         held = open(part, "ab")
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(held, fcntl.LOCK_EX)
-        if part.exists() and os.path.samestat(os.fstat(held.fileno()), part.stat()):
+        if _is_at(held, part):
             break
         held.close()  # whoever had it has renamed or deleted it
     try:
         yield
     finally:
-        if not _size(part):
+        if (held is None or _is_at(held, part)) and not _size(part):
             part.unlink(missing_ok=True)
         if held is not None:
             held.close()
+
+
+def _is_at(file: IO, path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    return False
 
 
 def _complete(

@@ -81,7 +81,7 @@ class Mask:
         """
         try:
             content = runs.load_checked(path)
-        except (FileNotFoundError, IsADirectoryError):
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise ValueError(f"mask {path}: no such file") from None
         except runs.DamagedFile:
             raise ValueError(

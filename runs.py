@@ -265,7 +265,7 @@ class Run:
         """Take back a folder that this object made when the block, before the log, refuses."""
         try:
             yield
-        except ValueError:
+        except (ValueError, OSError):
             if self._made_here and not self.log_path.exists():
                 for name in OPENING:
                     (self.folder / name).unlink(missing_ok=True)

@@ -403,6 +403,14 @@ def test_plot_draws_several_runs(cli, small_data, monkeypatch):
     assert list(drawn) == ["runs/a", "runs/c/a"]
 
 
+def test_what_cannot_be_kept_for_other_runs_is_made_all_the_same(cli, small_data):
+    (small_data / "occupied").write_text("a file")
+    masked = ("calibrate", "--data", "synthetic", "--clients", 10, "--calibration-images", 20)
+    status, _, err = cli(*masked, "--data-dir", "occupied", "--name", "m")
+    assert status == 0 and "warning: the mask is not kept for other runs" in err
+    assert (small_data / "runs" / "m" / "mask.pt").exists()
+
+
 def test_labels_are_no_formulas(tmp_path):
     pytest.importorskip("matplotlib")
     records = [{"round": 1, "train_loss": 2.0, "val_acc": 0.1}]
