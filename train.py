@@ -472,7 +472,7 @@ def build_parser() -> Parser:
     )
     add(
         "--server-tau",
-        type=number(float, 0, above=True),
+        type=number(float, 0, 1e6, above=True),
         help="adaptivity of the adaptive rules " + owned("server_tau"),
     )
     add(
@@ -531,7 +531,7 @@ def build_parser() -> Parser:
     ).add_argument
     add(
         "--dp-noise",
-        type=number(float, 0),
+        type=number(float, 0, 1000),
         metavar="Z",
         help="noise multiplier: the sum of the clients' changes gets Gaussian noise of standard "
         "deviation Z S [no privacy]; 0 clips alone",

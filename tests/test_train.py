@@ -480,6 +480,12 @@ BAD = {
     "--dp-delta belongs to a --dp-noise above 0": (
         *(*FEDAVG, "--dp-noise", 0, "--dp-clip", 1, "--dp-delta", 1e-6),
     ),
+    "--dp-noise: 1e+300 must be at least 0 and at most 1000": (
+        *(*FEDAVG, "--dp-clip", 1, "--dp-noise", 1e300),
+    ),
+    "--server-tau: 1e+300 must be above 0 and at most 1e+06": (
+        *(*FEDAVG, "--server", "fedadam", "--server-tau", 1e300),
+    ),
     "--lr: 1e400 is no finite number": (*FEDAVG, "--lr", "1e400"),
     "argument --runs-dir: the name is empty": (*FEDAVG, "--runs-dir", ""),
     "argument --out: the name is empty": ("plot", "runs/x", "--out", ""),
