@@ -26,7 +26,7 @@ import runs
 import session
 import train
 
-COUNT, SEED = int(os.environ.get("FUZZ", 48)), int(os.environ.get("FUZZ_SEED", 0))
+COUNT, SEED = int(os.environ.get("FUZZ", 32)), int(os.environ.get("FUZZ_SEED", 0))
 TINY = ("--rounds", 1, "--clients", 10, "--fraction", 0.2, "--J", 2, "--batch-size", 4)
 BASE = {  # before what is drawn, which may repeat it: the last one counts
     "fedavg": ("--data", "synthetic", *TINY),
@@ -35,7 +35,6 @@ BASE = {  # before what is drawn, which may repeat it: the last one counts
     "calibrate": ("--data", "synthetic", "--clients", 10, "--calibration-images", 20),
     "doctor": ("fedavg", "--data", "synthetic", *TINY),
     "shards": ("--data", "synthetic",),
-    "sweep": ("--list",),
 }  # fmt: skip
 THEMES = {  # what gives other options something to act on
     "fedavg": (
@@ -70,7 +69,7 @@ VALUES = {  # what costs too much at the bounds, or is a name
     **dict(weights=("none", "dino", "good.pth", "evil.pth", "away.pth", "occupied", "")),
     **dict(mask=("mask.pt", "good.pth", "occupied"), device=("cpu", "auto", "cuda", "x")),
     **dict(train=("all", "head", "blocks.0", "blocks.1", "blocks.2", "")),
-    **dict(model=("vit_demo", "vit_demo", "vit_ti16"), scale=("0", "-1", "0.5", "1e30")),
+    **dict(model=("vit_demo", "vit_xl"), scale=("0", "-1", "0.5", "1e30")),
     **dict(mask_scope=("*", "blocks.*", "*.weight", "norm.weight", "blocks.7", "")),
     **dict(name=("x", "a/b", "../x", "", ".", "n" * 300, "a\0b", "/tmp/x", "out/x", "a:b", "con")),
     **dict(runs_dir=("runs", "occupied", "deep/er", ""), data_dir=("data", "occupied", "")),
@@ -83,9 +82,10 @@ ODD = ("", "x", "nan", "inf", "-1", "1e400", "9" * 30, "0x10", "½")
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
-    """Return the parser of each sub-command."""
+    """Return the parser of each sub-command that works in this process."""
     actions = train.build_parser()._actions
-    return next(a for a in actions if isinstance(a, argparse._SubParsersAction)).choices
+    found = next(a for a in actions if isinstance(a, argparse._SubParsersAction)).choices
+    return {name: parser for name, parser in found.items() if name != "sweep"}  # starts processes
 
 
 def values(action: argparse.Action, draw: np.random.Generator) -> str:
