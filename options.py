@@ -19,8 +19,8 @@ import federation
 import masks
 import model as vit
 import privacy
-from local_training import train_together
 import runs
+from local_training import train_together
 from sparse_sgdm import check_sgd_options
 
 # Defaults that depend on the data set; the help of each option shows both.
