@@ -99,6 +99,8 @@ def values(action: argparse.Action, draw: np.random.Generator) -> str:
     if action.choices:
         return str(draw.choice(list(action.choices)))
     bounds = inspect.getclosurevars(action.type).nonlocals
+    if "low" not in bounds:  # a type of several kinds
+        return str(draw.choice((*FEW, "0", "0.5")))
     low, high = bounds["low"], bounds["high"]
     inside = [0, 1, 2, 10] if bounds["kind"] is int else [0, 1e-30, 1e-3, 0.1, 0.5, 1, 3, 1e30]
     edges = [b for b in (low, high) if math.isfinite(b)]
