@@ -26,7 +26,7 @@ import runs
 import session
 import train
 
-COUNT, SEED = int(os.environ.get("FUZZ", 32)), int(os.environ.get("FUZZ_SEED", 0))
+COUNT, SEED = int(os.environ.get("FUZZ", 24)), int(os.environ.get("FUZZ_SEED", 0))
 TINY = ("--rounds", 1, "--clients", 10, "--fraction", 0.2, "--J", 2, "--batch-size", 4)
 BASE = {  # before what is drawn, which may repeat it: the last one counts
     "fedavg": ("--data", "synthetic", *TINY),
