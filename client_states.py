@@ -34,6 +34,10 @@ BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 KEPT = 3  # the last states whose files are kept: a checkpoint, its predecessor, and a spare
 
 
+def _read(path: Path) -> Tensor:
+    return torch.load(path, weights_only=True)
+
+
 class ClientStates:
     """One vector per client, and the average over all clients.
 
@@ -57,7 +61,7 @@ class ClientStates:
         place: torch.device | None = None,
         folder: Path | None = None,
         write: Callable[[Path, Tensor], None] | None = torch.save,
-        read: Callable[[Path], Tensor] = torch.load,
+        read: Callable[[Path], Tensor] = _read,
     ):
         self.initial, self.clients = initial.clone(), clients
         self.place = place or initial.device

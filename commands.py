@@ -71,7 +71,7 @@ def run_ridge(options: argparse.Namespace) -> None:
     """Solve the ridge head centrally and from the clients' sums, and compare the two."""
     started, workspace = time.monotonic(), Workspace(options)
     shards, model = workspace.shards(), workspace.build_model()
-    name = options.name or default_name(options)
+    name = default_name(options) if options.name is None else options.name
     run = open_run(workspace, model, options, name, shards)
     features, test_features = (workspace.features(model, part) for part in ("train", "test"))
     labels, test_labels = (workspace.sets[part].labels for part in ("train", "test"))
@@ -106,7 +106,7 @@ def run_calibrate(options: argparse.Namespace) -> None:
     """Make a mask from the clients' data; write it, its density by layer, and a picture of that."""
     started, workspace = time.monotonic(), Workspace(options)
     shards, model = workspace.shards(), workspace.build_model()
-    name = options.name or default_name(options)
+    name = default_name(options) if options.name is None else options.name
     run = open_run(workspace, model, options, name, shards)
     set_fitted_head(workspace, model, options.head)
     with run.opening():
@@ -223,8 +223,6 @@ def list_runs(chosen: dict[str, tables.Experiment], folders: dict[str, Path], jo
 def run_eval(options: argparse.Namespace) -> None:
     """Evaluate a run's last checkpoint on the validation and the test set, or for each client."""
     finished = outcome.Outcome(options.run_folder, options)
-    if options.personalised and not options.per_client:
-        raise ValueError("--personalised belongs to --per-client")
     if not options.per_client:
         print_figures(finished.reached | finished.learner().evaluate())
         return

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import editing
 import fedavg
+import masks
 import participation
 import privacy
 import runs
@@ -22,6 +23,7 @@ from client_fisher import ClientFisher
 from diagnostics import Diagnostics
 from learner import Learner
 from local_training import ClientTraining, train_together
+from mask_file import Mask
 from server import Server
 from workspace import free_memory
 
@@ -254,17 +256,17 @@ def privacy_spent(options: argparse.Namespace, rounds: int) -> dict[str, float]:
     return {"epsilon": spent}
 
 
-def privacy_of_run(options: argparse.Namespace, rounds: int) -> dict:
+def privacy_of_run(options: argparse.Namespace, rounds: int, mask: Mask | None) -> dict:
     """Return what a summary says of privacy; {} of a run without."""
     if options.dp_clip is None:
         return {}
     names = ("dp_noise", "dp_clip", "dp_delta")
     told = {name: getattr(options, name) for name in names} | privacy_spent(options, rounds)
-    return {"privacy": told | {"not_covered": uncovered(options)}}
+    return {"privacy": told | {"not_covered": uncovered(options, mask)}}
 
 
-def uncovered(options: argparse.Namespace) -> list[str]:
+def uncovered(options: argparse.Namespace, mask: Mask | None) -> list[str]:
     """Name what a run takes from the clients' data outside of its private rounds."""
     found = [f"the {options.head} head fitted to their data"] * (options.head != "linear")
-    scored = options.mask or "sensitive" in (options.mask_rule or "")
-    return found + ["the mask calibrated on their data"] * bool(scored)
+    scored = mask is not None and masks.RULES[mask.made["mask_rule"]][0] == "sensitivity"
+    return found + ["the mask calibrated on their data"] * scored

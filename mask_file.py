@@ -20,6 +20,7 @@ import model as vit
 import runs
 
 FORMAT = 1
+MADE = ("mask_rule", "weights_sha256", "bytes_up", "bytes_down")  # what others read of `made`
 
 
 class Mask:
@@ -80,7 +81,7 @@ class Mask:
         """
         try:
             content = runs.load_checked(path)
-        except (FileNotFoundError, IsADirectoryError):
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise ValueError(f"mask {path}: no such file") from None
         except runs.DamagedFile:
             raise ValueError(
@@ -89,7 +90,19 @@ class Mask:
             ) from None
         if not isinstance(content, dict) or content.get("mask_format") != FORMAT:
             raise ValueError(f"mask {path}: not a mask of format {FORMAT}")
-        shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
+        try:
+            shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
+            size, bits, made = (
+                sum(map(math.prod, shapes.values())),
+                content["bits"],
+                content["made"],
+            )
+            if made["mask_rule"] not in masks.RULES or not made.keys() >= set(MADE):
+                raise KeyError("made")
+            if bits.dtype != torch.uint8 or bits.shape != (math.ceil(size / 8),):
+                raise TypeError("bits")
+        except (AttributeError, KeyError, TypeError):
+            raise ValueError(f"mask {path}: damaged, or no mask that `calibrate` wrote") from None
         own = {name: tuple(p.shape) for name, p in model.named_parameters()}
         for name, shape in shapes.items():
             if own.get(name) != shape:
@@ -97,8 +110,7 @@ class Mask:
                     f"mask {path}: made for another model, {name} is {shape} in the mask and "
                     f"{own.get(name, 'absent')} in the model"
                 )
-        size = sum(math.prod(shape) for shape in shapes.values())
-        mask = cls(shapes, masks.unpack(content["bits"], size), content["made"])
+        mask = cls(shapes, masks.unpack(bits, size), made)
         if not mask.kept.any():
             raise ValueError(f"mask {path}: it keeps no entry, so that nothing would train")
         return mask

@@ -17,10 +17,11 @@ import argparse
 import hashlib
 import math
 import os
-import urllib.error
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 DINO_FILE = "dino_deitsmall16_pretrain.pth"
 DINO_URL = f"https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/{DINO_FILE}"
+DINO_BYTES = 86_662_656  # of its tensors
 ALIGNMENT = 64  # elements: 128 bytes in half precision, 256 in fp32
 
 
@@ -224,11 +226,15 @@ def default_normalisation(weights: str) -> tuple[tuple, tuple]:
     return HALF if name == "none" or name.startswith("vit_tiny_patch16") else IMAGENET
 
 
-def download_dino(folder: str | Path) -> Path:
+def download_dino(folder: str | Path, fetch: Callable | None = None) -> Path:
     """Return DINO's ViT-S/16 checkpoint in `folder`, downloading it first where it is missing.
 
-    The first download pins the file's SHA-256 in a side file; a file that no longer matches it is
+    No checksum of it is published. So its size, keys, shapes and the CRC of every tensor are
+    checked, and its first use pins its SHA-256 in a side file: a file that no longer matches is
     refused.
+
+    Args:
+        fetch: (url, path, check) that downloads the file to `path` once check(file) has passed.
 
     Raises:
         ValueError: no network, or a file that is damaged.
@@ -236,29 +242,44 @@ def download_dino(folder: str | Path) -> Path:
     path = Path(folder) / DINO_FILE
     pin = path.with_name(DINO_FILE + ".sha256")
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{DINO_FILE}.{os.getpid()}.tmp")
         try:
-            torch.hub.download_url_to_file(DINO_URL, str(partial))
-            read_checkpoint(partial)
-            os.replace(partial, path)
-        except (urllib.error.URLError, OSError) as error:
+            if fetch is None:
+                raise FileNotFoundError("nothing here downloads")
+            fetch(DINO_URL, path, check_dino)
+        except OSError as error:
             raise ValueError(
                 f"--weights dino: cannot download {DINO_URL} ({error}). Without a network, put "
                 f"that file at {path}, or take --data synthetic, which needs no weights"
             ) from None
-        finally:
-            partial.unlink(missing_ok=True)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not pin.exists():
-        read_checkpoint(path)
-        pin.write_text(digest + "\n")
+        check_dino(path)
+        aside = pin.with_name(f"{pin.name}.{os.getpid()}.tmp")
+        aside.write_text(digest + "\n")
+        os.replace(aside, pin)
         print(f"{path}: SHA-256 {digest} pinned in {pin.name}")
     elif pin.read_text().strip() != digest:
         raise ValueError(
             f"{path} is damaged: its SHA-256 differs from {pin}; delete both, run again"
         )
     return path
+
+
+def check_dino(path: Path) -> None:
+    """Raise ValueError unless a file is DINO's ViT-S/16 as it was published, as far as is known."""
+    size = path.stat().st_size
+    if not DINO_BYTES <= size <= 1.02 * DINO_BYTES:
+        raise ValueError(
+            f"weights {path}: damaged, or another file: it has {size:,} bytes, and DINO's ViT-S/16 "
+            f"slightly more than {DINO_BYTES:,}"
+        )
+    if zipfile.is_zipfile(path):  # torch.load looks at no CRC
+        with zipfile.ZipFile(path) as archive:
+            if bad := archive.testzip():
+                raise ValueError(f"weights {path}: damaged, the CRC of {bad} differs")
+    with torch.device("meta"):
+        model = VisionTransformer(MODELS["vit_s16"], 1)
+    check_backbone(model, read_checkpoint(path), path)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -278,8 +299,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     for wrapper in ("teacher", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"weights {path}: holds no dictionary of tensors")
+    if not isinstance(state, dict) or not all(map(_is_parameter, state, state.values())):
+        raise ValueError(f"weights {path}: holds no dictionary of names and dense tensors")
     tensors = {}
     for key, value in state.items():
         for prefix in ("module.", "backbone."):
@@ -287,6 +308,25 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         if not key.startswith("head."):
             tensors[key] = value
     return tensors
+
+
+def _is_parameter(name: Any, value: Any) -> bool:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    return isinstance(name, str) and dense and not value.is_complex() and not value.is_quantized
+
+
+def check_backbone(model: VisionTransformer, tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Raise ValueError unless keys and shapes are those of the model's backbone; names the first
+    that differs."""
+    own = {k: p for k, p in model.named_parameters() if not k.startswith("head.")}
+    for key in [*own, *tensors]:
+        ours = tuple(own[key].shape) if key in own else "absent"
+        theirs = tuple(tensors[key].shape) if key in tensors else "absent"
+        if ours != theirs:
+            raise ValueError(
+                f"weights {path}: another architecture, {key} is {theirs} in the file and "
+                f"{ours} in the model (--model {'|'.join(MODELS)})"
+            )
 
 
 @torch.no_grad()
@@ -297,17 +337,10 @@ def load_weights(model: VisionTransformer, path: str | Path) -> None:
         ValueError: damaged file, or another architecture; the first key that differs is named.
     """
     tensors = read_checkpoint(path)
-    own = {k: p for k, p in model.named_parameters() if not k.startswith("head.")}
-    for key in [*own, *tensors]:
-        ours = tuple(own[key].shape) if key in own else "absent"
-        theirs = tuple(tensors[key].shape) if key in tensors else "absent"
-        if ours != theirs:
-            raise ValueError(
-                f"weights {path}: another architecture, {key} is {theirs} in the file and "
-                f"{ours} in the model (--model {'|'.join(MODELS)})"
-            )
-    for key, parameter in own.items():
-        parameter.copy_(tensors[key])
+    check_backbone(model, tensors, path)
+    parameters = dict(model.named_parameters())
+    for key, tensor in tensors.items():
+        parameters[key].copy_(tensor)
 
 
 def check_train(train: str, depth: int) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import editing
 import fedavg
@@ -19,6 +20,7 @@ import federation
 import masks
 import model as vit
 import privacy
+import runs
 from local_training import train_together
 from sparse_sgdm import check_sgd_options
 
@@ -50,7 +52,27 @@ BY_DATA = {
 LR_OF_BACKBONE = ((4, 1e-4), (9, 1e-3), (math.inf, 1e-2))
 LR_OF_FITTED_HEAD = ((4, 3e-4), (math.inf, 3e-3))
 LR_OF_SYNTHETIC = 0.2, 0.01  # from a linear head, under a fitted one
-TIES_KEEP, DARE_DROP, FISHER_IMAGES = 0.2, 0.9, 256
+SEARCH_WEIGHT_DECAY = 0.0, 5e-4
+
+
+class Owned(NamedTuple):
+    """An option that has an effect only where `owner` has one of these values."""
+
+    default: float
+    owner: str
+    values: tuple = (True,)
+
+
+ADAPTIVE = ("fedadagrad", "fedadam", "fedyogi")
+OWNED = dict(
+    server_momentum=Owned(0.9, "server", ("fedavgm", *ADAPTIVE)),
+    server_tau=Owned(1e-3, "server", ADAPTIVE),
+    ties_keep=Owned(0.2, "aggregate", ("ties",)),
+    dare_drop=Owned(0.9, "aggregate", ("dare",)),
+    clients_evaluated=Owned(10, "personalised"),
+    fisher_images=Owned(256, "aggregate", ("fisher",)),
+    seed=Owned(0, "rule", ("dare",)),  # of merge
+)
 # What client-level privacy does not go with: client state, other samples, other
 # weights, a look at single changes.
 NOT_PRIVATE = (
@@ -86,6 +108,9 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
     for name, value in BY_DATA[o.data].items() if hasattr(o, "data") else ():
         if hasattr(o, name) and getattr(o, name) is None:
             setattr(o, name, value)
+    if getattr(o, "name", None) is not None:
+        with naming("--name"):
+            runs.folder_below(o.runs_dir, o.name)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and o.command != "fedavg":
         raise ValueError(f"torchrun spreads the clients of fedavg; start {o.command} without it")
     if hasattr(o, "model"):
@@ -99,10 +124,12 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
         resolve_mask(o)
     if hasattr(o, "train"):
         resolve_training(o)
+    resolve_owned(o)
     if hasattr(o, "dare_drop"):
-        resolve_merging(o)
         with naming("--dare-drop"):
             editing.check_drop(o.dare_drop)
+    if getattr(o, "personalised", False) and not o.per_client:
+        raise ValueError("--personalised belongs to --per-client")
     if o.command == "fedavg":
         refuse_combinations(o)
         resolve_privacy(o)
@@ -122,6 +149,8 @@ def resolve_privacy(o: argparse.Namespace) -> None:
         if o.dp_delta is not None:
             raise ValueError("--dp-delta belongs to --dp-noise Z --dp-clip S")
         return
+    if o.dp_delta is not None and not o.dp_noise:
+        raise ValueError("--dp-delta belongs to a --dp-noise above 0")
     for name in NOT_PRIVATE:
         if getattr(o, name, None) not in (None, False, 0, "mean"):
             option = name.replace("_", "-")
@@ -143,20 +172,19 @@ def noise_std(o: argparse.Namespace) -> float:
     return o.dp_noise * o.dp_clip / (o.fraction * o.clients)
 
 
-def resolve_merging(o: argparse.Namespace) -> None:
-    """The part of `resolve` for the commands that merge changes."""
-    option = "rule" if o.command == "merge" else "aggregate"
-    for rule, name, value in (
-        ("ties", "ties_keep", TIES_KEEP),
-        ("dare", "dare_drop", DARE_DROP),
-        ("fisher", "fisher_images", FISHER_IMAGES),
-    ):
-        chosen = getattr(o, option) == rule
-        if not chosen and getattr(o, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} belongs to --{option} {rule}")
-        # without its rule fisher_images stays None, as in runs from before there was such a rule
-        if getattr(o, name) is None and (chosen or rule != "fisher"):
-            setattr(o, name, value)
+def resolve_owned(o: argparse.Namespace) -> None:
+    """The part of `resolve` for options that belong to another one's values."""
+    for name, (default, owner, values) in OWNED.items():
+        owner = "rule" if o.command == "merge" and owner == "aggregate" else owner
+        if not (hasattr(o, name) and hasattr(o, owner)):
+            continue
+        chosen = getattr(o, owner) in values
+        if getattr(o, name) is None:
+            # without its rule it stays None, as in runs from before there was such a rule
+            setattr(o, name, default if chosen or name != "fisher_images" else None)
+        elif not chosen:
+            named = f"--{owner} {'|'.join(values)}" if values != (True,) else f"--{owner}"
+            raise ValueError(f"--{name.replace('_', '-')} belongs to {named}")
 
 
 def refuse_combinations(o: argparse.Namespace) -> None:
@@ -283,12 +311,29 @@ def default_lr(o: argparse.Namespace) -> float:
     return next(lr for most, lr in table if held <= most)
 
 
+def resolve_search(o: argparse.Namespace) -> None:
+    """The part of `resolve` for --lr and --weight-decay, and for a search over them."""
+    for name in ("search_lr", "search_weight_decay", "search_length"):
+        if not o.search and getattr(o, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} belongs to --search")
+    if o.search and o.weight_decay is not None:
+        raise ValueError("--weight-decay with --search, which tries those of --search-weight-decay")
+    if o.lr is not None and o.search_lr is not None:
+        raise ValueError("--lr with --search-lr, whose rates are tried in its place")
+    if o.lr is None:
+        o.lr = default_lr(o)
+    if o.weight_decay is None:
+        o.weight_decay = 0.0
+    if o.search:
+        o.search_lr = o.search_lr or [o.lr / 3, o.lr, 3 * o.lr]
+        o.search_weight_decay = o.search_weight_decay or list(SEARCH_WEIGHT_DECAY)
+
+
 def resolve_training(o: argparse.Namespace) -> None:
     """The part of `resolve` for the commands that train."""
     unit, total = ("rounds", o.rounds) if hasattr(o, "rounds") else ("epochs", o.epochs)
     vit.check_train(o.train, vit.MODELS[o.model].depth)
-    if o.lr is None:
-        o.lr = default_lr(o)
+    resolve_search(o)
     if "server_lr" in o and o.server_lr is None:
         o.server_lr = 1.0 if o.server in ("fedavg", "fedavgm") else 0.01
     if o.freeze_head is None:  # a fitted head is kept, unless it is all that trains
@@ -319,10 +364,6 @@ def resolve_training(o: argparse.Namespace) -> None:
         raise ValueError("--early-stop watches validation data: --val-fraction above 0")
     if o.search and not o.val_fraction:
         raise ValueError("--search chooses on validation data: --val-fraction above 0")
-    if not o.search:
-        o.search_lr = o.search_weight_decay = o.search_length = None
-    elif o.search_lr is None:
-        o.search_lr = [o.lr / 3, o.lr, 3 * o.lr]
     if o.warmup >= (shortest := min(total, o.search_length or total)):
         raise ValueError(f"--warmup {o.warmup:g} must be shorter than {shortest} {unit}")
     if o.eval_every is None:

@@ -23,6 +23,12 @@ from local_training import ClientTraining
 from workspace import Status, Workspace, fingerprint
 
 HERE = ("data_dir", "device", "threads", "eval_batch")  # of this command, not of the run
+NEEDED = dict(  # of the options in config.json
+    **dict.fromkeys(("data", "model", "weights", "normalisation", "train", "head"), str),
+    **dict(image_size=int, seed=int, freeze_head=bool, nesterov=bool, batch_size=(int, str)),
+    **dict(weights_sha256=str, precision=str),
+    **dict.fromkeys(("val_fraction", "lr", "momentum", "weight_decay"), (int, float)),
+)
 PERSONAL = 2**40  # the round of the batches that personalise: beyond those of any run
 
 
@@ -48,10 +54,16 @@ class Outcome:
         checkpoint = self.run.load()
         if checkpoint is None:
             raise ValueError(f"{folder} holds no checkpoint yet")
-        self.process = process = checkpoint["state"]["process"]
-        unit = "round" if "round" in process else "epoch"
-        self.reached = {unit: process[unit]}
-        self.theta = process["theta"] if "theta" in process else process["tensors"]["theta"]
+        for name, kind in NEEDED.items():
+            if not isinstance(getattr(stored, name, None), kind):
+                raise runs.DamagedFile(f"{self.run.config_path} is damaged: {name} in its options")
+        try:
+            self.process = process = checkpoint["state"]["process"]
+            unit = "round" if "round" in process else "epoch"
+            self.reached = {unit: process[unit]}
+            self.theta = process["theta"] if "theta" in process else process["tensors"]["theta"]
+        except (KeyError, TypeError):
+            raise runs.DamagedFile(f"{self.run.checkpoint_path} holds no trained weights") from None
         if options.best:
             self.reached[unit], self.theta = self.run.load_best(unit, checkpoint["log"])
 

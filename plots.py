@@ -49,7 +49,7 @@ def plot_curves(logs: dict[str, Sequence[dict]], path: str | Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for i, (label, records) in enumerate(logs.items()):
         colour = PALETTE[i % len(PALETTE)]
-        name = f"{label}: " if len(logs) > 1 else ""
+        name = f"{label}: ".replace("$", r"\$") if len(logs) > 1 else ""
         for axes, key, style, what in (
             (left, "train_loss", dict(alpha=0.35, linewidth=0.8), "training"),
             (left, "val_loss", dict(linestyle="--"), "validation"),

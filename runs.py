@@ -44,6 +44,9 @@ except ImportError:  # Windows has no flock: there nothing stops a second proces
 MAGIC = b"SHA-256\0"
 FOOTER = len(MAGIC) + hashlib.sha256().digest_size
 OPENING = ("config.json", "lock", "shards.npz", "head.pt", "mask.pt")  # written before the log
+RESERVED = '<>:"|?*\\'  # in the names of files on Windows
+DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{d}{i}" for d in ("COM", "LPT") for i in range(1, 10))}
+LONGEST = 200  # bytes of a part of a run's name; file systems take 255
 FORMAT = 1  # of the folder; a folder of another format is refused by number
 
 
@@ -157,6 +160,9 @@ def load_checked(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise DamagedFile(f"{path} holds more than tensors and plain values") from None
+    except Exception as error:  # torch.load raises many types on what torch.save did not write
+        reason = str(error).partition("\n")[0]
+        raise DamagedFile(f"{path} is damaged: torch cannot load it ({reason})") from None
 
 
 def _sha256(path: Path, length: int | None = None) -> bytes:
@@ -179,6 +185,34 @@ def _sync_folder(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------- the folder
+
+
+def folder_below(root: str | Path, name: str) -> Path:
+    """Return root/name, a folder inside of `root` by a name that every file system takes.
+
+    Raises:
+        ValueError: an empty or unprintable name, one that leads elsewhere, or one with characters
+            or parts that Windows reserves.
+    """
+    parts = name.split("/")
+    if not name.isprintable() or any(c in RESERVED for c in name):
+        raise ValueError(f"{name!r} holds characters that a folder's name cannot have everywhere")
+    for part in parts:
+        stem = part.partition(".")[0].rstrip(" ").upper()
+        if not part.strip(" ") or part in (".", "..") or part.endswith((".", " ")):
+            raise ValueError(f"{name!r} must stay below the folder of runs, each part a plain name")
+        if stem in DEVICES:
+            raise ValueError(f"{name!r}: Windows reserves {stem}")
+        if len(part.encode()) > LONGEST:
+            raise ValueError(f"{name[:20]!r}... is longer than {LONGEST} bytes")
+    root, folder = Path(root), Path(root, name)
+    try:
+        inside = folder.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # a loop of links
+        inside = False
+    if not inside:
+        raise ValueError(f"{name!r} must stay below {root}, and a link leads out of it")
+    return folder
 
 
 class Run:
@@ -238,7 +272,7 @@ class Run:
         """Take back a folder that this object made when the block, before the log, refuses."""
         try:
             yield
-        except ValueError:
+        except (ValueError, OSError):
             if self._made_here and not self.log_path.exists():
                 for name in OPENING:
                     (self.folder / name).unlink(missing_ok=True)
@@ -255,14 +289,16 @@ class Run:
         """
         try:
             config = json.loads(self.config_path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{self.folder} is no run folder: it has no config.json") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DamagedFile(f"{self.config_path} is damaged: it is no JSON") from None
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             raise ValueError(
                 f"{self.config_path}: not of format {FORMAT}, which this version reads"
             )
+        if not isinstance(config.get("options"), dict):
+            raise DamagedFile(f"{self.config_path} is damaged: it holds no options")
         return config
 
     def _check_options(self, options: dict, free: set[str], defaults: dict) -> None:
@@ -295,9 +331,12 @@ class Run:
             return []
         whole = self.log_path.read_bytes().split(b"\n")[:-1]
         try:
-            return [json.loads(line) for line in whole]
-        except ValueError:
+            records = [json.loads(line) for line in whole]
+        except (ValueError, RecursionError):
             raise DamagedFile(f"{self.log_path} is damaged: a line is no JSON") from None
+        if not all(isinstance(record, dict) for record in records):
+            raise DamagedFile(f"{self.log_path} is damaged: a line is no JSON object")
+        return records
 
     def save(self, state: dict) -> None:
         """Write a checkpoint; the one before stays until this one is whole, and beside it after."""
@@ -327,6 +366,8 @@ class Run:
         for path in (self.checkpoint_path, self.previous_path):
             try:
                 checkpoint = load_checked(path)
+                if not isinstance(checkpoint, dict) or not {"log", "state"} <= checkpoint.keys():
+                    raise DamagedFile(f"{path} is no checkpoint of a run")
                 self._check_log(path, checkpoint["log"])
                 take(checkpoint["state"])
             except FileNotFoundError as error:

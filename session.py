@@ -57,12 +57,12 @@ def train_federated(
         diagnostics = Diagnostics(learner, shards) if options.diagnostics else None
         federation = federate(learner, shards, run, diagnostics)
     opening = opening_bytes(learner, len(shards))
-    if options.dp_clip is not None and (left_out := uncovered(options)):
+    if options.dp_clip is not None and (left_out := uncovered(options, learner.mask)):
         print(f"warning: epsilon covers the rounds, not {' and '.join(left_out)}", file=sys.stderr)
 
     def account() -> dict:
         sent = communication(run.records(), learner.dense_size)
-        return sent | privacy_of_run(options, federation.round)
+        return sent | privacy_of_run(options, federation.round, learner.mask)
 
     def measure() -> dict:
         figures = diagnostics.measure() if diagnostics else {}
@@ -141,7 +141,7 @@ def search_then_train(
     train: Callable[[argparse.Namespace, str], dict],
 ) -> None:
     """Train once; with --search, first short runs over the grid, the best by validation chosen."""
-    name = options.name or default_name(options)
+    name = default_name(options) if options.name is None else options.name
     if not options.search:
         train(options, name)
         return
@@ -222,9 +222,8 @@ def open_run(
     shards: list[np.ndarray] | None = None,
 ) -> runs.Run:
     """Open the run's folder; one made by other options, splits or weights is refused."""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"--name {name} must stay below --runs-dir")
-    run = runs.Run(Path(options.runs_dir) / name, writes=workspace.group.rank == 0)
+    folder = runs.folder_below(options.runs_dir, name)
+    run = runs.Run(folder, writes=workspace.group.rank == 0)
     if getattr(options, "mask_rule", None) is not None:
         scoped_names(model, options.mask_scope)  # refuses before anything is written
     split = hashlib.sha256(b"".join(x.tobytes() for x in [workspace.val_index, *(shards or [])]))

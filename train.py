@@ -31,7 +31,7 @@ import merging
 import model as vit
 import runs
 import server
-from options import BY_DATA, DARE_DROP, FISHER_IMAGES, MASK_DEFAULTS, TIES_KEEP, resolve
+from options import BY_DATA, MASK_DEFAULTS, OWNED, SEARCH_WEIGHT_DECAY, resolve
 from ranks import LostProcess, ToldByFirst
 
 LR_HELP = (
@@ -65,7 +65,9 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
         except ValueError:
             word = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {word}") from None
-        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is no finite number")
+        if not low <= value <= high or (above and value == low):
             bound = f"{'above' if above else 'at least'} {low:g}"
             upper = f" and at most {high:g}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} must be {bound}{upper}")
@@ -89,10 +91,17 @@ def batch_size(text: str) -> int | str:
 
 
 def path(text: str) -> str:
-    """The argparse type of a file's name: not empty, as an unset shell variable is."""
-    if not text:
-        raise argparse.ArgumentTypeError("the name of a file is empty")
+    """The argparse type of a file's or folder's name: not empty, as an unset variable is."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(
+            "the name is empty" if not text else "the name holds a NUL"
+        )
     return text
+
+
+def owned(name: str) -> str:
+    """Return the default of an option that belongs to another one, for its help."""
+    return f"[{OWNED[name].default}]"
 
 
 def default_text(name: str) -> str:
@@ -105,7 +114,12 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     add = group.add_argument
     add("--data", choices=tuple(BY_DATA), default="cifar100", help="data set [%(default)s]")
-    add("--data-dir", default="data", help="folder of data, weights and features [%(default)s]")
+    add(
+        "--data-dir",
+        type=path,
+        default="data",
+        help="folder of data, weights and features [%(default)s]",
+    )
     add(
         "--val-fraction",
         type=number(float, 0, 0.9),
@@ -124,7 +138,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     add = group.add_argument
     add("--model", choices=tuple(vit.MODELS), help=f"architecture {default_text('model')}")
-    add("--weights", help=f"dino, none, or a checkpoint file {default_text('weights')}")
+    add("--weights", type=path, help=f"dino, none, or a checkpoint file {default_text('weights')}")
     add("--image-size", type=number(int, 1), help=f"pixels a side {default_text('image_size')}")
     add(
         "--normalisation",
@@ -192,7 +206,7 @@ def add_training_options(parser: argparse.ArgumentParser, unit: str) -> None:
     add("--lr", type=number(float, 0), help=f"learning rate of a step [{LR_HELP}]")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="momentum [%(default)s]")
     add("--nesterov", action="store_true", help="Nesterov momentum")
-    add("--weight-decay", type=number(float, 0), default=0.0, help="L2 factor [%(default)s]")
+    add("--weight-decay", type=number(float, 0), help="L2 factor [0]")
     add(
         "--clip-norm",
         type=number(float, 0, above=True),
@@ -257,9 +271,8 @@ def add_training_options(parser: argparse.ArgumentParser, unit: str) -> None:
         "--search-weight-decay",
         type=number(float, 0),
         nargs="+",
-        default=[0.0, 5e-4],
         metavar="WD",
-        help="weight decays to try [%(default)s]",
+        help=f"weight decays to try [{' '.join(f'{w:g}' for w in SEARCH_WEIGHT_DECAY)}]",
     )
     add(
         "--search-length",
@@ -365,20 +378,21 @@ def add_merging_options(add: Callable) -> None:
         "--ties-keep",
         type=number(float, 0, 1, above=True),
         metavar="SHARE",
-        help=f"ties: share of its entries that each change keeps, the largest [{TIES_KEEP}]",
+        help="ties: share of its entries that each change keeps, the largest " + owned("ties_keep"),
     )
     add(
         "--dare-drop",
         type=number(float, 0),
         metavar="P",
-        help=f"dare: probability that an entry of a change is dropped, below 1 [{DARE_DROP}]",
+        help="dare: probability that an entry of a change is dropped, below 1 "
+        + owned("dare_drop"),
     )
     add(
         "--fisher-images",
         type=number(int, 1),
         metavar="N",
         help="fisher: training images, a client's of its own, on which each model's sensitivities "
-        f"are taken [{FISHER_IMAGES}]",
+        "are taken " + owned("fisher_images"),
     )
 
 
@@ -407,7 +421,7 @@ def add_run_options(parser: argparse.ArgumentParser, unit: str | None = None) ->
     )
     if unit is not None:
         add("--name", help="the run's folder below --runs-dir [made from the options]")
-        add("--runs-dir", default="runs", help="where runs go [%(default)s]")
+        add("--runs-dir", type=path, default="runs", help="where runs go [%(default)s]")
     if unit:
         add(
             "--cuda-graph",
@@ -470,14 +484,12 @@ def build_parser() -> Parser:
     add(
         "--server-momentum",
         type=number(float, 0, 0.9999),
-        default=0.9,
-        help="beta of fedavgm, b1 of the adaptive rules [%(default)s]",
+        help="beta of fedavgm, b1 of the adaptive rules " + owned("server_momentum"),
     )
     add(
         "--server-tau",
-        type=number(float, 0, above=True),
-        default=1e-3,
-        help="adaptivity of the adaptive rules [%(default)s]",
+        type=number(float, 0, 1e6, above=True),
+        help="adaptivity of the adaptive rules " + owned("server_tau"),
     )
     add(
         "--prox",
@@ -542,7 +554,7 @@ def build_parser() -> Parser:
     ).add_argument
     add(
         "--dp-noise",
-        type=number(float, 0),
+        type=number(float, 0, 1000),
         metavar="Z",
         help="noise multiplier: the sum of the clients' changes gets Gaussian noise of standard "
         "deviation Z S [no privacy]; 0 clips alone",
@@ -607,7 +619,7 @@ def build_parser() -> Parser:
     sub.add_argument(
         "--show", type=number(int, 0), default=10, help="clients to list [%(default)s]"
     )
-    sub.add_argument("--out", help="picture of the heat map, such as shards.png [none]")
+    sub.add_argument("--out", type=path, help="picture of the heat map, such as shards.png [none]")
     add_shard_options(sub)
     add_data_options(sub)
     add_run_options(sub)
@@ -629,11 +641,16 @@ def build_parser() -> Parser:
     sub.add_argument("--list", action="store_true", help="say what is done and what is missing")
     sub.add_argument("--jobs", type=number(int, 1), default=1, help="runs at a time [%(default)s]")
     sub.add_argument(
-        "--results", default="results", help="where runs and tables go, by scale [%(default)s]"
+        "--results",
+        type=path,
+        default="results",
+        help="where runs and tables go, by scale [%(default)s]",
     )
 
     sub = command("eval", commands.run_eval)
-    sub.add_argument("run_folder", metavar="RUN", help="a run's folder, such as runs/NAME")
+    sub.add_argument(
+        "run_folder", type=path, metavar="RUN", help="a run's folder, such as runs/NAME"
+    )
     sub.add_argument(
         "--best",
         action="store_true",
@@ -653,17 +670,24 @@ def build_parser() -> Parser:
     sub.add_argument(
         "--clients-evaluated",
         type=number(int, 1),
-        default=10,
         metavar="N",
-        help="clients that --personalised trains, evenly chosen [%(default)s]",
+        help="clients that --personalised trains, evenly chosen " + owned("clients_evaluated"),
     )
-    sub.add_argument("--data-dir", default="data", help="folder of data and weights [%(default)s]")
+    sub.add_argument(
+        "--data-dir", type=path, default="data", help="folder of data and weights [%(default)s]"
+    )
     add_run_options(sub)
 
     sub = command("merge", commands.run_merge)
     sub.set_defaults(best=False)
     add = sub.add_argument
-    add("run_folders", metavar="RUN", nargs="+", help="run folders, of one model and one start")
+    add(
+        "run_folders",
+        type=path,
+        metavar="RUN",
+        nargs="+",
+        help="run folders, of one model and one start",
+    )
     add(
         "--rule",
         choices=merging.RULES,
@@ -672,13 +696,15 @@ def build_parser() -> Parser:
     )
     add("--scale", type=number(float, -math.inf), default=1.0, help="factor on it [%(default)g]")
     add_merging_options(add)
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="dare: of what drops [0]")
+    add("--seed", type=number(int, 0, 2**63 - 1), help="dare: of what drops " + owned("seed"))
     add("--out", type=path, metavar="FILE", help="where the merged weights go [nowhere]")
-    add("--data-dir", default="data", help="folder of data and weights [%(default)s]")
+    add("--data-dir", type=path, default="data", help="folder of data and weights [%(default)s]")
     add_run_options(sub)
 
     sub = command("export", commands.run_export)
-    sub.add_argument("run_folder", metavar="RUN", help="a run's folder, such as runs/NAME")
+    sub.add_argument(
+        "run_folder", type=path, metavar="RUN", help="a run's folder, such as runs/NAME"
+    )
     sub.add_argument("file", type=path, metavar="FILE", help="where the weights go, such as x.pth")
     sub.add_argument("--with-head", action="store_true", help="head.weight and head.bias too")
     sub.add_argument(
@@ -686,12 +712,18 @@ def build_parser() -> Parser:
         action="store_true",
         help="the weights that validated best, of a run with --early-stop [the last]",
     )
-    sub.add_argument("--data-dir", default="data", help="folder of data and weights [%(default)s]")
+    sub.add_argument(
+        "--data-dir", type=path, default="data", help="folder of data and weights [%(default)s]"
+    )
     sub.set_defaults(device="cpu", threads=None, eval_batch=256, precision="fp32")
 
     sub = command("plot", commands.run_plot)
-    sub.add_argument("run_folders", metavar="RUN", nargs="+", help="run folders, one or several")
-    sub.add_argument("--out", help="where the picture goes [curves.png in the first run]")
+    sub.add_argument(
+        "run_folders", type=path, metavar="RUN", nargs="+", help="run folders, one or several"
+    )
+    sub.add_argument(
+        "--out", type=path, help="where the picture goes [curves.png in the first run]"
+    )
     makes_runs = ("fedavg", "centralized", "ridge", "calibrate")
     defaults = {name: vars(subparsers.choices[name].parse_args([])) for name in makes_runs}
     for values in defaults.values():
@@ -731,7 +763,7 @@ def main(arguments: list[str] | None = None) -> int:
             error = OUT_OF_MEMORY
         if first or not (shared or isinstance(error, TOLD_ONCE)):
             who = "" if first else f" of process {os.environ['RANK']}"
-            print(f"train.py: error{who}: {error}", file=sys.stderr)
+            print(f"train.py: error{who}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except LostProcess as error:
         print(f"train.py: error: {error}", file=sys.stderr)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import data
+import download
 import head
 import model as vit
 import runs
@@ -51,7 +52,9 @@ class Workspace:
         synthetic = options.data == "synthetic"
         with self.group.first_then_others():  # one of them downloads
             self.dataset = (
-                data.synthetic_dataset() if synthetic else data.load_cifar100(options.data_dir)
+                data.synthetic_dataset()
+                if synthetic
+                else data.load_cifar100(options.data_dir, fetch)
             )
         self.classes = len(self.dataset.classes)
         self.sets = {
@@ -90,7 +93,7 @@ class Workspace:
         options = self.options
         model = vit.build_vit(options.model, self.classes, options.seed)
         if options.weights == "dino":
-            vit.load_weights(model, vit.download_dino(options.data_dir))
+            vit.load_weights(model, vit.download_dino(options.data_dir, fetch))
         elif options.weights != "none":
             vit.load_weights(model, options.weights)
         return model.to(self.device)
@@ -287,6 +290,19 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         recent = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if recent else torch.float16
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def fetch(url: str, path: Path, check: Callable[[Path], object]) -> None:
+    """Download a file as `download.fetch` does, saying so."""
+    print(f"downloading {url} to {path}", flush=True)
+    status = Status(f"{path.name}, MB", 0)
+
+    def show(done: int, total: int) -> None:
+        status.total = total // 10**6
+        status.show(done // 10**6)
+
+    download.fetch(url, path, check, show=show)
+    status.close()
 
 
 def free_memory(device: torch.device) -> int:

@@ -228,7 +228,7 @@ def run(setting: str, method: str, rounds: int, threads: int) -> dict | None:
                 log.seek(0)
                 print(f"{setting}, {method}: failed\n{log.read()[-3000:]}")
                 return None
-        result = torch.load(out)
+        result = torch.load(out, weights_only=True)
     return result | {"command_s": result["ticks"][1] - started}
 
 

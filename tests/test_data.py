@@ -1,5 +1,9 @@
 """Splits, shards and batches: every sample counted, every draw a function of its counters."""
 
+import hashlib
+import pickle
+import tarfile
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -242,16 +246,83 @@ def test_a_corrupt_cifar_folder_is_named_and_left_alone(tmp_path):
     assert {p.read_bytes() for p in folder.iterdir()} == {b"garbage"}
 
 
-def test_offline_the_folder_and_the_way_out_are_named(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("torchvision").datasets
+def test_offline_the_folder_and_the_way_out_are_named(tmp_path):
+    pytest.importorskip("torchvision")
 
-    def offline(self):
+    def offline(url, path, check):
         raise URLError("no network")
 
-    monkeypatch.setattr(datasets.CIFAR100, "download", offline)
-    with pytest.raises(ValueError, match=r"cifar-100-python.tar.gz.*--data synthetic") as error:
+    for fetch in (offline, None):
+        message = r"whole cifar-100-python.tar.gz there, from https.*--data synthetic"
+        with pytest.raises(ValueError, match=message) as error:
+            data.load_cifar100(tmp_path, fetch)
+        assert str(tmp_path) in str(error.value)
+
+
+@pytest.fixture
+def small_cifar(tmp_path, monkeypatch):
+    """The archive of a CIFAR-100 of a few images, whose MD5s torchvision expects."""
+    cifar = pytest.importorskip("torchvision").datasets.CIFAR100
+    home = tmp_path / "served" / cifar.base_folder
+    home.mkdir(parents=True)
+    images = {"data": np.zeros((100, 3072), np.uint8), "fine_labels": list(range(100))}
+    images["coarse_labels"] = [c // 5 for c in range(100)]
+    names = [f"class {c}" for c in range(100)]
+    meta = {"fine_label_names": names, "coarse_label_names": names[:20]}
+    for name, content in (("train", images), ("test", images), ("meta", meta)):
+        (home / name).write_bytes(pickle.dumps(content))
+    with tarfile.open(home.parent / cifar.filename, "w:gz") as tar:
+        tar.add(home, cifar.base_folder)
+    md5 = {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in home.parent.rglob("*.*")}
+    md5 |= {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in home.iterdir()}
+    monkeypatch.setattr(cifar, "train_list", [["train", md5["train"]]])
+    monkeypatch.setattr(cifar, "test_list", [["test", md5["test"]]])
+    monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": md5["meta"]})
+    monkeypatch.setattr(cifar, "tgz_md5", md5[cifar.filename])
+    return home.parent / cifar.filename
+
+
+def test_cifar_is_fetched_checked_and_unpacked_once(tmp_path, small_cifar):
+    fetched = []
+
+    def fetch(url, path, check):
+        fetched.append(url)
+        path.write_bytes(small_cifar.read_bytes())
+        check(path)
+
+    for _ in range(2):
+        loaded = data.load_cifar100(tmp_path, fetch)
+    assert fetched == ["https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"]
+    assert loaded.classes[7] == "class 7" and loaded.superclass_of[7] == 1
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *("served", "cifar-100-python", "cifar-100-python.tar.gz"),
+    }
+
+
+def test_an_archive_put_there_by_hand_is_checked_and_unpacked(tmp_path, small_cifar):
+    archive = tmp_path / small_cifar.name
+    archive.write_bytes(small_cifar.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="tar.gz is damaged .*Put a whole cifar-100-python.tar.gz"):
         data.load_cifar100(tmp_path)
-    assert str(tmp_path) in str(error.value)
+    archive.write_bytes(small_cifar.read_bytes())
+    assert len(data.load_cifar100(tmp_path).train.labels) == 100
+
+
+def test_no_pickle_is_read_whose_md5_differs(tmp_path, small_cifar):
+    class Evil:
+        def __reduce__(self):
+            return Path.mkdir, (tmp_path / "owned",)
+
+    (tmp_path / small_cifar.name).write_bytes(small_cifar.read_bytes())
+    data.load_cifar100(tmp_path)
+    for name in ("train", "test", "meta"):
+        path = tmp_path / "cifar-100-python" / name
+        good = path.read_bytes()
+        path.write_bytes(pickle.dumps(Evil()))
+        with pytest.raises(ValueError, match=f"cifar-100-python/{name} is damaged"):
+            data.load_cifar100(tmp_path)
+        path.write_bytes(good)
+    assert not (tmp_path / "owned").exists()
 
 
 # ---------------------------------------------------------------------------- batches

@@ -11,6 +11,7 @@ from conftest import ROOT
 LEAVES = (
     *(
         "data",
+        "download",
         "model",
         "head",
         "sparse_sgdm",

@@ -1,8 +1,11 @@
 """The ViT equals torchvision's and its own equations; checkpoints and the flat view hold."""
 
 import argparse
+import hashlib
+import io
 import math
 import os
+import threading
 from urllib.error import URLError
 
 import pytest
@@ -10,7 +13,14 @@ import torch
 import torch.nn.functional as F
 
 import model as vit
-from model import FlatView, build_vit, first_trained_block, load_weights, trained_names
+from model import (
+    FlatView,
+    build_vit,
+    first_trained_block,
+    load_weights,
+    read_checkpoint,
+    trained_names,
+)
 
 
 def randomise(model, seed=0):
@@ -181,35 +191,99 @@ def test_the_real_vit_ti16_loads_and_sees(real_data):
     assert model.features(torch.zeros(1, 3, 224, 224)).isfinite().all()
 
 
-def test_dino_offline_says_where_the_file_goes(tmp_path, monkeypatch):
-    def offline(url, target, **options):
+def test_a_full_checkpoint_loads_and_no_class_but_namespace_does(tmp_path):
+    state = {f"module.backbone.{key}": value for key, value in demo_state().items()}
+    full = {"teacher": state, "student": {}, "epoch": 3, "args": argparse.Namespace(lr=0.1)}
+    torch.save(full, tmp_path / "full.pth")
+    load_weights(build_vit("vit_demo", 5), tmp_path / "full.pth")
+    torch.save(full | {"args": threading.Thread}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="damaged or no PyTorch checkpoint"):
+        read_checkpoint(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {7: torch.zeros(2)},
+        {"norm.weight": torch.zeros(2, 2).to_sparse()},
+        {"norm.weight": torch.zeros(48, dtype=torch.complex64)},
+        {"norm.weight": "text"},
+    ],
+)
+def test_what_holds_other_than_names_and_dense_tensors_is_refused(state, tmp_path):
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="holds no dictionary of names and dense tensors"):
+        load_weights(build_vit("vit_demo", 5), tmp_path / "x.pth")
+
+
+def test_dino_offline_says_where_the_file_goes(tmp_path):
+    def offline(url, path, check):
         raise URLError("no network")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(ValueError, match="--data synthetic") as error:
-        vit.download_dino(tmp_path)
-    assert str(tmp_path / vit.DINO_FILE) in str(error.value)
+    for fetch in (offline, None):
+        with pytest.raises(ValueError, match="--data synthetic") as error:
+            vit.download_dino(tmp_path, fetch)
+        assert str(tmp_path / vit.DINO_FILE) in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_dinos_first_download_is_pinned_and_a_changed_file_refused(tmp_path, monkeypatch, capsys):
-    def page(url, target, **options):
-        with open(target, "w") as file:
-            file.write("<html>proxy</html>")
+@pytest.fixture
+def small_dino(monkeypatch):
+    """DINO's model is a small one; returns what fetches its weights, after `change`."""
+    torch.save(demo_state(), saved := io.BytesIO())
+    saved = saved.getvalue()
+    monkeypatch.setitem(vit.MODELS, "vit_s16", vit.MODELS["vit_demo"])
+    monkeypatch.setattr(vit, "DINO_BYTES", len(saved) - 100)
 
-    def good(url, target, **options):
-        torch.save(demo_state(), target)
+    def fetching(change=lambda content: content):
+        def fetch(url, path, check):
+            path.write_bytes(change(saved))
+            try:
+                check(path)
+            except ValueError:
+                path.unlink()
+                raise
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", page)
-    with pytest.raises(ValueError, match="damaged or no PyTorch checkpoint"):
-        vit.download_dino(tmp_path)
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(torch.hub, "download_url_to_file", good)
-    path = vit.download_dino(tmp_path)
+        return fetch
+
+    return fetching
+
+
+def test_dinos_first_use_is_pinned_and_a_changed_file_refused(tmp_path, small_dino, capsys):
+    path = vit.download_dino(tmp_path, small_dino())
     assert "pinned" in capsys.readouterr().out and vit.download_dino(tmp_path) == path
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert path.with_name(path.name + ".sha256").read_text() == digest + "\n"
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(ValueError, match="is damaged: its SHA-256 differs"):
         vit.download_dino(tmp_path)
+
+
+def flipped(content):
+    """One bit of a tensor is another one."""
+    at = content.index(demo_state()["patch_embed.proj.weight"].numpy().tobytes())
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: b"<html>", "it has 6 bytes"),
+        (lambda content: content + bytes(len(content)), "another file: it has"),
+        (lambda content: bytes(len(content)), "damaged or no PyTorch checkpoint"),
+        (flipped, "the CRC of .* differs"),
+    ],
+)
+def test_what_is_not_dinos_checkpoint_is_not_kept(change, message, tmp_path, small_dino):
+    with pytest.raises(ValueError, match=message):
+        vit.download_dino(tmp_path, small_dino(change))
+    assert not list(tmp_path.iterdir())
+
+
+def test_dinos_checkpoint_has_dinos_keys_and_shapes(tmp_path, small_dino, monkeypatch):
+    monkeypatch.setitem(vit.MODELS, "vit_s16", vit.ViTShape(48, 1, 3, patch=8, grid=4))
+    with pytest.raises(ValueError, match="another architecture, blocks.1"):
+        vit.download_dino(tmp_path, small_dino())
 
 
 # ---------------------------------------------------------------------------- building, flat view

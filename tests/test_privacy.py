@@ -205,6 +205,17 @@ def test_a_private_run_tells_what_it_spent(cli, small_data, accountant, learners
             assert torch.equal(now[name][~trains], start[name][~trains]), name
 
 
+@pytest.mark.parametrize("rule", ["least-sensitive", "lowest-magnitude", "random"])
+def test_a_mask_file_is_told_as_uncovered_where_clients_scored_it(
+    cli, small_data, accountant, rule
+):
+    made = ("--clients", 20, "--calibration-images", 20, "--mask-rule", rule, "--name", "m")
+    assert cli("calibrate", "--data", "synthetic", *made)[0] == 0
+    given = ("--head", "ridge", "--mask", "runs/m/mask.pt", "--rounds", 1)
+    status, _, err = cli(*TINY, "--dp-noise", 0.8, "--dp-clip", 0.5, *given)
+    assert status == 0 and ("mask calibrated" in err) == (rule == "least-sensitive")
+
+
 def test_bad_privacy_options_are_refused(cli, monkeypatch):
     private = (*TINY, "--dp-noise", 1, "--dp-clip", 1)
     monkeypatch.setattr(privacy, "PACKAGE", "no_such_package")

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+import urllib.request
 from pathlib import Path
 from urllib.error import URLError
 
@@ -404,6 +405,21 @@ def test_plot_draws_several_runs(cli, small_data, monkeypatch):
     assert list(drawn) == ["runs/a", "runs/c/a"]
 
 
+def test_what_cannot_be_kept_for_other_runs_is_made_all_the_same(cli, small_data):
+    (small_data / "occupied").write_text("a file")
+    masked = ("calibrate", "--data", "synthetic", "--clients", 10, "--calibration-images", 20)
+    status, _, err = cli(*masked, "--data-dir", "occupied", "--name", "m")
+    assert status == 0 and "warning: the mask is not kept for other runs" in err
+    assert (small_data / "runs" / "m" / "mask.pt").exists()
+
+
+def test_labels_are_no_formulas(tmp_path):
+    pytest.importorskip("matplotlib")
+    records = [{"round": 1, "train_loss": 2.0, "val_acc": 0.1}]
+    plots.plot_curves({"$^$": records, "$x_$": records}, tmp_path / "x.png")
+    assert (tmp_path / "x.png").exists()
+
+
 BAD = {
     "--clients above": (*FEDAVG, "--clients", 3601),
     "--clients 5 --nc 3: 5 clients of 3 classes cannot cover": (*FEDAVG, "--clients", 5, "--nc", 3),
@@ -416,7 +432,7 @@ BAD = {
     "--J/--local-steps: '1.5' is not a whole number": (*FEDAVG, "--J", 1.5),
     "argument --fraction/--C: 0 must be above 0": (*FEDAVG, "--fraction", 0),
     "argument --fraction/--C: 1.1 must be above 0 and at most 1": (*FEDAVG, "--fraction", 1.1),
-    "--lr: nan must be at least 0": (*FEDAVG, "--lr", "nan"),
+    "--lr: nan is no finite number": (*FEDAVG, "--lr", "nan"),
     "--lr: -1 must be at least 0": (*FEDAVG, "--lr", -1),
     "--image-size: image size 36 is no multiple of the patch size 8": (*FEDAVG, "--image-size", 36),
     "--train block.3: choose all, head, or one of blocks.0 to": (*FEDAVG, "--train", "block.3"),
@@ -443,10 +459,40 @@ BAD = {
     "needs validation data": (*FEDAVG, "--head", "ridge", "--val-fraction", 0),
     "weights nowhere.pth: no such file": (*FEDAVG, "--weights", "nowhere.pth"),
     "--weights dino is a vit_s16": (*FEDAVG, "--weights", "dino"),
-    "must stay below --runs-dir": (*FEDAVG, "--name", "../x"),
+    "--name: '../x' must stay below the folder of runs": (*FEDAVG, "--name", "../x"),
     "cannot write the run folder": (*FEDAVG, "--runs-dir", "occupied"),
     "--ties-keep: 0 must be above 0 and at most 1": (*FEDAVG, "--ties-keep", 0),
     "--ties-keep: 1.5 must be above 0 and at most 1": (*FEDAVG, "--ties-keep", 1.5),
+    "--server-tau belongs to --server fedadagrad|fedadam|fedyogi": (
+        *(*FEDAVG, "--server", "fedavgm", "--server-tau", 0.1),
+    ),
+    "--server-momentum belongs to --server fedavgm|fedada": (*FEDAVG, "--server-momentum", 0.5),
+    "--search-lr belongs to --search": (*FEDAVG, "--search-lr", 0.1),
+    "--search-weight-decay belongs to": ("centralized", "--search-weight-decay", 0),
+    "--search-length belongs to --search": (*FEDAVG, "--search-length", 3),
+    "--weight-decay with --search": (*FEDAVG, "--search", "--weight-decay", 0.1),
+    "--lr with --search-lr": (*FEDAVG, "--search", "--search-lr", 0.1, "--lr", 0.2),
+    "--clients-evaluated belongs to --personalised": (
+        *("eval", "runs/x", "--per-client", "--clients-evaluated", 3),
+    ),
+    "--personalised belongs to --per-client": ("eval", "runs/x", "--personalised"),
+    "--fisher-images belongs to --rule fisher": ("merge", "runs/x", "--fisher-images", 3),
+    "--seed belongs to --rule dare": ("merge", "runs/x", "--seed", 3),
+    "--ties-keep belongs to --rule ties": ("merge", "runs/x", "--ties-keep", 0.5),
+    "--dp-delta belongs to a --dp-noise above 0": (
+        *(*FEDAVG, "--dp-noise", 0, "--dp-clip", 1, "--dp-delta", 1e-6),
+    ),
+    "--dp-noise: 1e+300 must be at least 0 and at most 1000": (
+        *(*FEDAVG, "--dp-clip", 1, "--dp-noise", 1e300),
+    ),
+    "--server-tau: 1e+300 must be above 0 and at most 1e+06": (
+        *(*FEDAVG, "--server", "fedadam", "--server-tau", 1e300),
+    ),
+    "--lr: 1e400 is no finite number": (*FEDAVG, "--lr", "1e400"),
+    "argument --runs-dir: the name is empty": (*FEDAVG, "--runs-dir", ""),
+    "argument --out: the name is empty": ("plot", "runs/x", "--out", ""),
+    "argument RUN: the name holds a NUL": ("eval", "runs/\0"),
+    "occupied is no run folder": ("eval", "occupied"),
     "--dare-drop: the share that is dropped must lie in [0, 1), not 1": (
         *(*FEDAVG, "--aggregate", "dare", "--dare-drop", 1),
     ),
@@ -494,17 +540,15 @@ def test_a_checkpoint_of_another_architecture_names_the_first_bad_key(cli, small
 
 def test_offline_the_message_says_where_to_put_which_file(cli, small_data, monkeypatch):
     pytest.importorskip("torchvision")
-    import torchvision
 
     def offline(*arguments, **options):
         raise URLError("no network")
 
-    monkeypatch.setattr(torchvision.datasets.utils, "urlretrieve", offline, raising=False)
-    monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", offline, raising=False)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
     status, _, err = cli("fedavg", "--nc", 1, "--J", 4, "--rounds", 2000)
     assert status == 2 and err.count("\n") == 1
     assert "data/cifar-100-python" in err and "--data synthetic" in err
+    assert not list((small_data / "data").iterdir())
 
 
 def test_a_diverging_client_is_named_and_the_last_checkpoint_kept(cli, small_data):
