@@ -157,7 +157,7 @@ def run_shards(options: argparse.Namespace) -> None:
     if len(shards) > options.show:
         print(f"... and {len(shards) - options.show} more clients (--show)")
     if options.out:
-        plots.plot_shards(counts, options.out, f"{sharding_name(options)}, seed {options.seed}")
+        plots.plot_shards({f"{sharding_name(options)}, seed {options.seed}": counts}, options.out)
         print(f"written to {options.out}")
 
 
