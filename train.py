@@ -437,6 +437,11 @@ def add_run_options(parser: argparse.ArgumentParser, unit: str | None = None) ->
             + ("; below 1 a share: 0.1 evaluates ten times an epoch" if unit == "epoch" else "")
             + " [a 20th of the run]",
         )
+        add(
+            "--tensorboard",
+            action="store_true",
+            help="mirror the log into event files, in the run's folder tensorboard/",
+        )
 
 
 def build_parser() -> Parser:
