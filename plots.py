@@ -67,8 +67,9 @@ def save(figure, path: str | Path) -> None:
 
 def look(i: int) -> dict:
     """Return the colour, marker and line style of the i-th group."""
-    every = zip(("color", "marker", "linestyle"), (PALETTE, MARKERS, DASHES), strict=True)
-    return {name: styles[i % len(styles)] for name, styles in every}
+    again = i // len(PALETTE)  # a colour that comes back has another marker and line
+    styles = PALETTE[i % 7], MARKERS[(i + 3 * again) % 7], DASHES[(i + 2 * again) % 7]
+    return dict(zip(("color", "marker", "linestyle"), styles, strict=True))
 
 
 # ---------------------------------------------------------------------------- curves
@@ -142,6 +143,7 @@ def plot_bands(
             axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
         unit = _unit(log for logs in curves[title].values() for log in logs)
         axes.set(xlabel=unit, title=title)
+        axes.locator_params(axis="x", integer=True)
         axes.grid()
     panels[0].set_ylabel(ylabel)
     _legend(figure, panels)
@@ -203,7 +205,7 @@ def plot_grouped(
 def plot_against(
     panels: Mapping[str, Mapping[str, Sequence[tuple[float, Sequence[float]]]]],
     path: str | Path,
-    xlabel: str,
+    xlabel: str | None,
     ylabel: str = "validation accuracy (%)",
     reference: Mapping[str, tuple[str, float]] | None = None,
 ) -> None:
@@ -211,6 +213,7 @@ def plot_against(
 
     Args:
         panels: title -> label -> points (x, the value of each seed), joined in their order.
+        xlabel: of all panels; None: the title of each is its own.
         reference: title -> (label, value) of a horizontal line.
 
     Raises:
@@ -229,7 +232,7 @@ def plot_against(
         if reference and title in reference:
             label, value = reference[title]
             axes.axhline(value, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)), label=label)
-        axes.set(xscale="log", xlabel=xlabel, title=title)
+        axes.set(xscale="log", xlabel=xlabel or title, title=title if xlabel else "")
         _plain_log_ticks(axes)
         axes.grid()
     axes_of[0].set_ylabel(ylabel)
@@ -244,12 +247,15 @@ def _draw_means(axes, x: Sequence, values: Sequence[Sequence[float]], label: str
 
 
 def _plain_log_ticks(axes) -> None:
-    """Label a short logarithmic axis at 1, 2 and 5 times a power of ten; a long one at powers."""
+    """Label a logarithmic axis plainly: a short one at round numbers, a long one at powers."""
     from matplotlib import ticker
 
     low, high = axes.get_xlim()
-    if high / low < 100:
-        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    if high / low < 200:
+        wide = high / low > 8
+        where = ticker.LogLocator(subs=(1, 2, 5)) if wide else ticker.MaxNLocator(4)
+        axes.xaxis.set_major_locator(where)
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
 

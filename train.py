@@ -29,6 +29,7 @@ import fedavg
 import masks
 import merging
 import model as vit
+import report
 import runs
 import server
 from options import BY_DATA, MASK_DEFAULTS, OWNED, SEARCH_WEIGHT_DECAY, resolve
@@ -651,6 +652,12 @@ def build_parser() -> Parser:
         default="results",
         help="where runs and tables go, by scale [%(default)s]",
     )
+
+    sub = command("report", commands.run_report)
+    add = sub.add_argument
+    add("--scale", choices=report.SCALES, default="paper", help="whose runs [%(default)s]")
+    add("--results", default="results", help="where the scales' runs lie [%(default)s]")
+    add("--out", type=path, default="report/generated", help="where it all goes [%(default)s]")
 
     sub = command("eval", commands.run_eval)
     sub.add_argument(

@@ -1,0 +1,52 @@
+"""Tables in print say what their lines say, one group beside another."""
+
+from typeset import best_of, latex_table, markdown_table, tex
+
+LINES = [
+    ["sharding", "rule", "lr", "validation", "to dense"],
+    ["iid", "dense", "3e-05", "34.91 ± 0.21", ""],
+    ["iid", "random", "0.01", "36.00 ± 0.10", "+1.09 ± 0.20"],
+    ["nc1", "dense", "not run", "", ""],
+    ["nc1", "random", "0.1", "9.50", "-0.20"],
+]
+
+
+def test_numbers_are_mathematics_and_words_are_escaped():
+    assert tex("34.91 ± 0.21") == r"\ensuremath{34.91 \pm 0.21}"
+    assert tex("-2.00") == r"\ensuremath{-2.00}"
+    assert (
+        tex("3e-05") == r"\ensuremath{3 \cdot 10^{-5}}" and tex("1e-05") == r"\ensuremath{10^{-5}}"
+    )
+    assert tex("nc10") == r"\ensuremath{N_c = 10}"
+    assert tex("least-sensitive 50% a_b & c#") == r"least-sensitive 50\% a\_b \& c\#"
+
+
+def test_groups_lie_side_by_side_and_what_waits_says_so_once():
+    text = latex_table(LINES, 2, ["validation", "to dense"])
+    rows = [line.removesuffix(r" \\").split(" & ") for line in text.splitlines() if " & " in line]
+    assert rows[0][1:] == [r"\multicolumn{2}{c}{iid}", r"\multicolumn{2}{c}{\ensuremath{N_c = 1}}"]
+    assert rows[1] == ["rule", *["validation", "to dense"] * 2]
+    assert rows[2] == ["dense", r"\ensuremath{34.91 \pm 0.21}", "", "not run", ""]
+    best = r"\bestresult{\ensuremath{36.00 \pm 0.10}}"
+    assert rows[3][1] == best and rows[3][3] == r"\bestresult{\ensuremath{9.50}}"
+    assert text.count(r"\begin{tabular}{@{}lrrrr@{}}") == 1
+
+
+def test_the_best_is_a_number_and_not_the_first_digits():
+    heading, *rows = LINES
+    assert best_of(rows[:2] + [["iid", "x", "1", "9.90", ""]], heading, 2, True) == [
+        ("iid", ("random",))
+    ]
+
+
+def test_rows_of_one_key_are_a_plain_table():
+    lines = [["head", "validation"], ["ridge", "29.0"], ["probe", "30.0"], ["linear", "not run"]]
+    body = latex_table(lines, 1, ["validation"])
+    assert "multicolumn" not in body and r"linear & not run \\" in body
+    assert r"probe & \bestresult{\ensuremath{30.0}} \\" in body
+
+
+def test_markdown_holds_every_column():
+    lines = markdown_table(LINES).splitlines()
+    assert lines[1] == "| --- | --- | --- | --- | --- |" and len(lines) == 6
+    assert lines[2] == "| iid | dense | 3e-05 | 34.91 ± 0.21 |  |"
