@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +24,15 @@ class Done(NamedTuple):
     records: list[dict]
 
 
+CLIENTS = 100  # of the shardings that are drawn
+LEAST_SHOWN = 0.005  # of a kind of parameter, the share kept in some layer
+TRAINS = {"head": "the head trains", "all": "everything trains"}
+OVERLAPS = {
+    "ceiling": "one client, two halves of its images",
+    "iou": "two clients",
+    "chance": "chance",
+}
+DIAGNOSED = {"distance": "distance", "matched_linearity_error": "linearity error"}
 Ran = dict[str, list[list[Done]]]  # by experiment: its rows that ran, each a run a seed
 
 
@@ -38,149 +46,125 @@ def drawn(draw: Callable, ran: Ran, path: Path) -> bool:
 
 
 def draw_curves(name: str, ran: Ran, path: Path) -> None:
-    """Draw an experiment's validation accuracy over time, where it was evaluated often enough."""
+    """Draw an experiment's validation accuracy over time, a panel for each part that trains."""
     panels: dict[str, dict] = {}
     for done in ran.get(name, []):
-        if all(sum("val_acc" in record for record in one.records) > 2 for one in done):
-            panel, label = (key[0], key[1:]) if len(key := done[0].key) > 1 else ("", key)
-            shown = " ".join(map(printed, label))
-            panels.setdefault(printed(panel), {})[shown] = [one.records for one in done]
-    if len(panels) > 3:
-        panels = {
-            "": {f"{a}, {b}": logs for a, group in panels.items() for b, logs in group.items()}
-        }
+        trains, *rest = done[0].key
+        panels.setdefault(TRAINS[trains], {})[" ".join(rest)] = [one.records for one in done]
     plots.plot_bands(panels, path)
 
 
 def draw_heterogeneity(ran: Ran, path: Path) -> None:
     """Draw accuracy against classes per client, for each number of local steps."""
-    groups: dict[str, dict] = {}
+    panels: dict[str, dict] = {}
     for done in ran.get("heterogeneity", []):
-        options = done[0].options
-        values = groups.setdefault(f"$J$ = {options['J']}", {})
-        values[str(options["nc"] or "iid")] = [accuracy(one) for one in done]
-    plots.plot_grouped(groups, path, "classes per client $N_c$")
+        group = panels.setdefault(TRAINS[done[0].key[0]], {})
+        values = group.setdefault(f"$J$ = {done[0].options['J']}", {})
+        values[sharding(done[0], "")] = [accuracy(one) for one in done]
+    plots.plot_grouped(panels, path, "classes per client $N_c$")
 
 
 def draw_bytes(ran: Ran, path: Path) -> None:
     """Draw accuracy against all that a run sent, calibration and mask included, by mask rule."""
     panels: dict[str, dict] = {}
     reference = {}
-    for name in ("rules", "sparsity"):
-        for done in ran.get(name, []):
-            options, values = done[0].options, [accuracy(one) for one in done]
-            panel = printed(f"nc{options['nc']}" if options["nc"] else "iid")
-            sent = [one.summary["bytes_up"] + one.summary["bytes_down"] for one in done]
-            if not options["mask_rule"]:
-                reference.setdefault(panel, ("dense", float(np.mean(values))))
-            points = panels.setdefault(panel, {}).setdefault(options["mask_rule"] or "dense", [])
-            points.append((np.mean(sent) / 1e6, values))
-    for group in panels.values():
-        for points in group.values():
-            points.sort(key=lambda point: point[0])
+    for done in ran.get("rules", []):
+        values = [accuracy(one) for one in done]
+        sent = [one.summary["bytes_up"] + one.summary["bytes_down"] for one in done]
+        panel, rule = sharding(done[0]), done[0].options["mask_rule"] or "dense"
+        if rule == "dense":
+            reference[panel] = "dense", float(np.mean(values))
+        else:
+            points = panels.setdefault(panel, {}).setdefault(rule, [])
+            points.append((float(np.mean(sent)) / 1e6, values))
     plots.plot_against(panels, path, "sent in the whole run (MB)", reference=reference)
 
 
 def draw_linearity(ran: Ran, path: Path) -> None:
-    """Draw accuracy against how far a model moved, how linear that was, and how clients mix."""
+    """Draw accuracy against how far a model moved, and against how linear that is, matched."""
     panels: dict[str, dict] = {}
-    for done in ran.get("linearity", []):
-        label = done[0].options["mask_rule"] or "dense"
-        for key, what in DIAGNOSED.items():
-            if all(one.summary["final"].get(key) for one in done):
-                x = float(np.mean([one.summary["final"][key] for one in done]))
-                points = panels.setdefault(what, {}).setdefault(label, [])
-                points.append((x, [accuracy(one) for one in done]))
-    for group in panels.values():
-        for points in group.values():
-            points.sort(key=lambda point: point[0])
+    for done, (key, what) in itertools.product(ran.get("linearity", []), DIAGNOSED.items()):
+        figures = [one.summary["final"].get(key) for one in done]
+        if all(figures):
+            rule = done[0].options["mask_rule"] or "dense"
+            point = float(np.mean(figures)), [accuracy(one) for one in done]
+            panels.setdefault(f"{sharding(done[0])}: {what}", {})[rule] = [point]
     plots.plot_against(panels, path, None)
-
-
-DIAGNOSED = {
-    "distance": "distance from the start",
-    "linearity_error": "linearity error",
-    "disentanglement_error": "disentanglement error",
-}
 
 
 def draw_agreement(ran: Ran, path: Path) -> None:
     """Draw how far clients' own masks agree, by classes per client, between chance and noise."""
     groups: dict[str, dict] = {}
-    for done in overlaps(ran):
-        category = str(done[0].options["nc"] or "iid")
-        for key, what in (
-            ("ceiling", "one client, two halves of its images"),
-            ("iou", "two clients"),
-            ("chance", "chance"),
-        ):
-            values = [100 * one.summary["overlap"][key] for one in done]
-            groups.setdefault(what, {}).setdefault(category, values)
-    plots.plot_grouped(groups, path, "classes per client $N_c$", "IoU of masks (%)")
+    for done in ran.get("agreement", []):
+        overlaps = [one.summary["overlap"] for one in done]
+        for key, what in OVERLAPS.items():
+            if values := [100 * o[key] for o in overlaps if o.get(key) is not None]:
+                groups.setdefault(what, {})[sharding(done[0], "")] = values
+    label = "IoU of masks (%)"
+    plots.plot_grouped({"": groups}, path, "classes per client $N_c$", label)
+
+
+def draw_groups(ran: Ran, path: Path) -> None:
+    """Draw how far two groups of clients agree, against how many clients are in each."""
+    lines: dict[str, list] = {}
+    chance: list[float] = []
+    for done in ran.get("agreement", []):
+        overlaps = [one.summary["overlap"] for one in done]
+        chance += [100 * overlap["chance"] for overlap in overlaps if overlap]
+        for size in overlaps[0].get("groups", {}):
+            values = [100 * overlap["groups"][size] for overlap in overlaps]
+            lines.setdefault(sharding(done[0]), []).append((int(size), values))
+    reference = {"": ("chance", float(np.mean(chance)))} if chance else None
+    label, what = "clients in each of two groups", "IoU of masks (%)"
+    plots.plot_against({"": lines}, path, label, what, reference)
 
 
 def draw_overlap(ran: Ran, path: Path) -> None:
-    """Draw the overlap of every two clients' masks, in the first run that tells it."""
-    for done in overlaps(ran):
-        overlap, options = done[0].summary["overlap"], done[0].options
-        if overlap.get("matrix"):
-            matrix = np.array(overlap["matrix"])
-            title = printed(f"nc{options['nc']}" if options["nc"] else "iid")
-            scale = dict(chance=overlap["chance"], ceiling=overlap["ceiling"], title=title)
-            plots.plot_overlap(matrix, path, range(len(matrix)), **scale)
-            return
-    raise ValueError("no run tells the overlap of every two clients")
-
-
-def overlaps(ran: Ran) -> Iterator[list[Done]]:
-    """Yield the runs that measured how far clients' masks agree, a row's seeds together."""
-    for done in itertools.chain(*ran.values()):
-        if all((run.summary.get("overlap") or {}).get("iou") is not None for run in done):
-            yield done
+    """Draw the overlap of every two clients' masks, where clients hold the fewest classes."""
+    told = [
+        done[0] for done in ran.get("agreement", []) if done[0].summary["overlap"].get("matrix")
+    ]
+    if not told:
+        raise ValueError("no run tells the overlap of every two clients")
+    one = min(told, key=lambda one: one.options["nc"] or np.inf)
+    overlap = one.summary["overlap"]
+    scale = dict(chance=overlap["chance"], ceiling=overlap["ceiling"], title=sharding(one))
+    plots.plot_overlap(np.array(overlap["matrix"]), path, **scale)
 
 
 def draw_density(ran: Ran, path: Path) -> None:
-    """Draw where a mask keeps entries, in the first run that tells it."""
-    for done in itertools.chain(*ran.values()):
-        if density := done[0].summary.get("density"):
-            options = done[0].options
-            kinds = {k: v for k, v in density.items() if np.nanmax(floats(v)) >= LEAST_SHOWN}
-            table = np.array([floats(row) for row in kinds.values()])
-            layers = [i for i in range(table.shape[1]) if not np.isnan(table[:, i]).all()]
-            names = [list(next(iter(kinds.values())))[i] for i in layers]
-            title = f"{options['mask_rule']}, frozen share {options['sparsity']:g}; "
-            title += f"kinds not shown keep less than {100 * LEAST_SHOWN:g} % in every layer"
-            plots.plot_density(list(kinds), names, table[:, layers], path, title)
-            return
-    raise ValueError("no run tells the density of a mask by layer")
-
-
-LEAST_SHOWN = 0.005
-
-
-def floats(row: dict[str, float]) -> np.ndarray:
-    """Return a layer's shares as an array."""
-    return np.array(list(row.values()), dtype=float)
+    """Draw where the first mask keeps entries, of the kinds of which it keeps some share."""
+    told = [done[0] for done in ran.get("agreement", [])]
+    if not told:
+        raise ValueError("no run tells the density of a mask by layer")
+    density, options = told[0].summary["density"], told[0].options
+    layers = list(next(iter(density.values())))
+    table = {kind: np.array(list(row.values()), dtype=float) for kind, row in density.items()}
+    kept = {kind: row for kind, row in table.items() if np.nanmax(row) >= LEAST_SHOWN}
+    some = [i for i in range(len(layers)) if not all(np.isnan(row[i]) for row in kept.values())]
+    title = f"{options['mask_rule']}, {sharding(told[0])}, frozen share {options['sparsity']:g}; "
+    title += f"kinds not shown keep less than {100 * LEAST_SHOWN:g} % in every layer"
+    shown = np.array(list(kept.values()))[:, some]
+    plots.plot_density(list(kept), [layers[i] for i in some], shown, path, title)
 
 
 def draw_shards(ran: Ran, path: Path) -> None:
     """Draw who holds how many samples of which class, for up to three shardings of the runs."""
     shardings = {}
     for done in itertools.chain(*ran.values()):
-        if done[0].options.get("clients"):
-            shardings.setdefault(done[0].options["nc"] or np.inf, done[0].options)
+        if done[0].options.get("clients") == CLIENTS:
+            shardings.setdefault(done[0].options["nc"] or np.inf, done[0])
     if not shardings:
-        raise ValueError("no run has clients")
-    chosen = sorted(shardings, reverse=True)
-    chosen = dict.fromkeys([chosen[0], chosen[len(chosen) // 2], chosen[-1]])
+        raise ValueError(f"no run has {CLIENTS} clients")
+    every = sorted(shardings, reverse=True)
+    chosen = dict.fromkeys((every[0], every[len(every) // 2], every[-1]))
     counts = {}
     for nc in chosen:
-        options = argparse.Namespace(**{**shardings[nc], "device": "cpu", "threads": None})
-        workspace = Workspace(options)
+        options = shardings[nc].options | {"device": "cpu", "threads": None}
+        workspace = Workspace(argparse.Namespace(**options))
         labels = workspace.dataset.train.labels.numpy()
         shards = workspace.shards()
-        name = "iid" if nc == np.inf else f"$N_c$ = {nc}"
-        counts[name] = np.stack(
+        counts[sharding(shardings[nc])] = np.stack(
             [np.bincount(labels[s], minlength=workspace.classes) for s in shards]
         )
     plots.plot_shards(counts, path)
@@ -191,19 +175,19 @@ def accuracy(done: Done) -> float:
     return 100 * done.summary["final"]["val_acc"]
 
 
-def printed(text: str) -> str:
-    """Write a part of a key for a figure."""
-    return re.sub(r"^nc(\d+)$", r"$N_c$ = \1", text)
+def sharding(done: Done, named: str = "$N_c$ = ") -> str:
+    """Return iid, or how many classes a client of the run holds."""
+    return f"{named}{done.options['nc']}" if done.options["nc"] else "iid"
 
 
 FIGURES = {
     "shards": draw_shards,
-    "curves-centralized": functools.partial(draw_curves, "centralized"),
-    "curves-fedavg-iid": functools.partial(draw_curves, "fedavg-iid"),
-    "curves-heterogeneity": functools.partial(draw_curves, "heterogeneity"),
+    "centralized": functools.partial(draw_curves, "centralized"),
+    "fedavg-iid": functools.partial(draw_curves, "fedavg-iid"),
     "heterogeneity": draw_heterogeneity,
     "bytes": draw_bytes,
     "agreement": draw_agreement,
+    "groups": draw_groups,
     "overlap": draw_overlap,
     "density": draw_density,
     "linearity": draw_linearity,

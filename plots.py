@@ -172,7 +172,7 @@ def _unit(logs) -> str:
 
 
 def plot_grouped(
-    groups: Mapping[str, Mapping[str, Sequence[float]]],
+    panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
     path: str | Path,
     xlabel: str,
     ylabel: str = "validation accuracy (%)",
@@ -180,25 +180,29 @@ def plot_grouped(
     """Draw a value of each group at each category: mean over seeds, bars from lowest to highest.
 
     Args:
-        groups: label -> category -> the value of each seed; categories in the order they first
-            appear.
+        panels: title -> label -> category -> the value of each seed; categories in the order they
+            first appear.
 
     Raises:
         ValueError: there is nothing to draw, or matplotlib is missing.
     """
-    categories = list(dict.fromkeys(x for group in groups.values() for x in group))
-    if not categories:
+    panels = {title: groups for title, groups in panels.items() if any(groups.values())}
+    if not panels:
         raise ValueError("nothing to plot: no group has a value")
-    figure, (axes,) = _panels(1)
-    for i, (label, group) in enumerate(groups.items()):
-        aside = (i - (len(groups) - 1) / 2) * 0.5 / max(1, len(groups))
-        x = [categories.index(category) + aside for category in group]
-        _draw_means(axes, x, list(group.values()), label, look(i))
-    axes.set_xticks(range(len(categories)), categories)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.margins(x=0.08)
-    axes.grid(axis="y")
-    _legend(figure, [axes])
+    every = [group for groups in panels.values() for group in groups.values()]
+    categories = list(dict.fromkeys(category for group in every for category in group))
+    figure, axes_of = _panels(len(panels))
+    for axes, (title, groups) in zip(axes_of, panels.items(), strict=True):
+        for i, (label, group) in enumerate(groups.items()):
+            aside = (i - (len(groups) - 1) / 2) * 0.5 / len(groups)
+            x = [categories.index(category) + aside for category in group]
+            _draw_means(axes, x, list(group.values()), label, look(i))
+        axes.set_xticks(range(len(categories)), categories)
+        axes.set(xlabel=xlabel, title=title)
+        axes.margins(x=0.08)
+        axes.grid(axis="y")
+    axes_of[0].set_ylabel(ylabel)
+    _legend(figure, axes_of)
     save(figure, path)
 
 
@@ -336,7 +340,6 @@ def plot_density(
 def plot_overlap(
     iou: np.ndarray,
     path: str | Path,
-    names: Sequence[str],
     *,
     chance: float,
     ceiling: float,
@@ -356,8 +359,7 @@ def plot_overlap(
     image = axes.imshow(iou, cmap=CMAP, vmin=low, vmax=top)
     if len(iou) <= 10:
         _write_values(axes, 100 * iou, iou > low + 0.6 * (top - low))
-    axes.set_xticks(range(len(names)), names)
-    axes.set_yticks(range(len(names)), names)
+    axes.locator_params(integer=True)
     axes.tick_params(length=0)
     axes.set(xlabel="client, second half of its images", ylabel="client, first half")
     line = f"chance {100 * chance:.1f} %, own other half {100 * ceiling:.1f} %"

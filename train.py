@@ -29,7 +29,6 @@ import fedavg
 import masks
 import merging
 import model as vit
-import report
 import runs
 import server
 from options import BY_DATA, MASK_DEFAULTS, OWNED, SEARCH_WEIGHT_DECAY, resolve
@@ -655,7 +654,12 @@ def build_parser() -> Parser:
 
     sub = command("report", commands.run_report)
     add = sub.add_argument
-    add("--scale", choices=report.SCALES, default="paper", help="whose runs [%(default)s]")
+    add(
+        "--scale",
+        choices=tuple(experiments.SCALES),
+        default="paper",
+        help="whose runs [%(default)s]",
+    )
     add("--results", default="results", help="where the scales' runs lie [%(default)s]")
     add("--out", type=path, default="report/generated", help="where it all goes [%(default)s]")
 

@@ -1,11 +1,11 @@
 """Tables in print: lines of text, heading first, as Markdown and as a LaTeX tabular.
 
     from typeset import latex_table
-    lines = [["rule", "validation"], ["random", "34.2 ± 0.1"], ["vote", "not run"]]
-    print(latex_table(lines, width=1, measures=["validation"]))
+    lines = [["rule", "accuracy"], ["random", "34.2 ± 0.1"], ["vote", "not run"]]
+    print(latex_table(lines, width=1, measures=["accuracy"]))
 
 A line that holds NOT_RUN says so in place of its figures. LaTeX needs booktabs, and a macro
-\\bestresult for the best of a group.
+\\bestresult for what is best.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ from __future__ import annotations
 import re
 
 NOT_RUN = "not run"
-VALUE = re.compile(r"([+-]?)(\d+(?:\.\d+)?)(?:e([+-]\d+))?(?: ± (\d+(?:\.\d+)?))?")
+NUMBER = r"[+-]?\d+(?:\.\d+)?"
+VALUE = re.compile(  # 34.2, 3e-05, 34.2 ± 0.1, +1.2 [-0.3, +2.7]
+    r"(?P<sign>[+-]?)\d+(?:\.\d+)?(?:e[+-]\d+)?"
+    rf"(?: ± {NUMBER}| \[(?P<low>{NUMBER}), (?P<high>{NUMBER})\])?"
+)
+BESIDE = 3  # groups that fit side by side
+FIT = 6  # figures that fit into a line of side-by-side groups
+LESS_TOLD = ("lr", "bytes to dense")  # what gives way first
 
 
 def markdown_table(lines: list[list[str]]) -> str:
@@ -22,71 +29,95 @@ def markdown_table(lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in [heading, ["---"] * len(heading), *rows])
 
 
-def latex_table(lines: list[list[str]], width: int, measures: list[str]) -> str:
-    """Return lines, heading first, as a booktabs tabular; groups lie side by side where few.
+def latex_table(
+    lines: list[list[str]], width: int, measures: list[str], *, best_by: str = ""
+) -> str:
+    """Return lines, heading first, as a booktabs tabular; few groups of rows lie side by side.
 
     Args:
-        width: columns of a row's key; the first of two or more names its group.
-        measures: the columns to show; what is best by validation in its group is set in bold.
+        width: columns of a row's key.
+        measures: the other columns to show.
+        best_by: the column whose highest value makes a row the best, which is set in bold, of its
+            group; groups are the shardings, or all rows.
     """
     heading, *rows = lines
-    groups = list(dict.fromkeys(row[0] for row in rows))
-    beside = width > 1 and len(groups) in (2, 3) and len(rows) > len(groups)
-    keys = list(dict.fromkeys(tuple(row[1 if beside else 0 : width]) for row in rows))
-    blocks = groups if beside else [""]
-    if beside and len(measures) * len(blocks) > 6:
-        measures = [m for m in measures if m not in ("lr", "bytes to dense")]
+    split = grouping(heading[:width], rows)
+    groups = list(dict.fromkeys(row[split] for row in rows)) if split is not None else [""]
+    if split is not None and len(measures) * len(groups) > FIT:
+        measures = [measure for measure in measures if measure not in LESS_TOLD]
+        if len(measures) * len(groups) > FIT:
+            split, groups = None, [""]
     at = [heading.index(measure) for measure in measures]
-    cells = {}
+    keyed = [i for i in range(width) if i != split]
+    bold = best_rows(rows, heading, best_by, split) if best_by in heading else []
+    cells: dict[tuple, list[str]] = {}
     for row in rows:
-        block, key = (row[0], tuple(row[1:width])) if beside else ("", tuple(row[:width]))
-        missing = NOT_RUN in row
-        cells[block, key] = [tex(row[i]) for i in at] if not missing else [NOT_RUN]
-    for block, key in best_of(rows, heading, width, beside):
-        cells[block, key] = [
-            f"\\bestresult{{{cell}}}" if cell else "" for cell in cells[block, key]
-        ]
-    head = [tex(column) for column in heading[1 if beside else 0 : width]]
-    spec = "l" * len(head) + "r" * (len(blocks) * len(at))
-    body = [f"\\begin{{tabular}}{{@{{}}{spec}@{{}}}}", "\\toprule"]
-    if beside:
-        spans = [f"\\multicolumn{{{len(at)}}}{{c}}{{{tex(block)}}}" for block in blocks]
-        body.append(" & ".join([""] * len(head) + spans) + r" \\")
-        ends = [len(head) + 1 + i * len(at) for i in range(len(blocks))]
-        body.append("".join(f"\\cmidrule(lr){{{e}-{e + len(at) - 1}}}" for e in ends))
-    body.append(" & ".join(head + [tex(heading[i]) for i in at] * len(blocks)) + r" \\")
-    body.append("\\midrule")
-    before: tuple = ()
-    for key in keys:
-        if before and len(key) > 1 and key[0] != before[0]:
+        texts = [NOT_RUN] if NOT_RUN in row else [tex(row[i]) for i in at]
+        if row in bold:
+            texts = [f"\\bestresult{{{text}}}" if text else "" for text in texts]
+        group = row[split] if split is not None else ""
+        cells[(group, *(row[i] for i in keyed))] = texts
+    body = [f"\\begin{{tabular}}{{@{{}}{'l' * len(keyed)}{'r' * len(at) * len(groups)}@{{}}}}"]
+    body.append("\\toprule")
+    if split is not None:
+        body += group_headings(heading[split], groups, len(keyed), len(at))
+    named = [tex(heading[i]) for i in keyed] + [tex(heading[i]) for i in at] * len(groups)
+    body += [" & ".join(named) + r" \\", "\\midrule"]
+    before = None
+    for key in dict.fromkeys(key for _, *rest in cells for key in [tuple(rest)]):
+        repeated = before is not None and len(key) > 1 and key[0] == before[0]
+        if before is not None and len(key) > 1 and not repeated:
             body.append("\\addlinespace[2pt]")
-        named = [
-            tex(k) if i or key[0] != (before or ("",))[0] or len(key) == 1 else ""
-            for i, k in enumerate(key)
-        ]
-        values = [cell for block in blocks for cell in spread(cells.get((block, key)), len(at))]
-        body.append(" & ".join(named + values) + r" \\")
+        names = ["" if repeated else tex(key[0]), *map(tex, key[1:])]
+        figures = [text for group in groups for text in spread(cells.get((group, *key)), len(at))]
+        body.append(" & ".join(names + figures) + r" \\")
         before = key
     return "\n".join([*body, "\\bottomrule", "\\end{tabular}", ""])
 
 
+def grouping(columns: list[str], rows: list[list[str]]) -> int | None:
+    """Return the key's column whose values lie side by side: shardings, or else the last that can.
+
+    None where no column has two or three values that the rest of the key does not tell.
+    """
+    if len(columns) < 2:
+        return None
+    few = [i for i in range(len(columns)) if 2 <= len({row[i] for row in rows}) <= BESIDE]
+    shared = [i for i in few if len({(*r[:i], *r[i + 1 : len(columns)]) for r in rows}) < len(rows)]
+    shardings = [i for i in shared if columns[i] == "sharding"]
+    return (shardings or shared[::-1] or [None])[0]
+
+
+def best_rows(
+    rows: list[list[str]], heading: list[str], best_by: str, split: int | None
+) -> list[list[str]]:
+    """Return the row of the highest value of each group; none where shardings mix in a group."""
+    at = heading.index(best_by)
+    if "sharding" in heading and (split is None or heading[split] != "sharding"):
+        return []
+    sharding = heading.index("sharding") if "sharding" in heading else None
+    best: dict[str, list[str]] = {}
+    for row in rows:
+        if NOT_RUN not in row:
+            group = "" if sharding is None else row[sharding]
+            one = best.setdefault(group, row)
+            best[group] = max(one, row, key=lambda r: float(r[at].split()[0]))
+    return list(best.values())
+
+
+def group_headings(column: str, groups: list[str], before: int, width: int) -> list[str]:
+    """Return the lines that name the groups above their columns."""
+    names = [group if not group[:1].isdigit() else f"{column} = {group}" for group in groups]
+    spans = [f"\\multicolumn{{{width}}}{{c}}{{{tex(name)}}}" for name in names]
+    starts = [before + 1 + i * width for i in range(len(groups))]
+    rules = "".join(f"\\cmidrule(lr){{{start}-{start + width - 1}}}" for start in starts)
+    return [" & ".join([""] * before + spans) + r" \\", rules]
+
+
 def spread(cells: list[str] | None, count: int) -> list[str]:
     """Return a row's cells in `count` columns; one that did not run says so once."""
-    cells = ["--"] * count if cells is None else cells
+    cells = ["--"] if cells is None else cells
     return cells + [""] * (count - len(cells))
-
-
-def best_of(rows: list[list[str]], heading: list[str], width: int, beside: bool) -> list[tuple]:
-    """Return (group, key) of the row with the best validation accuracy of every group."""
-    if "validation" not in heading:
-        return []
-    best: dict[str, tuple[float, tuple]] = {}
-    for row in rows:
-        if NOT_RUN not in row and (value := VALUE.match(row[heading.index("validation")])):
-            key = (row[0], tuple(row[1:width])) if beside else ("", tuple(row[:width]))
-            group = row[0] if width > 1 else ""
-            best[group] = max(best.get(group, (-1.0, key)), (float(value[2]), key))
-    return [key for _, key in best.values()] if len(rows) > len(best) else []
 
 
 def tex(text: str) -> str:
@@ -96,6 +127,6 @@ def tex(text: str) -> str:
     if VALUE.fullmatch(text):
         text = re.sub(r"e([+-])0*(\d+)", lambda m: f" 10^{{{m[1].strip('+')}{m[2]}}}", text)
         text = re.sub(r"^([+-]?)1 10\^", r"\g<1>10^", text).replace(" 10^", r" \cdot 10^")
-        text = text.replace("±", r"\pm")
+        text = text.replace("±", r"\pm").replace(", ", r",\,").replace(" [", r"\;[")
         return f"\\ensuremath{{{text}}}"
     return re.sub(r"([%&#_$])", r"\\\1", text).replace("±", r"$\pm$")

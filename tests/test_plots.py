@@ -16,7 +16,7 @@ GROUPS = {"J = 4": {"1": [30.0, 31.0], "5": [40.0]}, "J = 8": {"5": [35.0], "iid
 DRAWN = {
     "curves": lambda path: plots.plot_curves({"a": LOGS[0], "b": LOGS[1]}, path),
     "bands": lambda path: plots.plot_bands({"iid": {"a": LOGS}, "x": {"b": LOGS[:1]}}, path),
-    "grouped": lambda path: plots.plot_grouped(GROUPS, path, "classes"),
+    "grouped": lambda path: plots.plot_grouped({"": GROUPS}, path, "classes"),
     "against": lambda path: plots.plot_against(
         {"iid": {"dense": [(1.0, [30.0, 32.0])], "sparse": [(0.1, [29.0]), (0.5, [31.0])]}},
         *(path, "sent (MB)"),
@@ -27,7 +27,7 @@ DRAWN = {
         ["w", "b"], ["0", "1"], np.array([[0.5, np.nan], [0.0, 1.0]]), path
     ),
     "overlap": lambda path: plots.plot_overlap(
-        np.full((3, 3), 0.3), path, "abc", chance=0.05, ceiling=0.35
+        np.full((3, 3), 0.3), path, chance=0.05, ceiling=0.35
     ),
 }
 
@@ -83,7 +83,7 @@ def test_fourteen_groups_look_different():
     [
         lambda path: plots.plot_curves({"a": []}, path),
         lambda path: plots.plot_bands({"a": {"b": [[{"round": 1}]]}}, path),
-        lambda path: plots.plot_grouped({}, path, "x"),
+        lambda path: plots.plot_grouped({"a": {"b": {}}}, path, "x"),
         lambda path: plots.plot_against({"a": {"b": []}}, path, "x"),
     ],
 )
