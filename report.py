@@ -23,7 +23,7 @@ import experiments
 import runs
 from figures import FIGURES, Done, drawn
 from tables import Experiment
-from typeset import NOT_RUN, VALUE, latex_table, markdown_table, tex
+from typeset import NOT_RUN, VALUE, grouping, latex_table, markdown_table, tex
 
 HEADING = "% written by train.py report: do not edit\n"
 VALIDATION = "validation %"
@@ -123,18 +123,19 @@ def table_numbers(found: Found) -> dict[str, str | None]:
     width = len(found.experiment.columns)
     headed = [column.replace(f"{VALIDATION} to", "to") for column in heading]
     numbers: dict[str, str | None] = {}
-    best: dict[str, list[str] | None] = {}
+    best: dict[str, tuple[list[int], list[str] | None]] = {}
     for line in lines:
         for column, text in list(zip(headed, line, strict=True))[width:]:
             ran = NOT_RUN not in line
             numbers[key_of(found.name, *line[:width], column)] = text if ran else None
-        named = [f"{column}={part}" for column, part in zip(heading, line[:width], strict=False)]
         for count in range(min(width, 3)):
-            for group in itertools.combinations(named, count):
+            for fixed in itertools.combinations(range(width), count):
+                group = (f"{heading[i]}={line[i]}" for i in fixed)
                 key = key_of(found.name, *group, "best")
-                best[key] = better(best.get(key), line, heading)
-    for key, line in best.items() if VALIDATION in heading else ():
-        numbers[key] = ", ".join(line[:width]) if line else None
+                free = [i for i in range(width) if i not in fixed]
+                best[key] = free, better(best.get(key, (free, None))[1], line, heading)
+    for key, (free, line) in best.items() if VALIDATION in heading else ():
+        numbers[key] = ", ".join(line[i] for i in free) if line else None
         for i, column in enumerate(headed[width:], width):
             numbers[f"{key}/{key_of(column)}"] = line[i] if line else None
     return numbers
@@ -234,7 +235,10 @@ def write_tables(found: Found, out: Path) -> bool:
     (out / f"{found.name}.md").write_text(markdown_table(lines), encoding="utf-8")
     width = len(found.experiment.columns)
     measures = [column for column in lines[0][width:] if column not in CAPTIONED]
-    short = [VALIDATION] if VALIDATION in measures else measures[:3]
+    split = grouping(lines[0][:width], lines[1:])
+    short = measures[:3]
+    if VALIDATION in measures:
+        short = [VALIDATION] if split is not None else [VALIDATION, "test %"]
     for name, columns in ((found.name, measures), (f"{found.name}-short", short)):
         text = HEADING + latex_table(lines, width, columns, best_by=VALIDATION)
         (out / f"{name}.tex").write_text(text, encoding="utf-8")

@@ -18,7 +18,8 @@ WRITTEN = {  # by hand: macros, the template, placeholders
 NAMES = r"\\(?:result|ifresult|iftrend|iftable|iffigure|seetable|seefigure|cite|ref|eqref|label|"
 NAMES += r"input|usepackage|documentclass|includegraphics|bibliography)\*?(?:\[[^\]]*\])?\{[^{}]*\}"
 # Names of things, and constants of the set-up.
-ALLOWED = r"CIFAR-100|ViT-(?:Ti|S|B)/16|2\^\{-48\}|224(?= pixels)|J = 4|seed 0|\\\{0,1\\\}"
+ALLOWED = r"CIFAR-100|ViT-(?:Ti|S|B)/16|2\^\{-48\}|224(?= pixels)|J = 4|seed 0|95(?= per cent)"
+ALLOWED += r"|\\\{0,1\\\}"
 # A decimal, a share in per cent, or a number of two digits and more.
 NUMBER = re.compile(r"\d+[.,]\d+|\d+\s*(?:\\?%|per\s?cent|points?)|(?<![A-Za-z])\d{2,}", re.I)
 
