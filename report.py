@@ -83,7 +83,8 @@ def write(scale: str, results: Path, out: Path) -> list[str]:
         for old in out.glob(pattern):
             old.unlink()
     found = at_scale(scale, results / scale)
-    pieces = {f"table/{one.name}": write_tables(one, out) for one in found}
+    pieces = {f"table/{n}": False for s in experiments.SCALES for n in experiments.at_scale(s)}
+    pieces |= {f"table/{one.name}": write_tables(one, out) for one in found}
     rows = {one.name: one.rows() for one in found}
     for name, draw in FIGURES.items():
         pieces[f"figure/{name}"] = drawn(draw, rows, out / f"{name}.pdf")
@@ -165,7 +166,7 @@ def run_numbers(found: Found) -> dict[str, str | None]:
         f"{found.name}/runs/done": f"{done}",
         f"{found.name}/runs/all": f"{needed}",
         f"{found.name}/seeds": f"{max(len(row.seeds) for row in experiment.rows)}",
-        f"{found.name}/hours": f"{hours:.2g}" if finished else None,
+        f"{found.name}/hours": f"{hours:.1f}" if finished else None,
     }
     return numbers | setup_numbers(f"{found.name}/setup", [config for config, _ in finished])
 
@@ -215,13 +216,12 @@ def size(text: str) -> str:
 
 
 def trend(text: str) -> str:
-    """Return up or down for a difference; level where its interval covers zero, or it is zero."""
+    """Return up or down for a difference; open where its interval covers zero, or it has none."""
     found = VALUE.fullmatch(text)
     if not found or not found["sign"]:
         return ""
-    value = value_of(text)
-    low, high = float(found["low"] or value), float(found["high"] or value)
-    return "level" if low <= 0 <= high else "up" if value > 0 else "down"
+    low, high = float(found["low"] or 0), float(found["high"] or 0)
+    return "open" if low <= 0 <= high else "up" if low > 0 else "down"
 
 
 # ---------------------------------------------------------------------------- tables

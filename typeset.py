@@ -61,7 +61,8 @@ def latex_table(
     body.append("\\toprule")
     if split is not None:
         body += group_headings(heading[split], groups, len(keyed), len(at))
-    named = [tex(heading[i]) for i in keyed] + [tex(heading[i]) for i in at] * len(groups)
+    headed = [tex(heading[i].removeprefix(f"{best_by} ")) for i in at]  # "to ..." of a difference
+    named = [tex(heading[i]) for i in keyed] + headed * len(groups)
     body += [" & ".join(named) + r" \\", "\\midrule"]
     before = None
     for key in dict.fromkeys(key for _, *rest in cells for key in [tuple(rest)]):
@@ -78,14 +79,16 @@ def latex_table(
 def grouping(columns: list[str], rows: list[list[str]]) -> int | None:
     """Return the key's column whose values lie side by side: shardings, or else the last that can.
 
-    None where no column has two or three values that the rest of the key does not tell.
+    None where no column has two or three values, or a third of the places would stay empty.
     """
-    if len(columns) < 2:
-        return None
-    few = [i for i in range(len(columns)) if 2 <= len({row[i] for row in rows}) <= BESIDE]
-    shared = [i for i in few if len({(*r[:i], *r[i + 1 : len(columns)]) for r in rows}) < len(rows)]
-    shardings = [i for i in shared if columns[i] == "sharding"]
-    return (shardings or shared[::-1] or [None])[0]
+    possible = []
+    for i in range(len(columns)) if len(columns) > 1 else ():
+        groups = {row[i] for row in rows}
+        others = {(*row[:i], *row[i + 1 : len(columns)]) for row in rows}
+        if 2 <= len(groups) <= BESIDE and 1.5 * len(rows) > len(groups) * len(others):
+            possible.insert(0, i)
+    shardings = [i for i in possible if columns[i] == "sharding"]
+    return (shardings or possible or [None])[0]
 
 
 def best_rows(

@@ -18,6 +18,7 @@ fi
 (cd .. && $python train.py report --scale "$scale" --results "${RESULTS:-results}")
 $python check.py text ./*.tex
 mkdir -p build
+export max_print_line=1000 # LaTeX breaks no message
 latexmk -pdf -outdir=build -interaction=nonstopmode -halt-on-error -file-line-error \
     report.tex >build/latexmk.out 2>&1 || {
     grep -E -A3 '^(!|.*:[0-9]+: )' build/report.log | head -20 >&2

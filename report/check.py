@@ -40,7 +40,6 @@ def typed_numbers(text: str) -> list[tuple[int, str]]:
 
 def complaints(log: str) -> list[str]:
     """Return what LaTeX's log says that a reader would see."""
-    log = re.sub(r"(?<=.{79})\n", "", log)  # LaTeX breaks lines there
     found = re.findall(r"LaTeX Warning: (?:Reference|Citation|Float too large|There were).*", log)
     for box, points in re.findall(r"Overfull \\([hv]box) \(([\d.]+)pt too \w+\)", log):
         if float(points) > WIDEST:

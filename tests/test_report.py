@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,50 +12,39 @@ from conftest import ROOT
 
 import experiments
 import report
-from experiments import Row
+from tables import Experiment, Row
 
-ROWS = tuple(Row(("iid", rule), (), (0.1,)) for rule in ("dense", "random", "vote"))
-HEADING = ["sharding", "rule", "validation", "to dense"]
-
-
-class Stub(experiments.Experiment):
-    """An experiment whose lines are written down here."""
-
-    def lines(self, folder):
-        shown = {"dense": ["34.91 ± 0.21", ""], "random": ["36.00 ± 0.10", "+1.09 ± 1.20"]}
-        ran = shown if folder.exists() else {}
-        return [HEADING, *([*r.key, *ran.get(r.key[1], ["not run", ""])] for r in ROWS)]
+ROWS = tuple(Row(("iid", rule), (), (0.1,), (0, 1)) for rule in ("dense", "random", "vote"))
+STUB = Experiment("Rules", ("sharding", "rule"), ROWS, baseline=("dense",))
 
 
 @pytest.fixture
 def scales(monkeypatch):
     """Two scales of one experiment, and one more at the second."""
-    fields = dict(columns=("sharding", "rule"), rows=ROWS, seeds=(0, 1), baseline=("dense",))
-    if "title" in experiments.Experiment._fields:
-        fields["title"] = "rules"
-    stub = Stub(**fields)
-    known = {"paper": {}, "cpu": {"rules": stub}, "smoke": {"rules": stub, "heads": stub}}
-    monkeypatch.setattr(experiments, "at_scale", known.__getitem__, raising=False)
+    known = {"cpu": {"rules": STUB}, "smoke": {"rules": STUB, "heads": STUB}}
+    monkeypatch.setattr(experiments, "SCALES", known)
+    monkeypatch.setattr(experiments, "at_scale", known.__getitem__)
 
 
 def finish(folder, rule, seed, val_acc):
     """Leave a run's folder as `train.py fedavg` does."""
     folder = folder / f"iid-{rule}-lr0.1-seed{seed}"
     folder.mkdir(parents=True)
-    options = {"J": 4, "nc": None, "mask_rule": None if rule == "dense" else rule, "seed": seed}
+    options = {"J": 4, "nc": None, "mask_rule": rule, "seed": seed, "lr": 0.1}
     config = {"format": 1, "options": options, "environment": {"device": "cpu"}}
     (folder / "config.json").write_text(json.dumps(config))
     records = [{"round": r, "val_acc": val_acc} for r in range(3)]
     (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    sent = {"bytes_up": 10, "bytes_down": 20, "bytes_to_dense": 0.5, "wall_seconds": 1800}
+    sent = {"bytes_up": 10, "bytes_down": 20, "wall_seconds": 1800}
     figures = {"val_acc": val_acc, "test_acc": 0.5}
     (folder / "summary.json").write_text(json.dumps(sent | {"final": figures}))
 
 
 def written(tmp_path):
     """Write the report of the scale cpu, two rows of three done; returns folder and numbers."""
-    for rule, seed in (("dense", 0), ("dense", 1), ("random", 0), ("random", 1)):
-        finish(tmp_path / "cpu" / "rules", rule, seed, 0.3)
+    for rule, seed, val_acc in (("dense", 0, 0.3), ("dense", 1, 0.32), ("random", 0, 0.31)):
+        finish(tmp_path / "cpu" / "rules", rule, seed, val_acc)
+    finish(tmp_path / "cpu" / "rules", "random", 1, 0.34)
     out = tmp_path / "out"
     out.mkdir()
     (out / "stale.pdf").write_text("of another scale")
@@ -64,9 +54,10 @@ def written(tmp_path):
 
 def test_numbers_have_readable_keys_and_what_did_not_run_has_no_value(tmp_path, scales):
     out, made, numbers = written(tmp_path)
-    assert numbers["rules/iid/random/validation"] == "36.00 ± 0.10"
-    assert numbers["rules/iid/best"] == "random"
-    assert numbers["rules/iid/best/to-dense"] == "+1.09 ± 1.20"
+    assert numbers["rules/iid/random/validation"] == "32.50 ± 2.12"
+    assert numbers["rules/iid/random/to-dense"] == "+1.50 [-4.85, +7.85]"
+    assert numbers["rules/best"] == "iid, random" and numbers["rules/sharding=iid/best"] == "random"
+    assert numbers["rules/sharding=iid/best/to-dense"] == "+1.50 [-4.85, +7.85]"
     assert numbers["rules/iid/vote/validation"] is None
     assert numbers["heads/iid/dense/validation"] is None  # known at another scale
     assert numbers["rules/runs/done"] == "4" and numbers["rules/runs/all"] == "6"
@@ -75,24 +66,24 @@ def test_numbers_have_readable_keys_and_what_did_not_run_has_no_value(tmp_path, 
     assert "table/rules" in made and "table/heads" not in made
     assert not (out / "stale.pdf").exists() and not (out / "heads.tex").exists()
     assert "| iid | vote | not run |  |" in (out / "rules.md").read_text()
+    assert "not run" in (out / "rules-short.tex").read_text()
 
 
 def test_the_macros_say_the_same(tmp_path, scales):
     out, _, _ = written(tmp_path)
     lines = (out / "numbers.tex").read_text().splitlines()
-    value = r"\ensuremath{36.00 \pm 0.10}"
-    assert rf"\defresult{{rules/iid/random/validation}}{{{value}}}{{36.00000}}{{}}" in lines
+    value = r"\ensuremath{32.50 \pm 2.12}"
+    assert rf"\defresult{{rules/iid/random/validation}}{{{value}}}{{32.50000}}{{}}" in lines
     assert r"\defmissing{rules/iid/vote/validation}" in lines
     assert r"\defpiece{table/heads}{0}" in lines and r"\defpiece{table/rules}{1}" in lines
 
 
-def test_a_difference_within_its_spread_is_level():
-    assert [report.trend(t) for t in ("+1.09 ± 1.20", "+1.09 ± 0.20", "-1.09 ± 0.20")] == [
-        *("level", "up", "down")
-    ]
-    assert [report.trend(t) for t in ("-0.01", "+0.00", "34.91", "random")] == [
-        *("down", "level", "", "")
-    ]
+def test_a_difference_is_open_where_the_seeds_do_not_decide_its_sign():
+    decided = ("+1.09 [+0.20, +2.00]", "-1.09 [-2.00, -0.10]")
+    assert [report.trend(text) for text in decided] == ["up", "down"]
+    undecided = ("+1.09 [-0.20, +2.00]", "+1.09", "-0.01", "+0.00")
+    assert [report.trend(text) for text in undecided] == ["open"] * 4
+    assert [report.trend(text) for text in ("34.91", "34.91 ± 0.20", "random")] == [""] * 3
 
 
 # ---------------------------------------------------------------------------- text and LaTeX
@@ -148,6 +139,9 @@ def test_the_log_is_read_for_what_a_reader_would_see(tmp_path, line, problem):
     assert status == bool(problem) and problem in said
 
 
+latex = pytest.mark.skipif(not shutil.which("latexmk"), reason="LaTeX is not installed")
+
+
 @pytest.fixture
 def copy(tmp_path):
     """A copy of the project's code and report."""
@@ -159,12 +153,77 @@ def copy(tmp_path):
 
 
 def build(copy, **environment):
+    known = os.environ | {"PYTHON": sys.executable, "RESULTS": "none"} | environment
     command = ["/bin/sh", copy / "report" / "build.sh", "smoke"]
-    known = os.environ | {"PYTHON": sys.executable} | environment
     done = subprocess.run(command, capture_output=True, text=True, env=known)
     return done.returncode, done.stdout + done.stderr
 
 
+@latex
+def test_the_report_is_made_where_nothing_has_run(copy):
+    status, said = build(copy)
+    assert status == 0 and (copy / "report" / "build" / "report.pdf").exists(), said
+
+
 def test_without_latex_the_packages_are_named(copy):
-    status, said = build(copy, PATH="/nonexistent:" + str(copy))
+    status, said = build(copy, PATH="/nonexistent")
     assert status == 2 and "apt-get install texlive" in said
+
+
+QUESTIONS = r"""\documentclass{article}
+\input{macros}
+\defresult{a}{2.5}{2.50000}{up}\defresult{b}{0.3}{0.30000}{open}\defmissing{c}
+\defpiece{table/t}{1}\defpiece{figure/f}{0}\defresult{scale}{cpu}{}{}
+\newcommand\say[1]{\typeout{said: #1}}
+\begin{document}
+\ifabove{a}{b}{\say{1 yes}}{\say{1 no}}\ifabove{b}{a}{\say{2 yes}}{\say{2 no}}
+\ifresult{a}{\say{3 yes}}{\say{3 no}}\ifresult{c}{\say{4 yes}}{\say{4 no}}
+\iftrend{a}{\say{5 up}}{\say{5 open}}{\say{5 down}}
+\iftrend{b}{\say{6 up}}{\say{6 open}}{\say{6 down}}
+\iftable{t}{\say{7 yes}}{\say{7 no}}\iffigure{f}{\say{8 yes}}{\say{8 no}}
+\ifscale{cpu}{\say{9 yes}}{\say{9 no}}\ifscale{smoke}{\say{10 yes}}{\say{10 no}}
+\end{document}
+"""
+
+
+def pdflatex(folder, text):
+    shutil.copy(ROOT / "report" / "macros.tex", folder)
+    (folder / "questions.tex").write_text(text)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "questions.tex"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return done.returncode, done.stdout
+
+
+@latex
+def test_the_macros_answer_as_the_numbers_say(tmp_path):
+    status, said = pdflatex(tmp_path, QUESTIONS)
+    answers = [line[6:] for line in said.splitlines() if line.startswith("said: ")]
+    assert status == 0 and answers == [
+        *("1 yes", "2 no", "3 yes", "4 no", "5 up", "6 open", "7 yes", "8 no", "9 yes", "10 no")
+    ]
+
+
+@latex
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        r"\result{x}",
+        r"\ifresult{x}{}{}",
+        r"\iftrend{x}{}{}{}",
+        r"\ifabove{a}{x}{}{}",
+        r"\iftable{x}{}{}",
+    ],
+)
+def test_an_unknown_key_stops_latex(tmp_path, unknown):
+    status, said = pdflatex(
+        tmp_path, QUESTIONS.replace(r"\end{document}", unknown + r"\end{document}")
+    )
+    assert status == 1 and re.search("No [a-z]+ is called '(figure/|table/)?x'", said)
+
+
+@latex
+@pytest.mark.parametrize("open_question", [r"\iftrend{c}{}{}{}", r"\ifabove{a}{c}{}{}"])
+def test_a_question_about_what_has_not_run_stops_latex(tmp_path, open_question):
+    text = QUESTIONS.replace(r"\end{document}", open_question + r"\end{document}")
+    status, said = pdflatex(tmp_path, text)
+    assert status == 1 and "that ran" in said

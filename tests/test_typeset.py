@@ -1,18 +1,19 @@
 """Tables in print say what their lines say, one group beside another."""
 
-from typeset import best_of, latex_table, markdown_table, tex
+from typeset import best_rows, grouping, latex_table, markdown_table, tex
 
 LINES = [
     ["sharding", "rule", "lr", "validation", "to dense"],
     ["iid", "dense", "3e-05", "34.91 ± 0.21", ""],
     ["iid", "random", "0.01", "36.00 ± 0.10", "+1.09 ± 0.20"],
     ["nc1", "dense", "not run", "", ""],
-    ["nc1", "random", "0.1", "9.50", "-0.20"],
+    ["nc1", "random", "0.1", "9.50", "-0.20 [-1.00, +0.60]"],
 ]
 
 
 def test_numbers_are_mathematics_and_words_are_escaped():
     assert tex("34.91 ± 0.21") == r"\ensuremath{34.91 \pm 0.21}"
+    assert tex("+2.01 [-1.00, +5.02]") == r"\ensuremath{+2.01\;[-1.00,\,+5.02]}"
     assert tex("-2.00") == r"\ensuremath{-2.00}"
     assert (
         tex("3e-05") == r"\ensuremath{3 \cdot 10^{-5}}" and tex("1e-05") == r"\ensuremath{10^{-5}}"
@@ -22,7 +23,7 @@ def test_numbers_are_mathematics_and_words_are_escaped():
 
 
 def test_groups_lie_side_by_side_and_what_waits_says_so_once():
-    text = latex_table(LINES, 2, ["validation", "to dense"])
+    text = latex_table(LINES, 2, ["validation", "to dense"], best_by="validation")
     rows = [line.removesuffix(r" \\").split(" & ") for line in text.splitlines() if " & " in line]
     assert rows[0][1:] == [r"\multicolumn{2}{c}{iid}", r"\multicolumn{2}{c}{\ensuremath{N_c = 1}}"]
     assert rows[1] == ["rule", *["validation", "to dense"] * 2]
@@ -34,14 +35,14 @@ def test_groups_lie_side_by_side_and_what_waits_says_so_once():
 
 def test_the_best_is_a_number_and_not_the_first_digits():
     heading, *rows = LINES
-    assert best_of(rows[:2] + [["iid", "x", "1", "9.90", ""]], heading, 2, True) == [
-        ("iid", ("random",))
+    assert best_rows(rows[:2] + [["iid", "x", "1", "9.90", ""]], heading, "validation", 0) == [
+        rows[1]
     ]
 
 
 def test_rows_of_one_key_are_a_plain_table():
     lines = [["head", "validation"], ["ridge", "29.0"], ["probe", "30.0"], ["linear", "not run"]]
-    body = latex_table(lines, 1, ["validation"])
+    body = latex_table(lines, 1, ["validation"], best_by="validation")
     assert "multicolumn" not in body and r"linear & not run \\" in body
     assert r"probe & \bestresult{\ensuremath{30.0}} \\" in body
 
@@ -50,3 +51,11 @@ def test_markdown_holds_every_column():
     lines = markdown_table(LINES).splitlines()
     assert lines[1] == "| --- | --- | --- | --- | --- |" and len(lines) == 6
     assert lines[2] == "| iid | dense | 3e-05 | 34.91 ± 0.21 |  |"
+
+
+def test_what_lies_side_by_side():
+    columns, rows = LINES[0][:2], [row[:2] for row in LINES[1:]]
+    assert grouping(columns, rows) == 0  # the sharding, though either could
+    assert grouping(["trains", "J"], rows) == 1
+    assert grouping(["trains", "head"], [["head", "a"], ["all", "b"], ["all", "c"]]) is None
+    assert grouping(["sharding"], [["iid"], ["nc1"]]) is None
