@@ -1,6 +1,8 @@
 """TensorBoard's event files as a mirror of a run's log; nothing else reads them.
 
-    <run>/tensorboard/events.*    one scalar per number of a record, at its round or epoch
+    <run>/tensorboard/events.*    a scalar per number of a record, at its round or epoch
+
+A step is a whole number: records within an epoch are counted, and say their epoch as a scalar.
 
 The files are written anew from the log when a run goes on, so that no point appears twice; needs
 the tensorboard package.
@@ -25,13 +27,13 @@ class EventFiles:
 
     Args:
         folder: the run's.
-        unit: round or epoch, the step of each scalar.
+        unit: round or epoch, which every record but a note holds.
         earlier: returns the records that the log holds already.
     """
 
     def __init__(self, folder: Path, unit: str, earlier: Callable[[], list[dict]]):
         self.folder, self.unit, self.earlier = folder / "tensorboard", unit, earlier
-        self.writer = None
+        self.writer, self.step = None, 0
 
     def add(self, records: Sequence[dict]) -> None:
         """Write what these records say, after all that the log said before them."""
@@ -44,7 +46,10 @@ class EventFiles:
             # a viewer that has the old files open forgets what they said from step 0 on
             self.writer = SummaryWriter(str(self.folder), purge_step=0)
         for record in records:
+            if self.unit not in record:  # a note
+                continue
             for name, value in record.items():
-                if isinstance(value, (int, float)) and name != self.unit:
-                    self.writer.add_scalar(name, value, record[self.unit])
+                if isinstance(value, (int, float)) and (name, value) != (self.unit, self.step):
+                    self.writer.add_scalar(name, value, self.step)
+            self.step += 1
         self.writer.flush()

@@ -98,10 +98,9 @@ def draw_agreement(ran: Ran, path: Path) -> None:
     for done in ran.get("agreement", []):
         overlaps = [one.summary["overlap"] for one in done]
         for key, what in OVERLAPS.items():
-            if values := [100 * o[key] for o in overlaps if o.get(key) is not None]:
+            if values := [o[key] for o in overlaps if o.get(key) is not None]:
                 groups.setdefault(what, {})[sharding(done[0], "")] = values
-    label = "IoU of masks (%)"
-    plots.plot_grouped({"": groups}, path, "classes per client $N_c$", label)
+    plots.plot_grouped({"": groups}, path, "classes per client $N_c$", "IoU of masks")
 
 
 def draw_groups(ran: Ran, path: Path) -> None:
@@ -110,13 +109,13 @@ def draw_groups(ran: Ran, path: Path) -> None:
     chance: list[float] = []
     for done in ran.get("agreement", []):
         overlaps = [one.summary["overlap"] for one in done]
-        chance += [100 * overlap["chance"] for overlap in overlaps if overlap]
+        chance += [overlap["chance"] for overlap in overlaps if overlap]
         for size in overlaps[0].get("groups", {}):
-            values = [100 * overlap["groups"][size] for overlap in overlaps]
+            values = [overlap["groups"][size] for overlap in overlaps]
             lines.setdefault(sharding(done[0]), []).append((int(size), values))
     reference = {"": ("chance", float(np.mean(chance)))} if chance else None
-    label, what = "clients in each of two groups", "IoU of masks (%)"
-    plots.plot_against({"": lines}, path, label, what, reference)
+    label = "clients in each of two groups"
+    plots.plot_against({"": lines}, path, label, "IoU of masks", reference)
 
 
 def draw_overlap(ran: Ran, path: Path) -> None:

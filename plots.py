@@ -303,7 +303,8 @@ def plot_shards(counts: Mapping[str, np.ndarray], path: str | Path) -> None:
     for axes, (title, table) in zip(panels[0], counts.items(), strict=True):
         image = axes.imshow(np.ma.masked_equal(table, 0), **how)
         if table.shape[0] <= 20 and table.shape[1] <= 12:
-            _write_values(axes, table, table > top**0.6, skip=table == 0)
+            texts = np.where(table > 0, table.astype(str), "")
+            _write_texts(axes, texts, table > top**0.6)
         axes.set(xlabel="class", title=title)
     panels[0][0].set_ylabel("client")
     figure.colorbar(image, ax=list(panels[0]), label="samples")
@@ -328,7 +329,8 @@ def plot_density(
     top = max(percent.max(), 1e-9)
     image = axes.imshow(percent, aspect="auto", cmap=CMAP, vmin=0, vmax=top)
     axes.set_facecolor("0.88")  # where there is no such parameter
-    _write_values(axes, percent, percent > 0.6 * top, skip=percent.mask)
+    texts = [["" if x is np.ma.masked else _short(x) for x in row] for row in percent]
+    _write_texts(axes, np.array(texts), percent.filled(0) > 0.6 * top)
     axes.set_xticks(range(len(layers)), layers)
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set(xlabel="layer", title=title)
@@ -358,14 +360,14 @@ def plot_overlap(
     low = min(float(np.min(iou)), chance)
     image = axes.imshow(iou, cmap=CMAP, vmin=low, vmax=top)
     if len(iou) <= 10:
-        _write_values(axes, 100 * iou, iou > low + 0.6 * (top - low))
+        texts = [[f"{value:.2f}".lstrip("0") for value in row] for row in iou]
+        _write_texts(axes, np.array(texts), iou > low + 0.6 * (top - low))
     axes.locator_params(integer=True)
     axes.tick_params(length=0)
     axes.set(xlabel="client, second half of its images", ylabel="client, first half")
-    line = f"chance {100 * chance:.1f} %, own other half {100 * ceiling:.1f} %"
+    line = f"chance {chance:.3f}, own other half {ceiling:.3f}"
     axes.set_title(f"{title}\n{line}" if title else line)
-    bar = figure.colorbar(image, ax=axes, label="IoU (%)", shrink=0.8)
-    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
+    figure.colorbar(image, ax=axes, label="IoU", shrink=0.8)
     save(figure, path)
 
 
@@ -375,15 +377,11 @@ def _logarithmic(top: float):
     return LogNorm(1, top)
 
 
-def _write_values(axes, values: np.ndarray, dark: np.ndarray, skip=None) -> None:
-    """Write each value into its cell, in white where the cell is dark."""
-    skip = np.broadcast_to(False if skip is None else skip, values.shape)
-    for at in np.ndindex(values.shape):
-        if not skip[at]:
-            place = dict(ha="center", va="center", fontsize=6)
-            axes.text(
-                *at[::-1], _short(values[at]), color="white" if dark[at] else "black", **place
-            )
+def _write_texts(axes, texts: np.ndarray, dark: np.ndarray) -> None:
+    """Write each text into its cell, in white where the cell is dark."""
+    for at in np.ndindex(texts.shape):
+        colour = "white" if dark[at] else "black"
+        axes.text(*at[::-1], texts[at], ha="center", va="center", fontsize=6, color=colour)
 
 
 def _short(value: float) -> str:

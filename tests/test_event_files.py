@@ -32,6 +32,21 @@ def test_the_mirror_of_a_run_that_goes_on_holds_every_point_once(cli, small_data
     assert len(list((folder / "tensorboard").iterdir())) == 1
 
 
+def test_records_within_an_epoch_are_counted_and_notes_left_out(tmp_path):
+    pytest.importorskip("tensorboard")
+    from event_files import EventFiles
+
+    log = [
+        {"epoch": 0, "val_acc": 0.1},
+        {"note": "another machine"},
+        {"epoch": 0.5, "val_acc": 0.2},
+    ]
+    EventFiles(tmp_path, "epoch", lambda: log).add([{"epoch": 1, "val_acc": 0.3}])
+    mirrored = points(tmp_path)
+    assert mirrored["val_acc"] == [(i, pytest.approx(0.1 * (i + 1))) for i in range(3)]
+    assert mirrored["epoch"] == [(1, 0.5), (2, 1.0)]
+
+
 def test_without_the_package_it_is_refused_before_anything_is_made(cli, small_data, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     status, _, err = cli(*TINY, "--rounds", 1, "--tensorboard")
