@@ -77,8 +77,13 @@ def write(scale: str, results: Path, out: Path) -> list[str]:
 
     Returns:
         the names of the tables and figures that could be made.
+
+    Raises:
+        ValueError: the folder holds other files than an earlier report's.
     """
     out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()) and not (out / "numbers.json").exists():
+        raise ValueError(f"--out {out} holds other files: give it an empty or a new folder")
     for pattern in ("*.tex", "*.md", "*.pdf", "numbers.json"):
         for old in out.glob(pattern):
             old.unlink()

@@ -47,7 +47,8 @@ def written(tmp_path):
     finish(tmp_path / "cpu" / "rules", "random", 1, 0.34)
     out = tmp_path / "out"
     out.mkdir()
-    (out / "stale.pdf").write_text("of another scale")
+    for name in ("stale.pdf", "numbers.json"):
+        (out / name).write_text("of another scale")
     made = report.write("cpu", tmp_path, out)
     return out, made, json.loads((out / "numbers.json").read_text())
 
@@ -67,6 +68,13 @@ def test_numbers_have_readable_keys_and_what_did_not_run_has_no_value(tmp_path, 
     assert not (out / "stale.pdf").exists() and not (out / "heads.tex").exists()
     assert "| iid | vote | not run |  |" in (out / "rules.md").read_text()
     assert "not run" in (out / "rules-short.tex").read_text()
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path, scales):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        report.write("cpu", tmp_path, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_the_macros_say_the_same(tmp_path, scales):
