@@ -84,7 +84,8 @@ def write(scale: str, results: Path, out: Path) -> list[str]:
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()) and not (out / "numbers.json").exists():
         raise ValueError(f"--out {out} holds other files: give it an empty or a new folder")
-    for pattern in ("*.tex", "*.md", "*.pdf", "numbers.json"):
+    runs.write_json(out / "numbers.json", {})  # marks the folder, should this be interrupted
+    for pattern in ("*.tex", "*.md", "*.pdf"):
         for old in out.glob(pattern):
             old.unlink()
     found = at_scale(scale, results / scale)

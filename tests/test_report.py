@@ -70,6 +70,12 @@ def test_numbers_have_readable_keys_and_what_did_not_run_has_no_value(tmp_path, 
     assert "not run" in (out / "rules-short.tex").read_text()
 
 
+def test_the_command_writes_what_there_is(cli, small_data):
+    status, out, _ = cli("report", "--scale", "smoke", "--out", "made")
+    assert status == 0 and "written to made: numbers.tex, nothing else has run" in out
+    assert json.loads((small_data / "made" / "numbers.json").read_text())["scale"] == "smoke"
+
+
 def test_a_folder_of_other_files_is_left_alone(tmp_path, scales):
     (tmp_path / "README.md").write_text("mine")
     with pytest.raises(ValueError, match="holds other files"):
