@@ -120,8 +120,10 @@ def quotable(found: list[Found]) -> dict[str, str | None]:
     numbers: dict[str, str | None] = {}
     for one in found:
         numbers |= table_numbers(one) | run_numbers(one)
-    configs = [config for one in found for config, _ in one.finished()]
-    return numbers | setup_numbers("setup", configs)
+    finished = [run for one in found for run in one.finished()]
+    took = {(c["options"].get("runs_dir"), c["options"].get("name")): s for c, s in finished}
+    hours = hours_of(list(took.values()))  # of each run once, though tables share some
+    return numbers | setup_numbers("setup", [c for c, _ in finished]) | {"hours": hours}
 
 
 def table_numbers(found: Found) -> dict[str, str | None]:
@@ -167,14 +169,19 @@ def run_numbers(found: Found) -> dict[str, str | None]:
     experiment, finished = found.experiment, list(found.finished())
     needed = sum(len(row.rates) + len(row.seeds) - 1 for row in experiment.rows)
     done = needed - sum(count for _, count in experiment.left(found.folder))
-    hours = sum(summary.get("wall_seconds", 0) for _, summary in finished) / 3600
     numbers = {
         f"{found.name}/runs/done": f"{done}",
         f"{found.name}/runs/all": f"{needed}",
         f"{found.name}/seeds": f"{max(len(row.seeds) for row in experiment.rows)}",
-        f"{found.name}/hours": f"{hours:.1f}" if finished else None,
+        f"{found.name}/hours": hours_of([summary for _, summary in finished]),
     }
     return numbers | setup_numbers(f"{found.name}/setup", [config for config, _ in finished])
+
+
+def hours_of(summaries: list[dict]) -> str | None:
+    """Return how long these runs took, in hours; None where there are none."""
+    seconds = sum(summary.get("wall_seconds", 0) for summary in summaries)
+    return f"{seconds / 3600:.1f}" if summaries else None
 
 
 def setup_numbers(prefix: str, configs: list[dict]) -> dict[str, str | None]:
