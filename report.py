@@ -152,9 +152,9 @@ def table_numbers(found: Found) -> dict[str, str | None]:
 
 def better(known: list[str] | None, line: list[str], heading: list[str]) -> list[str] | None:
     """Return which of two lines validates better; None where neither ran."""
-    if NOT_RUN in line or VALIDATION not in heading:
+    at = heading.index(VALIDATION) if VALIDATION in heading else None
+    if at is None or NOT_RUN in line or not line[at]:
         return known
-    at = heading.index(VALIDATION)
     lines = [known, line] if known else [line]
     return max(lines, key=lambda one: value_of(one[at]))
 

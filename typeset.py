@@ -41,39 +41,67 @@ def latex_table(
             group; groups are the shardings, or all rows.
     """
     heading, *rows = lines
-    split = grouping(heading[:width], rows)
+    split, measures = layout(heading[:width], rows, measures)
     groups = list(dict.fromkeys(row[split] for row in rows)) if split is not None else [""]
-    if split is not None and len(measures) * len(groups) > FIT:
-        measures = [measure for measure in measures if measure not in LESS_TOLD]
-        if len(measures) * len(groups) > FIT:
-            split, groups = None, [""]
     at = [heading.index(measure) for measure in measures]
     keyed = [i for i in range(width) if i != split]
     bold = best_rows(rows, heading, best_by, split) if best_by in heading else []
-    cells: dict[tuple, list[str]] = {}
+    cells: dict[tuple, dict[str, list[str]]] = {}
     for row in rows:
         texts = [NOT_RUN] if NOT_RUN in row else [tex(row[i]) for i in at]
         if row in bold:
             texts = [f"\\bestresult{{{text}}}" if text else "" for text in texts]
         group = row[split] if split is not None else ""
-        cells[(group, *(row[i] for i in keyed))] = texts
-    body = [f"\\begin{{tabular}}{{@{{}}{'l' * len(keyed)}{'r' * len(at) * len(groups)}@{{}}}}"]
-    body.append("\\toprule")
-    if split is not None:
-        body += group_headings(heading[split], groups, len(keyed), len(at))
+        cells.setdefault(tuple(row[i] for i in keyed), {})[group] = texts
     headed = [tex(heading[i].removeprefix(f"{best_by} ")) for i in at]  # "to ..." of a difference
     named = [tex(heading[i]) for i in keyed] + headed * len(groups)
-    body += [" & ".join(named) + r" \\", "\\midrule"]
+    return "\n".join(
+        [
+            f"\\begin{{tabular}}{{@{{}}{'l' * len(keyed)}{'r' * len(at) * len(groups)}@{{}}}}",
+            "\\toprule",
+            *(
+                group_headings(heading[split], groups, len(keyed), len(at))
+                if split is not None
+                else ()
+            ),
+            " & ".join(named) + r" \\",
+            "\\midrule",
+            *body(cells, groups, len(at)),
+            "\\bottomrule",
+            "\\end{tabular}",
+            "",
+        ]
+    )
+
+
+def layout(
+    columns: list[str], rows: list[list[str]], measures: list[str]
+) -> tuple[int | None, list[str]]:
+    """Return the key's column whose values lie side by side, if any, and the measures that fit."""
+    split = grouping(columns, rows)
+    if split is None:
+        return None, measures
+    count = len({row[split] for row in rows})
+    fewer = [measure for measure in measures if measure not in LESS_TOLD]
+    for some in (measures, fewer):
+        if count * len(some) <= FIT:
+            return split, some
+    return None, measures
+
+
+def body(cells: dict[tuple, dict[str, list[str]]], groups: list[str], count: int) -> list[str]:
+    """Return the table's lines: a space where the first part of the key changes, named once."""
+    lines: list[str] = []
     before = None
-    for key in dict.fromkeys(key for _, *rest in cells for key in [tuple(rest)]):
-        repeated = before is not None and len(key) > 1 and key[0] == before[0]
-        if before is not None and len(key) > 1 and not repeated:
-            body.append("\\addlinespace[2pt]")
+    for key, by_group in cells.items():
+        repeated = len(key) > 1 and key[0] == before
+        if lines and len(key) > 1 and not repeated:
+            lines.append("\\addlinespace[2pt]")
         names = ["" if repeated else tex(key[0]), *map(tex, key[1:])]
-        figures = [text for group in groups for text in spread(cells.get((group, *key)), len(at))]
-        body.append(" & ".join(names + figures) + r" \\")
-        before = key
-    return "\n".join([*body, "\\bottomrule", "\\end{tabular}", ""])
+        figures = [text for group in groups for text in spread(by_group.get(group), count)]
+        lines.append(" & ".join(names + figures) + r" \\")
+        before = key[0]
+    return lines
 
 
 def grouping(columns: list[str], rows: list[list[str]]) -> int | None:
@@ -101,7 +129,7 @@ def best_rows(
     sharding = heading.index("sharding") if "sharding" in heading else None
     best: dict[str, list[str]] = {}
     for row in rows:
-        if NOT_RUN not in row:
+        if NOT_RUN not in row and row[at]:
             group = "" if sharding is None else row[sharding]
             one = best.setdefault(group, row)
             best[group] = max(one, row, key=lambda r: float(r[at].split()[0]))

@@ -1,6 +1,6 @@
 """Tables in print say what their lines say, one group beside another."""
 
-from typeset import best_rows, grouping, latex_table, markdown_table, tex
+from typeset import best_rows, grouping, latex_table, layout, markdown_table, tex
 
 LINES = [
     ["sharding", "rule", "lr", "validation", "to dense"],
@@ -45,6 +45,17 @@ def test_rows_of_one_key_are_a_plain_table():
     body = latex_table(lines, 1, ["validation"], best_by="validation")
     assert "multicolumn" not in body and r"linear & not run \\" in body
     assert r"probe & \bestresult{\ensuremath{30.0}} \\" in body
+
+
+def test_measures_that_do_not_fit_side_by_side_give_way_or_the_groups_do():
+    columns, rows = LINES[0][:2], [row[:2] for row in LINES[1:]]
+    assert layout(columns, rows, ["lr", "a", "b", "c"]) == (0, ["a", "b", "c"])
+    assert layout(columns, rows, ["lr", "a", "b", "c", "d"]) == (None, ["lr", "a", "b", "c", "d"])
+
+
+def test_a_row_without_the_figure_is_not_the_best():
+    lines = [["head", "validation"], ["ridge", ""], ["probe", "3.0"]]
+    assert best_rows(lines[1:], lines[0], "validation", None) == [lines[2]]
 
 
 def test_markdown_holds_every_column():
