@@ -21,6 +21,7 @@ import head
 import model as vit
 import outcome
 import plots
+import report
 import runs
 import sweep
 import tables
@@ -157,7 +158,7 @@ def run_shards(options: argparse.Namespace) -> None:
     if len(shards) > options.show:
         print(f"... and {len(shards) - options.show} more clients (--show)")
     if options.out:
-        plots.plot_shards(counts, options.out, f"{sharding_name(options)}, seed {options.seed}")
+        plots.plot_shards({f"{sharding_name(options)}, seed {options.seed}": counts}, options.out)
         print(f"written to {options.out}")
 
 
@@ -218,6 +219,12 @@ def list_runs(chosen: dict[str, tables.Experiment], folders: dict[str, Path], jo
         unknown = sum(estimate is None for estimate in rate.values())
         more = f", and {unknown} tables of unknown length" if unknown else ""
         print(f"{'all':15} {'':24} time left: {duration(total)}{more}")
+
+
+def run_report(options: argparse.Namespace) -> None:
+    """Write the report's tables, figures and quoted numbers from a scale's logs."""
+    made = report.write(options.scale, Path(options.results), Path(options.out))
+    print(f"written to {options.out}: numbers.tex, {', '.join(made) or 'nothing else has run'}")
 
 
 def run_eval(options: argparse.Namespace) -> None:

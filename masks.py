@@ -229,13 +229,14 @@ def _ranks(keys: Tensor) -> Tensor:
     return ranks
 
 
-def overlap(halves: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float | None]:
+def overlap(halves: Sequence[tuple[Tensor, Tensor]]) -> dict:
     """Measure how far clients agree, from two masks (P,) bool each, made from halves of its data.
 
     Returns:
         iou: mean intersection over union of one client's first half and another's second half;
             ceiling: of a client's own two halves, what the noise of sampling leaves;
-            chance: d / (2 - d), what random masks of this density d have.
+            chance: d / (2 - d), what random masks of this density d have;
+        matrix: of every client's first half (rows) and every client's second half.
     """
     first, second = (torch.stack(side) for side in zip(*halves, strict=True))  # (K, P) bool
     both = torch.zeros(len(first), len(first), dtype=torch.float64)
@@ -247,7 +248,8 @@ def overlap(halves: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float | None]:
     clients, density = len(iou), (sum(sizes) / (2 * first.shape[1])).mean().item()
     own = iou.trace().item()
     others = (iou.sum().item() - own) / (clients * (clients - 1)) if clients > 1 else None
-    return {"iou": others, "ceiling": own / clients, "chance": density / (2 - density)}
+    chance = density / (2 - density)
+    return {"iou": others, "ceiling": own / clients, "chance": chance, "matrix": iou.tolist()}
 
 
 # ---------------------------------------------------------------------------- storage

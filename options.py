@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import editing
+import event_files
 import fedavg
 import federation
 import masks
@@ -333,6 +334,8 @@ def resolve_training(o: argparse.Namespace) -> None:
     """The part of `resolve` for the commands that train."""
     unit, total = ("rounds", o.rounds) if hasattr(o, "rounds") else ("epochs", o.epochs)
     vit.check_train(o.train, vit.MODELS[o.model].depth)
+    if o.tensorboard:
+        event_files.check_tensorboard()
     resolve_search(o)
     if "server_lr" in o and o.server_lr is None:
         o.server_lr = 1.0 if o.server in ("fedavg", "fedavgm") else 0.01

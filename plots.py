@@ -1,6 +1,9 @@
-"""Figures from log files: curves of one or several runs, and who holds how many of which class.
+"""Figures from plain records and arrays, fit for print: curves, heat maps, one quantity on another.
 
-Nothing here needs a display; matplotlib is imported only when something is drawn.
+Labels are at least 7 pt at the size of a column (COLUMN, PAGE: widths in inches); groups differ in
+colour, marker and line style, so that a grey print can be read. The suffix of a path chooses the
+format. Nothing here needs a display; matplotlib is imported only when something is drawn.
+Palette: Okabe and Ito 2008, readable by the colour-blind.
 
     from plots import plot_curves
     plot_curves({"run": [{"round": 1, "train_loss": 2.0}, {"round": 2, "train_loss": 1}]}, "a.png")
@@ -8,12 +11,33 @@ Nothing here needs a display; matplotlib is imported only when something is draw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+CMAP = "Blues"  # white to dark: reads the same in grey
+COLUMN, PAGE = 3.4, 7.0  # inches: one column and two of a printed page
+PRINT = {
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "axes.titlesize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "grid.alpha": 0.25,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "pdf.fonttype": 42,  # text stays text
+}
 
 
 def pyplot():
@@ -29,8 +53,26 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
+    plt.rcParams.update(PRINT)
     return plt
+
+
+def save(figure, path: str | Path) -> None:
+    """Write the figure, free of dates, so that the same data gives the same file."""
+    path = Path(path)
+    metadata = {"CreationDate": None} if path.suffix == ".pdf" else None
+    figure.savefig(path, dpi=200, metadata=metadata)
+    pyplot().close(figure)
+
+
+def look(i: int) -> dict:
+    """Return the colour, marker and line style of the i-th group."""
+    again = i // len(PALETTE)  # a colour that comes back has another marker and line
+    styles = PALETTE[i % 7], MARKERS[(i + 3 * again) % 7], DASHES[(i + 2 * again) % 7]
+    return dict(zip(("color", "marker", "linestyle"), styles, strict=True))
+
+
+# ---------------------------------------------------------------------------- curves
 
 
 def plot_curves(logs: dict[str, Sequence[dict]], path: str | Path) -> None:
@@ -45,8 +87,7 @@ def plot_curves(logs: dict[str, Sequence[dict]], path: str | Path) -> None:
     """
     if not any(logs.values()):
         raise ValueError("nothing to plot: the logs are empty")
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(PAGE, 2.7), layout="constrained")
     for i, (label, records) in enumerate(logs.items()):
         colour = PALETTE[i % len(PALETTE)]
         name = f"{label}: ".replace("$", r"\$") if len(logs) > 1 else ""
@@ -62,14 +103,59 @@ def plot_curves(logs: dict[str, Sequence[dict]], path: str | Path) -> None:
                 factor = 100 if key.endswith("acc") else 1
                 marker = "o" if len(x) == 1 else None
                 axes.plot(x, factor * y, color=colour, label=name + what, marker=marker, **style)
-    unit = "epoch" if any("epoch" in r for records in logs.values() for r in records) else "round"
     for axes, what in ((left, "cross-entropy (nats)"), (right, "accuracy (%)")):
-        axes.set(xlabel=unit, ylabel=what)
-        axes.grid(alpha=0.25)
+        axes.set(xlabel=_unit(logs.values()), ylabel=what)
+        axes.grid()
         if axes.has_data():
-            axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+            axes.legend()
+    save(figure, path)
+
+
+def plot_bands(
+    curves: Mapping[str, Mapping[str, Sequence[Sequence[dict]]]],
+    path: str | Path,
+    key: str = "val_acc",
+    ylabel: str = "validation accuracy (%)",
+) -> None:
+    """Draw a logged share against rounds or epochs: mean over seeds, and all of them as a band.
+
+    Args:
+        curves: title of a panel -> label -> the records of each seed's log.
+
+    Raises:
+        ValueError: no log holds `key`, or matplotlib is missing.
+    """
+    drawn = {
+        title: {label: found for label, logs in group.items() if (found := _seeds(logs, key))}
+        for title, group in curves.items()
+    }
+    drawn = {title: group for title, group in drawn.items() if group}
+    if not drawn:
+        raise ValueError(f"nothing to plot: no log holds {key}")
+    figure, panels = _panels(len(drawn))
+    labels = list(dict.fromkeys(label for group in drawn.values() for label in group))
+    for axes, (title, group) in zip(panels, drawn.items(), strict=True):
+        for label, (x, values) in group.items():
+            style = look(labels.index(label))
+            every = max(1, len(x) // 6)
+            axes.plot(x, 100 * values.mean(axis=0), label=label, markevery=every, **style)
+            low, high = 100 * values.min(axis=0), 100 * values.max(axis=0)
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
+        unit = _unit(log for logs in curves[title].values() for log in logs)
+        axes.set(xlabel=unit, title=title)
+        axes.locator_params(axis="x", integer=True)
+        axes.grid()
+    panels[0].set_ylabel(ylabel)
+    _legend(figure, panels)
+    save(figure, path)
+
+
+def _seeds(logs: Sequence[Sequence[dict]], key: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return what all seeds have logged: x (n,), values (seeds, n); None where that is nothing."""
+    series = [dict(zip(*map(list, _series(records, key)), strict=True)) for records in logs]
+    shared = sorted(set.intersection(*map(set, series))) if series else []
+    values = np.array([[one[x] for x in shared] for one in series])
+    return (np.array(shared), values) if shared else None
 
 
 def _series(records: Sequence[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -78,20 +164,151 @@ def _series(records: Sequence[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def plot_shards(counts: np.ndarray, path: str | Path, title: str = "") -> None:
-    """Draw a heat map of how many samples of each class (columns) each client (rows) holds.
+def _unit(logs) -> str:
+    return "epoch" if any("epoch" in record for records in logs for record in records) else "round"
+
+
+# ---------------------------------------------------------------------------- groups and relations
+
+
+def plot_grouped(
+    panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
+    path: str | Path,
+    xlabel: str,
+    ylabel: str = "validation accuracy (%)",
+) -> None:
+    """Draw a value of each group at each category: mean over seeds, bars from lowest to highest.
 
     Args:
-        counts: (K, C) integers.
+        panels: title -> label -> category -> the value of each seed; categories in the order they
+            first appear.
+
+    Raises:
+        ValueError: there is nothing to draw, or matplotlib is missing.
     """
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
-    shown = np.ma.masked_equal(counts, 0)
-    image = axes.imshow(shown, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)
-    figure.colorbar(image, ax=axes, label="samples (white: none)")
-    axes.set(xlabel="class", ylabel="client", title=title)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    panels = {title: groups for title, groups in panels.items() if any(groups.values())}
+    if not panels:
+        raise ValueError("nothing to plot: no group has a value")
+    every = [group for groups in panels.values() for group in groups.values()]
+    categories = list(dict.fromkeys(category for group in every for category in group))
+    figure, axes_of = _panels(len(panels))
+    for axes, (title, groups) in zip(axes_of, panels.items(), strict=True):
+        for i, (label, group) in enumerate(groups.items()):
+            aside = (i - (len(groups) - 1) / 2) * 0.5 / len(groups)
+            x = [categories.index(category) + aside for category in group]
+            _draw_means(axes, x, list(group.values()), label, look(i))
+        axes.set_xticks(range(len(categories)), categories)
+        axes.set(xlabel=xlabel, title=title)
+        axes.margins(x=0.08)
+        axes.grid(axis="y")
+    axes_of[0].set_ylabel(ylabel)
+    _legend(figure, axes_of)
+    save(figure, path)
+
+
+def plot_against(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, Sequence[float]]]]],
+    path: str | Path,
+    xlabel: str | None,
+    ylabel: str = "validation accuracy (%)",
+    reference: Mapping[str, tuple[str, float]] | None = None,
+) -> None:
+    """Draw values against a positive quantity (bytes sent, distance moved) on a logarithmic axis.
+
+    Args:
+        panels: title -> label -> points (x, the value of each seed), joined in their order.
+        xlabel: of all panels; None: the title of each is its own.
+        reference: title -> (label, value) of a horizontal line.
+
+    Raises:
+        ValueError: there is nothing to draw, or matplotlib is missing.
+    """
+    panels = {title: group for title, group in panels.items() if any(group.values())}
+    if not panels:
+        raise ValueError("nothing to plot: no point is given")
+    figure, axes_of = _panels(len(panels))
+    labels = list(dict.fromkeys(label for group in panels.values() for label in group))
+    for axes, (title, group) in zip(axes_of, panels.items(), strict=True):
+        for label, points in group.items():
+            if points:
+                x, values = zip(*points, strict=True)
+                _draw_means(axes, x, values, label, look(labels.index(label)))
+        if reference and title in reference:
+            label, value = reference[title]
+            axes.axhline(value, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)), label=label)
+        axes.set(xscale="log", xlabel=xlabel or title, title=title if xlabel else "")
+        _plain_log_ticks(axes)
+        axes.grid()
+    axes_of[0].set_ylabel(ylabel)
+    _legend(figure, axes_of)
+    save(figure, path)
+
+
+def _draw_means(axes, x: Sequence, values: Sequence[Sequence[float]], label: str, style: dict):
+    mean = np.array([np.mean(v) for v in values])
+    spread = np.abs(np.array([[min(v), max(v)] for v in values]).T - mean)
+    axes.errorbar(x, mean, yerr=spread, label=label, capsize=2, elinewidth=0.8, **style)
+
+
+def _plain_log_ticks(axes) -> None:
+    """Label a logarithmic axis plainly: a short one at round numbers, a long one at powers."""
+    from matplotlib import ticker
+
+    low, high = axes.get_xlim()
+    if high / low < 200:
+        wide = high / low > 8
+        where = ticker.LogLocator(subs=(1, 2, 5)) if wide else ticker.MaxNLocator(4)
+        axes.xaxis.set_major_locator(where)
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _panels(count: int):
+    """Return a figure of panels in a row that share their y axis: one column wide, or a page."""
+    size = (COLUMN, 2.2) if count == 1 else (PAGE, 2.2)
+    figure, panels = pyplot().subplots(
+        1, count, figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    return figure, list(panels[0])
+
+
+def _legend(figure, panels: Sequence) -> None:
+    """Put one legend of all panels above them, in as many columns as fit."""
+    entries = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if len(entries) > 1:
+        longest = max(len(re.sub(r"[${}_\\\\]", "", label)) for label in entries)
+        columns = max(1, min(len(entries), int(figure.get_figwidth() * 15 / (longest + 6))))
+        figure.legend(entries.values(), entries, loc="outside upper center", ncols=columns)
+
+
+# ---------------------------------------------------------------------------- heat maps
+
+
+def plot_shards(counts: Mapping[str, np.ndarray], path: str | Path) -> None:
+    """Draw how many samples of each class (columns) each client (rows) holds; few are written out.
+
+    Args:
+        counts: title of a panel -> (K, C) integers; all are coloured on one scale.
+    """
+    size = (PAGE, 2.2) if len(counts) > 1 else (COLUMN, 3.0)
+    figure, panels = pyplot().subplots(
+        1, len(counts), figsize=size, squeeze=False, sharey=True, layout="constrained"
+    )
+    top = max(2, *(table.max() for table in counts.values()))
+    how = dict(aspect="auto", interpolation="nearest", cmap=CMAP, norm=_logarithmic(top))
+    for axes, (title, table) in zip(panels[0], counts.items(), strict=True):
+        image = axes.imshow(np.ma.masked_equal(table, 0), **how)
+        if table.shape[0] <= 20 and table.shape[1] <= 12:
+            texts = np.where(table > 0, table.astype(str), "")
+            _write_texts(axes, texts, table > top**0.6)
+        axes.set(xlabel="class", title=title)
+    panels[0][0].set_ylabel("client")
+    figure.colorbar(image, ax=list(panels[0]), label="samples")
+    save(figure, path)
 
 
 def plot_density(
@@ -106,20 +323,69 @@ def plot_density(
     Args:
         density: (kinds, layers) in [0, 1]; NaN where a layer has no such parameter.
     """
-    plt = pyplot()
-    size = (2 + 0.45 * len(layers), 1.2 + 0.27 * len(kinds))
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
-    percent = np.ma.masked_invalid(100 * density)
+    size = (PAGE, 0.7 + 0.155 * len(kinds))
+    figure, axes = pyplot().subplots(figsize=size, layout="constrained")
+    percent = np.ma.masked_invalid(100 * np.asarray(density, dtype=float))
     top = max(percent.max(), 1e-9)
-    image = axes.imshow(percent, aspect="auto", cmap="viridis", vmin=0, vmax=top)
-    for (row, column), value in np.ndenumerate(100 * density):
-        if not np.isnan(value):
-            colour = "white" if value < 0.6 * top else "black"
-            place = dict(ha="center", va="center", fontsize=6.5, color=colour)
-            axes.text(column, row, f"{value:.0f}" if value >= 10 else f"{value:.1f}", **place)
+    image = axes.imshow(percent, aspect="auto", cmap=CMAP, vmin=0, vmax=top)
+    axes.set_facecolor("0.88")  # where there is no such parameter
+    texts = [["" if x is np.ma.masked else _short(x) for x in row] for row in percent]
+    _write_texts(axes, np.array(texts), percent.filled(0) > 0.6 * top)
     axes.set_xticks(range(len(layers)), layers)
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set(xlabel="layer", title=title)
-    figure.colorbar(image, ax=axes, label="trainable (%)")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    axes.tick_params(length=0)
+    figure.colorbar(image, ax=axes, label="trainable (%)", pad=0.01)
+    save(figure, path)
+
+
+def plot_overlap(
+    iou: np.ndarray,
+    path: str | Path,
+    *,
+    chance: float,
+    ceiling: float,
+    title: str = "",
+) -> None:
+    """Draw the intersection over union of clients' masks, and the range in which it can be read.
+
+    Args:
+        iou: (K, K) of one client's mask (rows, from a half of its images) and another's (columns,
+            from its other half); the diagonal is what the noise of sampling leaves.
+        chance: of random masks of the same density.
+        ceiling: the diagonal's mean.
+    """
+    figure, axes = pyplot().subplots(figsize=(COLUMN, 2.7), layout="constrained")
+    top = max(float(np.max(iou)), ceiling)
+    low = min(float(np.min(iou)), chance)
+    image = axes.imshow(iou, cmap=CMAP, vmin=low, vmax=top)
+    if len(iou) <= 10:
+        texts = [[f"{value:.2f}".lstrip("0") for value in row] for row in iou]
+        _write_texts(axes, np.array(texts), iou > low + 0.6 * (top - low))
+    axes.locator_params(integer=True)
+    axes.tick_params(length=0)
+    axes.set(xlabel="client, second half of its images", ylabel="client, first half")
+    line = f"chance {chance:.3f}, own other half {ceiling:.3f}"
+    axes.set_title(f"{title}\n{line}" if title else line)
+    figure.colorbar(image, ax=axes, label="IoU", shrink=0.8)
+    save(figure, path)
+
+
+def _logarithmic(top: float):
+    from matplotlib.colors import LogNorm
+
+    return LogNorm(1, top)
+
+
+def _write_texts(axes, texts: np.ndarray, dark: np.ndarray) -> None:
+    """Write each text into its cell, in white where the cell is dark."""
+    for at in np.ndindex(texts.shape):
+        colour = "white" if dark[at] else "black"
+        axes.text(*at[::-1], texts[at], ha="center", va="center", fontsize=6, color=colour)
+
+
+def _short(value: float) -> str:
+    """Write 92.4 as 92, 4.04 as 4.0, 0.04 as <0.1, and zero as 0."""
+    if value >= 9.95 or value == round(value):
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 0.05 else "<0.1"

@@ -12,7 +12,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 
 import centralized
 import data
+import event_files
 import fedavg
 import model as vit
 import plots
@@ -34,7 +35,7 @@ from workspace import Workspace, duration, fingerprint
 
 FREE = {
     *("name", "runs_dir", "data_dir", "device", "threads"),
-    *("cuda_graph", "eval_every", "eval_batch", "diagnostics"),
+    *("cuda_graph", "eval_every", "eval_batch", "diagnostics", "tensorboard"),
     "micro_batch",
     *("early_stop", "on_nonfinite"),  # a run that stops is the beginning of one that does not
 }
@@ -49,6 +50,7 @@ def train_federated(
         model = workspace.build_model()
         run = open_run(workspace, model, options, name, shards)
         if summary := finished_summary(run, "round", options.rounds, options.early_stop):
+            mirror(run, "round", options)([])
             return summary
         with run.opening():
             learner = Learner(workspace, model, options, run.folder, shards)
@@ -98,6 +100,7 @@ def train_centralized(workspace: Workspace, options: argparse.Namespace, name: s
     model = workspace.build_model()
     run = open_run(workspace, model, options, name)
     if summary := finished_summary(run, "epoch", options.epochs, options.early_stop):
+        mirror(run, "epoch", options)([])
         return summary
     with run.opening():
         learner = Learner(workspace, model, options, run.folder, [workspace.train_index])
@@ -299,6 +302,15 @@ def finished_summary(
     return summary
 
 
+def mirror(
+    run: runs.Run, unit: str, options: argparse.Namespace
+) -> Callable[[Sequence[dict]], None]:
+    """Return what adds records to --tensorboard's event files, after those of the log."""
+    if not (options.tensorboard and run.writes):
+        return lambda records: None
+    return event_files.EventFiles(run.folder, unit, run.records).add
+
+
 def headline(summary: dict) -> str:
     """Return the final figures in one line."""
     final = summary.get("final", {})
@@ -327,7 +339,13 @@ def drive_to_summary(
     print(f"{run.folder}: {learner.entries.size:,} parameters train on {learner.workspace.device}")
     every = learner.options.eval_every
     evaluated = Evaluated(learner, unit, total, every, opening or {}, measure)
-    watching = dict(complete=evaluated, environment=learner.workspace.environment())
+    watch = mirror(run, unit, learner.options)
+
+    def complete(record: dict) -> None:
+        evaluated(record)
+        watch([record])
+
+    watching = dict(complete=complete, environment=learner.workspace.environment())
     patience = learner.options.early_stop
     watching |= dict(patience=patience, weights=lambda: learner.entries.theta)
     try:

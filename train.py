@@ -437,6 +437,11 @@ def add_run_options(parser: argparse.ArgumentParser, unit: str | None = None) ->
             + ("; below 1 a share: 0.1 evaluates ten times an epoch" if unit == "epoch" else "")
             + " [a 20th of the run]",
         )
+        add(
+            "--tensorboard",
+            action="store_true",
+            help="mirror the log into event files, in the run's folder tensorboard/",
+        )
 
 
 def build_parser() -> Parser:
@@ -646,6 +651,17 @@ def build_parser() -> Parser:
         default="results",
         help="where runs and tables go, by scale [%(default)s]",
     )
+
+    sub = command("report", commands.run_report)
+    add = sub.add_argument
+    add(
+        "--scale",
+        choices=tuple(experiments.SCALES),
+        default="paper",
+        help="whose runs [%(default)s]",
+    )
+    add("--results", default="results", help="where the scales' runs lie [%(default)s]")
+    add("--out", type=path, default="report/generated", help="where it all goes [%(default)s]")
 
     sub = command("eval", commands.run_eval)
     sub.add_argument(

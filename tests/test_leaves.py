@@ -25,7 +25,7 @@ LEAVES = (
         "client_states",
         "ranks",
     ),
-    *("editing", "centralized", "client_accuracy", "privacy", "runs", "plots"),
+    *("editing", "centralized", "client_accuracy", "privacy", "runs", "plots", "typeset"),
 )
 
 

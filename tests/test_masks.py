@@ -191,6 +191,10 @@ def test_overlap_equals_its_definition_and_chance_is_chance():
     assert found["iou"] == pytest.approx(sum(expected) / 6)
     own = [((a & b).sum() / (a | b).sum()).item() for a, b in flips]
     assert found["ceiling"] == pytest.approx(sum(own) / 3)
+    assert found["matrix"][0][0] == pytest.approx(own[0])
+    assert [found["matrix"][j][k] for j, k in itertools.permutations(range(3), 2)] == (
+        pytest.approx(expected)
+    )
     random = [[torch.rand(common.shape, generator=generator) < 0.2] * 2 for _ in range(2)]
     found = overlap(random)
     assert found["ceiling"] == 1 and found["chance"] == pytest.approx(0.2 / 1.8, abs=2e-3)

@@ -1,0 +1,258 @@
+"""The report's tables, figures and quoted numbers, from the logs of one scale's runs.
+
+    python train.py report --scale cpu      # report/build.sh calls this, and then LaTeX
+
+    numbers.tex, numbers.json   every figure that the prose may quote, under a readable key:
+                                EXPERIMENT/ROW'S KEY/COLUMN; EXPERIMENT/COLUMN=VALUE/best/COLUMN,
+                                the best of such rows by validation; setup/OPTION
+    NAME.tex, NAME.md           an experiment's table, for two columns; NAME-short.tex, for one
+    NAME.pdf                    the figures for which there is data
+
+A key that the experiments of any scale declare is known; one that did not run here says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import experiments
+import runs
+from figures import FIGURES, Done, drawn
+from tables import Experiment
+from typeset import NOT_RUN, VALUE, grouping, latex_table, markdown_table, tex
+
+HEADING = "% written by train.py report: do not edit\n"
+VALIDATION = "validation %"
+CAPTIONED = ("seeds", "other lr")  # of a table's columns, what its caption says
+SETUP = (
+    *(
+        "model",
+        "image_size",
+        "data",
+        "val_fraction",
+        "clients",
+        "fraction",
+        "rounds",
+        "epochs",
+        "J",
+    ),
+    *("batch_size", "momentum", "weight_decay", "schedule", "head", "eval_every", "nc"),
+    *("calibration_rounds", "calibration_images", "calibration_fraction", "damp", "sparsity"),
+    *("prox", "dare_drop", "ties_keep", "straggler_fraction", "server_lr", "threads"),
+)
+ENVIRONMENT = ("device", "precision", "torch")
+
+
+class Found(NamedTuple):
+    """An experiment, and the folder of its runs."""
+
+    name: str
+    experiment: Experiment
+    folder: Path
+
+    def rows(self) -> list[list[Done]]:
+        """Return the runs of each row's chosen learning rate, one a seed, of rows that ran."""
+        rows = []
+        for row in self.experiment.rows:
+            lr, summaries = self.experiment.best(self.folder, row) or (None, {})
+            folders = {s: runs.Run(self.folder / row.cell(lr, s).name) for s in summaries}
+            parts = [(f.config()["options"], summaries[s], f.records()) for s, f in folders.items()]
+            rows += [[Done(row.key, *part) for part in parts]] if parts else []
+        return rows
+
+    def finished(self) -> Iterator[tuple[dict, dict]]:
+        """Yield config and summary of every run that is done, those of other rates too."""
+        for row in self.experiment.rows:
+            for lr, summaries in self.experiment.tried(self.folder, row).items():
+                for seed, summary in summaries.items():
+                    yield runs.Run(self.folder / row.cell(lr, seed).name).config(), summary
+
+
+def write(scale: str, results: Path, out: Path) -> list[str]:
+    """Write all that the report takes from the runs below `results`/`scale` into the folder `out`.
+
+    Returns:
+        the names of the tables and figures that could be made.
+
+    Raises:
+        ValueError: the folder holds other files than an earlier report's.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()) and not (out / "numbers.json").exists():
+        raise ValueError(f"--out {out} holds other files: give it an empty or a new folder")
+    runs.write_json(out / "numbers.json", {})  # marks the folder, should this be interrupted
+    for pattern in ("*.tex", "*.md", "*.pdf"):
+        for old in out.glob(pattern):
+            old.unlink()
+    found = at_scale(scale, results / scale)
+    pieces = {f"table/{n}": False for s in experiments.SCALES for n in experiments.at_scale(s)}
+    pieces |= {f"table/{one.name}": write_tables(one, out) for one in found}
+    rows = {one.name: one.rows() for one in found}
+    for name, draw in FIGURES.items():
+        pieces[f"figure/{name}"] = drawn(draw, rows, out / f"{name}.pdf")
+    numbers = dict.fromkeys(declared()) | quotable(found) | {"scale": scale}
+    (out / "numbers.tex").write_text(numbers_tex(numbers, pieces), encoding="utf-8")
+    runs.write_json(out / "numbers.json", numbers)
+    return [name for name, made in pieces.items() if made]
+
+
+def at_scale(scale: str, folder: Path) -> list[Found]:
+    """Return the experiments of a scale, whose runs lie below `folder`."""
+    made = experiments.at_scale(scale).items()
+    return [Found(name, one, folder / (one.folder or name)) for name, one in made]
+
+
+# ---------------------------------------------------------------------------- numbers
+
+
+def declared() -> Iterator[str]:
+    """Yield every key that a scale can give a value."""
+    for scale in experiments.SCALES:
+        yield from quotable(at_scale(scale, Path("no such folder")))
+
+
+def quotable(found: list[Found]) -> dict[str, str | None]:
+    """Return what can be quoted: key -> text, None where it did not run."""
+    numbers: dict[str, str | None] = {}
+    for one in found:
+        numbers |= table_numbers(one) | run_numbers(one)
+    finished = [run for one in found for run in one.finished()]
+    took = {(c["options"].get("runs_dir"), c["options"].get("name")): s for c, s in finished}
+    hours = hours_of(list(took.values()))  # of each run once, though tables share some
+    return numbers | setup_numbers("setup", [c for c, _ in finished]) | {"hours": hours}
+
+
+def table_numbers(found: Found) -> dict[str, str | None]:
+    """Return an experiment's table under NAME/KEY/COLUMN, and the best rows by validation."""
+    heading, *lines = found.experiment.lines(found.folder)
+    width = len(found.experiment.columns)
+    headed = [column.replace(f"{VALIDATION} to", "to") for column in heading]
+    numbers: dict[str, str | None] = {}
+    best: dict[str, tuple[list[int], list[str] | None]] = {}
+    for line in lines:
+        for column, text in list(zip(headed, line, strict=True))[width:]:
+            ran = NOT_RUN not in line
+            numbers[key_of(found.name, *line[:width], column)] = text if ran else None
+        for count in range(min(width, 3)):
+            for fixed in itertools.combinations(range(width), count):
+                group = (f"{heading[i]}={line[i]}" for i in fixed)
+                key = key_of(found.name, *group, "best")
+                free = [i for i in range(width) if i not in fixed]
+                best[key] = free, better(best.get(key, (free, None))[1], line, heading)
+    for key, (free, line) in best.items() if VALIDATION in heading else ():
+        numbers[key] = ", ".join(line[i] for i in free) if line else None
+        for i, column in enumerate(headed[width:], width):
+            numbers[f"{key}/{key_of(column)}"] = line[i] if line else None
+    return numbers
+
+
+def better(known: list[str] | None, line: list[str], heading: list[str]) -> list[str] | None:
+    """Return which of two lines validates better; None where neither ran."""
+    at = heading.index(VALIDATION) if VALIDATION in heading else None
+    if at is None or NOT_RUN in line or not line[at]:
+        return known
+    lines = [known, line] if known else [line]
+    return max(lines, key=lambda one: value_of(one[at]))
+
+
+def value_of(text: str) -> float:
+    """Return the number that a text begins with."""
+    return float(text.split()[0])
+
+
+def run_numbers(found: Found) -> dict[str, str | None]:
+    """Return how much of an experiment ran, for how long, and the options its runs share."""
+    experiment, finished = found.experiment, list(found.finished())
+    needed = sum(len(row.rates) + len(row.seeds) - 1 for row in experiment.rows)
+    done = needed - sum(count for _, count in experiment.left(found.folder))
+    numbers = {
+        f"{found.name}/runs/done": f"{done}",
+        f"{found.name}/runs/all": f"{needed}",
+        f"{found.name}/seeds": f"{max(len(row.seeds) for row in experiment.rows)}",
+        f"{found.name}/hours": hours_of([summary for _, summary in finished]),
+    }
+    return numbers | setup_numbers(f"{found.name}/setup", [config for config, _ in finished])
+
+
+def hours_of(summaries: list[dict]) -> str | None:
+    """Return how long these runs took, in hours; None where there are none."""
+    seconds = sum(summary.get("wall_seconds", 0) for summary in summaries)
+    return f"{seconds / 3600:.1f}" if summaries else None
+
+
+def setup_numbers(prefix: str, configs: list[dict]) -> dict[str, str | None]:
+    """Return the values that options have in these runs, each named once."""
+    seen: dict[str, dict] = {name: {} for name in (*SETUP, *ENVIRONMENT)}
+    for config in configs:
+        told = {name: config["options"].get(name) for name in SETUP}
+        told |= {name: config["environment"].get(name) for name in ENVIRONMENT}
+        for name, value in told.items():
+            if value is not None:
+                seen[name][value] = None
+    return {
+        f"{prefix}/{name.replace('_', '-')}": listed(list(values)) for name, values in seen.items()
+    }
+
+
+def listed(values: list) -> str | None:
+    """Write numbers by size, then words; None where there is nothing."""
+    words = sorted((v for v in values if not isinstance(v, (int, float))), key=str)
+    numbers = sorted(v for v in values if isinstance(v, (int, float)))
+    return ", ".join([*(f"{v:g}" for v in numbers), *map(str, words)]) or None
+
+
+def key_of(*parts: str) -> str:
+    """Join the parts of a key, without what TeX or a reader would trip over."""
+    return "/".join(re.sub(r"[^\w./=+]+", "-", part).strip("-") for part in parts)
+
+
+def numbers_tex(numbers: dict[str, str | None], pieces: dict[str, bool]) -> str:
+    """Return the macros: \\defresult{key}{text}{number}{trend}, \\defpiece{name}{0 or 1}."""
+    lines = []
+    for key, text in numbers.items():
+        if text is None:
+            lines.append(f"\\defmissing{{{key}}}")
+        else:
+            lines.append(f"\\defresult{{{key}}}{{{tex(text)}}}{{{size(text)}}}{{{trend(text)}}}")
+    lines += [f"\\defpiece{{{name}}}{{{int(made)}}}" for name, made in pieces.items()]
+    return HEADING + "\n".join(lines) + "\n"
+
+
+def size(text: str) -> str:
+    """Return a number as TeX can compare it, nothing where it cannot."""
+    value = value_of(text) if VALUE.fullmatch(text) else 16000
+    return f"{value:.5f}" if abs(value) < 16000 else ""
+
+
+def trend(text: str) -> str:
+    """Return up or down for a difference; open where its interval covers zero, or it has none."""
+    found = VALUE.fullmatch(text)
+    if not found or not found["sign"]:
+        return ""
+    low, high = float(found["low"] or 0), float(found["high"] or 0)
+    return "open" if low <= 0 <= high else "up" if low > 0 else "down"
+
+
+# ---------------------------------------------------------------------------- tables
+
+
+def write_tables(found: Found, out: Path) -> bool:
+    """Write an experiment's table as Markdown, and for two columns and for one as LaTeX."""
+    lines = found.experiment.lines(found.folder)
+    if all(NOT_RUN in line for line in lines[1:]):
+        return False
+    (out / f"{found.name}.md").write_text(markdown_table(lines), encoding="utf-8")
+    width = len(found.experiment.columns)
+    measures = [column for column in lines[0][width:] if column not in CAPTIONED]
+    split = grouping(lines[0][:width], lines[1:])
+    short = measures[:3]
+    if VALIDATION in measures:
+        short = [VALIDATION] if split is not None else [VALIDATION, "test %"]
+    for name, columns in ((found.name, measures), (f"{found.name}-short", short)):
+        text = HEADING + latex_table(lines, width, columns, best_by=VALIDATION)
+        (out / f"{name}.tex").write_text(text, encoding="utf-8")
+    return True

@@ -1,0 +1,28 @@
+#!/bin/sh
+# Make report/build/report.pdf from the logs of one scale's runs: build.sh [paper|cpu|smoke]
+#
+# Needs LaTeX; on Debian and Ubuntu: apt-get install texlive-latex-recommended texlive-publishers \
+#     texlive-fonts-recommended latexmk
+# PYTHON names the interpreter [python], RESULTS where the scales' runs lie [results].
+# Fails where a number is typed by hand, a key or reference is unknown, a line sticks out, or the
+# report has more than eight pages.
+set -eu
+cd "$(dirname "$0")"
+scale=${1:-paper} python=${PYTHON:-python}
+
+if ! command -v pdflatex >/dev/null || ! command -v latexmk >/dev/null; then
+    echo "build.sh: LaTeX is missing: apt-get install texlive-latex-recommended" \
+        "texlive-publishers texlive-fonts-recommended latexmk" >&2
+    exit 2
+fi
+(cd .. && $python train.py report --scale "$scale" --results "${RESULTS:-results}")
+$python check.py text ./*.tex
+mkdir -p build
+export max_print_line=1000 # LaTeX breaks no message
+latexmk -pdf -outdir=build -interaction=nonstopmode -halt-on-error -file-line-error \
+    report.tex >build/latexmk.out 2>&1 || {
+    grep -E -A3 '^(!|.*:[0-9]+: )' build/report.log | head -20 >&2
+    exit 1
+}
+$python check.py log build/report.log
+echo "report/build/report.pdf"

@@ -1,0 +1,163 @@
+"""Tables in print: lines of text, heading first, as Markdown and as a LaTeX tabular.
+
+    from typeset import latex_table
+    lines = [["rule", "accuracy"], ["random", "34.2 ± 0.1"], ["vote", "not run"]]
+    print(latex_table(lines, width=1, measures=["accuracy"]))
+
+A line that holds NOT_RUN says so in place of its figures. LaTeX needs booktabs, and a macro
+\\bestresult for what is best.
+"""
+
+from __future__ import annotations
+
+import re
+
+NOT_RUN = "not run"
+NUMBER = r"[+-]?\d+(?:\.\d+)?"
+VALUE = re.compile(  # 34.2, 3e-05, 34.2 ± 0.1, +1.2 [-0.3, +2.7]
+    r"(?P<sign>[+-]?)\d+(?:\.\d+)?(?:e[+-]\d+)?"
+    rf"(?: ± {NUMBER}| \[(?P<low>{NUMBER}), (?P<high>{NUMBER})\])?"
+)
+BESIDE = 3  # groups that fit side by side
+FIT = 6  # figures that fit into a line of side-by-side groups
+LESS_TOLD = ("lr", "bytes to dense")  # what gives way first
+
+
+def markdown_table(lines: list[list[str]]) -> str:
+    """Return lines, heading first, as a table of Markdown."""
+    heading, *rows = lines
+    return "".join(f"| {' | '.join(line)} |\n" for line in [heading, ["---"] * len(heading), *rows])
+
+
+def latex_table(
+    lines: list[list[str]], width: int, measures: list[str], *, best_by: str = ""
+) -> str:
+    """Return lines, heading first, as a booktabs tabular; few groups of rows lie side by side.
+
+    Args:
+        width: columns of a row's key.
+        measures: the other columns to show.
+        best_by: the column whose highest value makes a row the best, which is set in bold, of its
+            group; groups are the shardings, or all rows.
+    """
+    heading, *rows = lines
+    split, measures = layout(heading[:width], rows, measures)
+    groups = list(dict.fromkeys(row[split] for row in rows)) if split is not None else [""]
+    at = [heading.index(measure) for measure in measures]
+    keyed = [i for i in range(width) if i != split]
+    bold = best_rows(rows, heading, best_by, split) if best_by in heading else []
+    cells: dict[tuple, dict[str, list[str]]] = {}
+    for row in rows:
+        texts = [NOT_RUN] if NOT_RUN in row else [tex(row[i]) for i in at]
+        if row in bold:
+            texts = [f"\\bestresult{{{text}}}" if text else "" for text in texts]
+        group = row[split] if split is not None else ""
+        cells.setdefault(tuple(row[i] for i in keyed), {})[group] = texts
+    headed = [tex(heading[i].removeprefix(f"{best_by} ")) for i in at]  # "to ..." of a difference
+    named = [tex(heading[i]) for i in keyed] + headed * len(groups)
+    return "\n".join(
+        [
+            f"\\begin{{tabular}}{{@{{}}{'l' * len(keyed)}{'r' * len(at) * len(groups)}@{{}}}}",
+            "\\toprule",
+            *(
+                group_headings(heading[split], groups, len(keyed), len(at))
+                if split is not None
+                else ()
+            ),
+            " & ".join(named) + r" \\",
+            "\\midrule",
+            *body(cells, groups, len(at)),
+            "\\bottomrule",
+            "\\end{tabular}",
+            "",
+        ]
+    )
+
+
+def layout(
+    columns: list[str], rows: list[list[str]], measures: list[str]
+) -> tuple[int | None, list[str]]:
+    """Return the key's column whose values lie side by side, if any, and the measures that fit."""
+    split = grouping(columns, rows)
+    if split is None:
+        return None, measures
+    count = len({row[split] for row in rows})
+    fewer = [measure for measure in measures if measure not in LESS_TOLD]
+    for some in (measures, fewer):
+        if count * len(some) <= FIT:
+            return split, some
+    return None, measures
+
+
+def body(cells: dict[tuple, dict[str, list[str]]], groups: list[str], count: int) -> list[str]:
+    """Return the table's lines: a space where the first part of the key changes, named once."""
+    lines: list[str] = []
+    before = None
+    for key, by_group in cells.items():
+        repeated = len(key) > 1 and key[0] == before
+        if lines and len(key) > 1 and not repeated:
+            lines.append("\\addlinespace[2pt]")
+        names = ["" if repeated else tex(key[0]), *map(tex, key[1:])]
+        figures = [text for group in groups for text in spread(by_group.get(group), count)]
+        lines.append(" & ".join(names + figures) + r" \\")
+        before = key[0]
+    return lines
+
+
+def grouping(columns: list[str], rows: list[list[str]]) -> int | None:
+    """Return the key's column whose values lie side by side: shardings, or else the last that can.
+
+    None where no column has two or three values, or a third of the places would stay empty.
+    """
+    possible = []
+    for i in range(len(columns)) if len(columns) > 1 else ():
+        groups = {row[i] for row in rows}
+        others = {(*row[:i], *row[i + 1 : len(columns)]) for row in rows}
+        if 2 <= len(groups) <= BESIDE and 1.5 * len(rows) > len(groups) * len(others):
+            possible.insert(0, i)
+    shardings = [i for i in possible if columns[i] == "sharding"]
+    return (shardings or possible or [None])[0]
+
+
+def best_rows(
+    rows: list[list[str]], heading: list[str], best_by: str, split: int | None
+) -> list[list[str]]:
+    """Return the row of the highest value of each group; none where shardings mix in a group."""
+    at = heading.index(best_by)
+    if "sharding" in heading and (split is None or heading[split] != "sharding"):
+        return []
+    sharding = heading.index("sharding") if "sharding" in heading else None
+    best: dict[str, list[str]] = {}
+    for row in rows:
+        if NOT_RUN not in row and row[at]:
+            group = "" if sharding is None else row[sharding]
+            one = best.setdefault(group, row)
+            best[group] = max(one, row, key=lambda r: float(r[at].split()[0]))
+    return list(best.values())
+
+
+def group_headings(column: str, groups: list[str], before: int, width: int) -> list[str]:
+    """Return the lines that name the groups above their columns."""
+    names = [group if not group[:1].isdigit() else f"{column} = {group}" for group in groups]
+    spans = [f"\\multicolumn{{{width}}}{{c}}{{{tex(name)}}}" for name in names]
+    starts = [before + 1 + i * width for i in range(len(groups))]
+    rules = "".join(f"\\cmidrule(lr){{{start}-{start + width - 1}}}" for start in starts)
+    return [" & ".join([""] * before + spans) + r" \\", rules]
+
+
+def spread(cells: list[str] | None, count: int) -> list[str]:
+    """Return a row's cells in `count` columns; one that did not run says so once."""
+    cells = ["--"] if cells is None else cells
+    return cells + [""] * (count - len(cells))
+
+
+def tex(text: str) -> str:
+    """Write a table's text in LaTeX: numbers in mathematics, nc5 as N_c = 5, 3e-05 as a power."""
+    if found := re.fullmatch(r"nc(\d+)", text):
+        return f"\\ensuremath{{N_c = {found[1]}}}"
+    if VALUE.fullmatch(text):
+        text = re.sub(r"e([+-])0*(\d+)", lambda m: f" 10^{{{m[1].strip('+')}{m[2]}}}", text)
+        text = re.sub(r"^([+-]?)1 10\^", r"\g<1>10^", text).replace(" 10^", r" \cdot 10^")
+        text = text.replace("±", r"\pm").replace(", ", r",\,").replace(" [", r"\;[")
+        return f"\\ensuremath{{{text}}}"
+    return re.sub(r"([%&#_$])", r"\\\1", text).replace("±", r"$\pm$")
