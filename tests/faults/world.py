@@ -1,0 +1,225 @@
+"""What all faults share: small runs in forked children, what they come to, and the tally.
+
+One process imports everything once and forks: a start costs seconds, a fork costs milliseconds. It
+must not run a parallel operation before it forks, hence the single thread. As a script this is
+train.py on the small data, for the faults that need processes of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+import data  # noqa: E402
+import plots  # noqa: E402
+import runs  # noqa: E402
+import session  # noqa: E402
+import train  # noqa: E402
+
+SMALL = data.synthetic_dataset(samples_per_class=10)
+data.synthetic_dataset = lambda: SMALL
+session.git_commit = lambda: "faults"  # quicker; so are curves that nobody sees
+plots.plot_curves = lambda logs, path: Path(path).touch()
+SAVE_SECONDS = 0.05  # between checkpoints; a run outside these tests has 60
+UNEQUAL = ("seconds", "wall_seconds", "environment", "commit", "log", runs.SEAL)  # of equal runs
+UNCOUNTED = ("config.json", "checkpoint.prev.pt", "checkpoint.new.pt", "lock")
+
+
+class Ended(NamedTuple):
+    """How a process ended: status, or minus the signal that killed it, and what it said."""
+
+    code: int
+    said: str
+
+
+class Child:
+    """One command in a forked process, in a folder of its own, under runs/x and data/."""
+
+    def __init__(self, folder: Path, command: str, prepare: Callable[[], None] = lambda: None):
+        folder.mkdir(exist_ok=True)
+        self.said, self.started = tempfile.TemporaryFile("w+"), time.monotonic()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.dup2(self.said.fileno(), 1)
+            os.dup2(self.said.fileno(), 2)
+            status = 1
+            try:
+                os.chdir(folder)
+                runs.drive.__kwdefaults__["save_seconds"] = SAVE_SECONDS
+                prepare()
+                status = train.main([*command.split(), "--threads", "1"])
+                sys.stdout.flush()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+
+    def kill(self, signum: int = signal.SIGKILL) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, signum)
+
+    def end(self) -> Ended:
+        """Wait for its end."""
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.said.seek(0)
+        return Ended(code, self.said.read())
+
+
+def run(folder: Path, command: str, prepare: Callable[[], None] = lambda: None) -> Ended:
+    """Run one command to its end."""
+    return Child(folder, command, prepare).end()
+
+
+def canonical(value: Any) -> Any:
+    """Return a value that is equal for runs whose bits are equal."""
+    if isinstance(value, torch.Tensor):
+        raw = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return str(value.dtype), tuple(value.shape), hashlib.sha256(raw).hexdigest()
+    if isinstance(value, dict):
+        return {k: canonical(v) for k, v in value.items() if k not in UNEQUAL}
+    return [canonical(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Return what a finished run holds, times aside: name of a file -> its values."""
+    found = {}
+    for path in sorted((folder / "runs" / "x").rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.name in UNCOUNTED or path.suffix not in (".pt", ".json", ".jsonl", ".npz"):
+            continue
+        if path.suffix == ".pt":
+            found[name] = canonical(torch.load(path, weights_only=True))
+        elif path.suffix == ".npz":
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        else:
+            lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+            found[name] = [canonical(json.loads(line)) for line in lines]
+    for name in [n for n in found if "/client" in n]:  # older vectors of a client may be left
+        stem, times = name.removesuffix(".pt").rsplit("-", 1)
+        if f"{stem}-{int(times) + 1}.pt" in found:
+            del found[name]
+    return found
+
+
+class Tally:
+    """By kind of fault, what was tried and what came of it."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, dict] = {}
+
+    def of(self, kind: str) -> dict:
+        """Return the figures of a kind."""
+        names = ("tried", "survived", "lost_runs", "wrong_results", "tracebacks")
+        return self.kinds.setdefault(kind, dict.fromkeys(names, 0) | {"failures": []})
+
+    def lost(self, kind: str, seconds: float) -> None:
+        """Note seconds of work that a fault cost."""
+        figures = self.of(kind)
+        figures["seconds_lost_max"] = max(
+            figures.get("seconds_lost_max", 0.0), float(f"{seconds:.3f}")
+        )
+
+    def add(self, kind: str, result: str, what: str = "", times: int = 1) -> None:
+        """Count faults whose result is "survived", "lost_runs", "wrong_results" or "tracebacks"."""
+        figures = self.of(kind)
+        figures["tried"] += times
+        figures[result] += times
+        if result != "survived":
+            figures["failures"].append(what)
+
+    def judge(
+        self,
+        kind: str,
+        what: str,
+        folder: Path,
+        ended: Ended,
+        expected: dict,
+        *,
+        names: str = "",
+        retry: Callable[[], Ended] | None = None,
+        times: int = 1,
+    ) -> None:
+        """Count how a run ended that met a fault.
+
+        Args:
+            expected: the `outcome` of the run that met none.
+            names: what an error of status 2 must name.
+            retry: mends what the error names and runs again; without it an error is a lost run.
+        """
+        if ended.code == 2 and retry is not None:
+            lines = ended.said.strip().splitlines()
+            if "Traceback" in ended.said or names not in lines[-1] or "error: " not in lines[-1]:
+                self.add(kind, "tracebacks", f"{what}: {ended.said[-600:]}", times)
+                return
+            ended = retry()
+        if "Traceback" in ended.said or ended.code not in (0, 2):
+            self.add(kind, "tracebacks", f"{what}: {ended.code} {ended.said[-600:]}", times)
+        elif ended.code == 2:
+            self.add(kind, "lost_runs", f"{what}: {ended.said[-300:]}", times)
+        elif (found := outcome(folder)) != expected:
+            differ = [n for n in {*found, *expected} if found.get(n) != expected.get(n)]
+            self.add(kind, "wrong_results", f"{what}: other {differ}", times)
+        else:
+            self.add(kind, "survived", times=times)
+
+
+def fresh(folder: Path, like: Path | None = None) -> Path:
+    """Return an empty folder, or one like another."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if like is None:
+        folder.mkdir(parents=True)
+    else:
+        shutil.copytree(like, folder)
+    return folder
+
+
+def reference(folder: Path, command: str) -> tuple[dict, float]:
+    """Run a command that meets no fault; returns its outcome and how long it took."""
+    started = time.monotonic()
+    ended = run(fresh(folder), command)
+    if ended.code:
+        raise RuntimeError(f"{command}: {ended}")
+    return outcome(folder), time.monotonic() - started
+
+
+if __name__ == "__main__":
+    import experiments
+    import sweep
+
+    TINY = (
+        "--data",
+        "synthetic",
+        "--clients",
+        "10",
+        "--J",
+        "2",
+        "--threads",
+        "1",
+        "--rounds",
+        "60",
+    )
+    ROWS = tuple(experiments.Row((name,), TINY, (0.1,)) for name in ("a", "b", "c", "d"))
+    experiments.EXPERIMENTS["rules"] = experiments.Experiment(("row",), ROWS, (0,), ())
+    sweep.TRAIN = Path(__file__)
+    runs.drive.__kwdefaults__["save_seconds"] = SAVE_SECONDS
+    sys.exit(train.main())
