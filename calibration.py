@@ -25,6 +25,7 @@ import fedavg
 import fisher
 import masks
 import model as vit
+import runs
 from mask_file import Mask
 from workspace import Status, Workspace, fingerprint
 
@@ -255,19 +256,22 @@ def cached_mask(calibration: Calibration) -> Mask:
     preprocess = calibration.preprocess
     made_from = [getattr(options, name) for name in MAKING]
     made_from += [preprocess.image_size, preprocess.scale.tolist(), preprocess.shift.tolist()]
-    made_from += [options.data, fingerprint(model), workspace.device.type]
+    made_from += [options.data, fingerprint(model), workspace.device.type, runs.BOUND]
     digest = hashlib.sha256(repr(made_from).encode())
     for tensor in (model.head.weight, model.head.bias):
         digest.update(tensor.detach().cpu().numpy().tobytes())
     for shard in calibration.shards:
         digest.update(len(shard).to_bytes(8, "little") + shard.tobytes())
-    path = Path(options.data_dir) / "masks" / f"{digest.hexdigest()[:16]}.pt"
-    try:
-        return Mask.load(path, model)
-    except ValueError:  # absent, or damaged and made again
-        mask = calibration.make()
+    purpose = digest.hexdigest()
+    path = Path(options.data_dir) / "masks" / f"{purpose[:16]}.pt"
+    if path.exists():
         try:
-            mask.save(path)
-        except OSError as error:
-            print(f"warning: the mask is not kept for other runs: {error}", file=sys.stderr)
-        return mask
+            return Mask.load(path, model, purpose)
+        except ValueError as error:
+            print(f"warning: {error}; made again", file=sys.stderr)
+    mask = calibration.make()
+    try:
+        mask.save(path, purpose)
+    except OSError as error:
+        print(f"warning: the mask is not kept for other runs: {error}", file=sys.stderr)
+    return mask

@@ -98,7 +98,7 @@ def run_ridge(options: argparse.Namespace) -> None:
     }
     print_figures(final | figures)
     figures |= {"final": final, "wall_seconds": time.monotonic() - started}
-    runs.write_json(run.folder / "summary.json", figures)
+    runs.write_json(run.folder / "summary.json", figures, sealed=True)
     print(f"written to {run.folder / 'summary.json'}")
 
 
@@ -125,7 +125,7 @@ def run_calibrate(options: argparse.Namespace) -> None:
         for kind, row in zip(kinds, density.tolist(), strict=True)
     }
     figures |= {"density": table, "wall_seconds": time.monotonic() - started}
-    runs.write_json(run.folder / "summary.json", figures)
+    runs.write_json(run.folder / "summary.json", figures, sealed=True)
     title = f"{options.mask_rule}, {100 * mask.kept.double().mean():.1f} % trainable"
     try:
         plots.plot_density(kinds, layers, density, run.folder / "density.png", title)
@@ -267,7 +267,7 @@ def run_plot(options: argparse.Namespace) -> None:
     names = [run.folder.name for run in folders]
     if len(set(names)) < len(names):
         names = [str(run.folder) for run in folders]
-    logs = [run.records() for run in folders]
+    logs = [run.vouched_records() for run in folders]
     plots.plot_curves(dict(zip(names, logs, strict=True)), out)
     print(f"written to {out}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -243,8 +244,15 @@ def client_store(
         )
     store = {"place": place or host}
     if run is not None:
-        write = runs.save_checked if run.writes else None
-        store |= dict(folder=run.folder / name, write=write, read=runs.load_checked)
+        folder = run.folder / name
+
+        def write(path: Path, vector: Tensor) -> None:
+            run.keep(f"{name}/{path.name}", vector)
+
+        def read(path: Path) -> Tensor:
+            return run.kept(f"{name}/{path.name}")
+
+        store |= dict(folder=folder, write=write if run.writes else None, read=read)
     return store
 
 

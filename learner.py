@@ -222,11 +222,14 @@ def set_fitted_head(
 ) -> None:
     """Fill in the model's head, from `path` where it was kept."""
     if path is not None and path.exists():
-        fitted = head.FittedHead(**runs.load_checked(path))
+        try:
+            fitted = head.FittedHead(**runs.Run(path.parent).kept(path.name))
+        except runs.DamagedFile as error:
+            raise ValueError(f"{error}; delete it to have the head fitted again") from None
     else:
         fitted = workspace.fit_head(model, kind).to("cpu")
         if path is not None:
-            runs.save_checked(path, vars(fitted))
+            runs.Run(path.parent).keep(path.name, vars(fitted))
     model.head.weight.copy_(fitted.weight)
     model.head.bias.copy_(fitted.bias)
 
@@ -244,11 +247,11 @@ def find_mask(
     if options.mask is not None:
         mask = given_mask(options, model, path)
     elif path.exists():
-        return Mask.load(path, model)
+        return Mask.load(path, model, runs.Run(path.parent).purpose(path.name))
     else:
         mask = cached_mask(Calibration(workspace, model, options, shards))
     if not path.exists():
-        mask.save(path)
+        mask.save(path, runs.Run(path.parent).purpose(path.name))
     return mask
 
 

@@ -65,28 +65,28 @@ class Mask:
             view.view(kept, name).copy_(parts[name])
         return kept
 
-    def save(self, path: Path) -> None:
-        """Write the mask file."""
+    def save(self, path: Path, purpose: str | None = None) -> None:
+        """Write the mask file; purpose: as `runs.save_checked` takes it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
         content = {"mask_format": FORMAT, "shapes": shapes, "bits": masks.pack(self.kept)}
-        runs.save_checked(path, content | {"made": self.made})
+        runs.save_checked(path, content | {"made": self.made}, purpose)
 
     @classmethod
-    def load(cls, path: Path, model: vit.VisionTransformer) -> Mask:
-        """Read a mask file.
+    def load(cls, path: Path, model: vit.VisionTransformer, purpose: str | None = None) -> Mask:
+        """Read a mask file; purpose: as `runs.load_checked` takes it, None for any mask.
 
         Raises:
             ValueError: no such file, no mask, damaged, empty, or made for another model.
         """
         try:
-            content = runs.load_checked(path)
+            content = runs.load_checked(path, purpose)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise ValueError(f"mask {path}: no such file") from None
         except runs.DamagedFile:
+            other = "no mask that `calibrate` wrote" if purpose is None else "another mask"
             raise ValueError(
-                f"mask {path}: damaged, or no mask that `calibrate` wrote; delete it to have it "
-                "made again"
+                f"mask {path}: damaged, or {other}; delete it to have it made again"
             ) from None
         if not isinstance(content, dict) or content.get("mask_format") != FORMAT:
             raise ValueError(f"mask {path}: not a mask of format {FORMAT}")

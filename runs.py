@@ -2,13 +2,17 @@
 
     config.json      the options that define the run, and what it ran with
     log.jsonl        one JSON object per round or epoch
-    checkpoint.pt    torch.save plus a SHA-256 footer; checkpoint.prev.pt is the one before
+    checkpoint.pt    torch.save plus a footer; checkpoint.prev.pt is the one before
     best-N.pt        where that is asked for: what validated best, in round or epoch N (or 0.5)
     summary.json     final and best-by-validation figures, wall time
 
-A checkpoint is written aside, fsynced and renamed, and holds the length and hash of the log at that
-moment; on resume the log is cut back to it. Killed at any moment, a run loses at most what came
-after its last checkpoint, and repeats that to the same bits when its process is deterministic.
+A checkpoint is written aside, fsynced and renamed, and holds the log of that moment; on resume the
+log is cut back to it, or written anew where it is another. Killed at any moment, a run loses at
+most what came after its last checkpoint, and repeats that to the same bits when its process is
+deterministic.
+
+Every file holds a SHA-256 of itself and of what it is for, in which run: neither damage nor a file
+that was put in its place passes for it.
 
     from runs import Run, drive
     run = Run("runs/example"); run.open({"rounds": 3})
@@ -41,8 +45,10 @@ try:
 except ImportError:  # Windows has no flock: there nothing stops a second process
     fcntl = None
 
-MAGIC = b"SHA-256\0"
-FOOTER = len(MAGIC) + hashlib.sha256().digest_size
+DIGEST = hashlib.sha256().digest_size
+BOUND = b"SHA-256\1"  # a footer: this, the hash of a purpose, and that of all before
+UNBOUND = b"SHA-256\0"  # of a file from before files had a purpose: this, the hash of all before
+SEAL = "sha256"  # key of the hash that a JSON object holds of its other keys
 OPENING = ("config.json", "lock", "shards.npz", "head.pt", "mask.pt")  # written before the log
 RESERVED = '<>:"|?*\\'  # in the names of files on Windows
 DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{d}{i}" for d in ("COM", "LPT") for i in range(1, 10))}
@@ -114,48 +120,87 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             aside.unlink()
+        if isinstance(error, OSError):
+            raise OSError(f"cannot write {path}: {error.strerror or error}") from None
         raise
     _sync_folder(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
+def write_json(path: Path, value: Any, sealed: bool = False) -> None:
+    """Write `value` as indented JSON, atomically; a sealed object holds its own hash."""
+    if sealed:
+        value = value | {SEAL: _seal(json.loads(json.dumps(value)))}
     text = json.dumps(value, indent=2) + "\n"
     write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
-def save_checked(path: Path, value: Any) -> None:
-    """torch.save `value` atomically, followed by a SHA-256 footer."""
+def read_json(path: Path) -> dict:
+    """Read a JSON object, sealed or not.
+
+    Raises:
+        DamagedFile: it is none, or other than what was sealed.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise DamagedFile(f"{path} is damaged: it is no JSON object")
+    if value.get(SEAL, seal := _seal(value)) != seal:
+        raise DamagedFile(f"{path} is damaged or edited: its checksum does not match")
+    return value
+
+
+def _seal(value: dict) -> str:
+    kept = {name: one for name, one in value.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def save_checked(path: Path, value: Any, purpose: str | None = None) -> None:
+    """torch.save `value` atomically, with a footer that holds its hash.
+
+    Args:
+        purpose: what the file is for, if `load_checked` is to refuse any other in its place.
+    """
 
     def write(aside: Path) -> None:
         try:
             torch.save(value, aside)
         except RuntimeError as error:  # what a full disk comes to
-            raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
-        digest = _sha256(aside)
+            raise OSError(str(error).splitlines()[0]) from None
+        bound = _bound(purpose or "")
+        digest = _sha256(aside, aside.stat().st_size, bound)
         with open(aside, "ab") as file:
-            file.write(MAGIC + digest)
+            file.write(bound + digest)
 
     write_atomically(path, write)
 
 
-def load_checked(path: Path) -> Any:
+def load_checked(path: Path, purpose: str | None = None) -> Any:
     """Load what `save_checked` wrote, on the CPU, tensors and plain values only.
 
+    Args:
+        purpose: what the file was saved for; None takes any.
+
     Raises:
-        DamagedFile: the file is shorter or other than what was written.
+        DamagedFile: the file is shorter or other than what was written, or for something else.
     """
-    size = path.stat().st_size
+    size, longest = path.stat().st_size, len(BOUND) + 2 * DIGEST
     with open(path, "rb") as file:
-        file.seek(max(0, size - FOOTER))
+        file.seek(max(0, size - longest))
         footer = file.read()
-    if len(footer) < FOOTER or footer[: len(MAGIC)] != MAGIC:
+    bound = footer[:-DIGEST] if footer.startswith(BOUND) else b""
+    if not bound:
+        footer = footer[-len(UNBOUND) - DIGEST :]
+    if size < longest or not (bound or footer.startswith(UNBOUND)):
         raise DamagedFile(f"{path} is damaged: it is truncated or has no checksum")
-    if footer[len(MAGIC) :] != _sha256(path, size - FOOTER):
+    if footer[-DIGEST:] != _sha256(path, size - len(footer), bound):
         raise DamagedFile(f"{path} is damaged: its checksum does not match")
+    if purpose is not None and bound != _bound(purpose):
+        raise DamagedFile(f"{path} is whole, and belongs elsewhere: it was made for something else")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -165,13 +210,18 @@ def load_checked(path: Path) -> Any:
         raise DamagedFile(f"{path} is damaged: torch cannot load it ({reason})") from None
 
 
-def _sha256(path: Path, length: int | None = None) -> bytes:
-    digest = hashlib.sha256()
-    left = path.stat().st_size if length is None else length
+def _bound(purpose: str) -> bytes:
+    return BOUND + hashlib.sha256(purpose.encode()).digest()
+
+
+def _sha256(path: Path, length: int, then: bytes) -> bytes:
+    """Hash the first `length` bytes of a file, and what follows them."""
+    digest, left = hashlib.sha256(), length
     with open(path, "rb") as file:
         while left and (block := file.read(min(left, 1 << 20))):
             digest.update(block)
             left -= len(block)
+    digest.update(then)
     return digest.digest()
 
 
@@ -228,8 +278,8 @@ class Run:
         self.log_path = self.folder / "log.jsonl"
         self.checkpoint_path = self.folder / "checkpoint.pt"
         self.previous_path = self.folder / "checkpoint.prev.pt"
-        self._log_hash, self._log_length = hashlib.sha256(), 0
-        self._made_here = False
+        self._log = bytearray()  # what log.jsonl holds
+        self._made_here, self._id = False, None
 
     def open(
         self,
@@ -256,12 +306,34 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock(self.folder)
-            self._made_here = not self.config_path.exists()
+            self._forget_asides()
             config = {"format": FORMAT, "options": options} | (extra or {})
-            if not self.config_path.exists() or self.config()["options"] != options:
-                write_json(self.config_path, config)
+            self._made_here = not self.config_path.exists()
+            if self._made_here:
+                defining = {name: options[name] for name in set(options) - set(free)}
+                config["id"] = _seal(json.loads(json.dumps(defining)))
+            elif known_id := (known := self.config()).get("id"):
+                config["id"] = known_id
+            if self._made_here or known["options"] != options:
+                write_json(self.config_path, config, sealed=True)
         except OSError as error:
             raise ValueError(f"cannot write the run folder {self.folder}: {error}") from None
+
+    def _check_lock(self) -> None:
+        """Raise FileNotFoundError where the folder is not the one that was opened."""
+        if (file := _locks.get(self.folder.resolve())) is None:
+            return
+        try:
+            same = os.path.samestat(os.fstat(file.fileno()), os.stat(self.folder / "lock"))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise FileNotFoundError(f"{self.folder} was deleted, or made anew, while it was in use")
+
+    def _forget_asides(self) -> None:
+        """Delete what processes that were killed have half written; no other writes here now."""
+        for aside in [*self.folder.glob("*.tmp"), *self.folder.glob("*/*.tmp")]:
+            aside.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let other processes open the folder."""
@@ -288,12 +360,14 @@ class Run:
             ValueError: this is no run folder, its config is damaged, or of another format.
         """
         try:
-            config = json.loads(self.config_path.read_text(encoding="utf-8"))
+            config = read_json(self.config_path)
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{self.folder} is no run folder: it has no config.json") from None
-        except (ValueError, RecursionError):
-            raise DamagedFile(f"{self.config_path} is damaged: it is no JSON") from None
-        if not isinstance(config, dict) or config.get("format") != FORMAT:
+        except DamagedFile as error:
+            raise DamagedFile(
+                f"{error}. Without it the command that made the run goes on"
+            ) from None
+        if config.get("format") != FORMAT or not isinstance(config.get("options"), dict):
             raise ValueError(
                 f"{self.config_path}: not of format {FORMAT}, which this version reads"
             )
@@ -315,38 +389,60 @@ class Run:
                 "Take another --name, or delete the folder"
             )
 
+    def purpose(self, name: str) -> str | None:
+        """Return what a file of this run is for; None in a run from before files had a purpose."""
+        if self._id is None and self.config_path.exists():
+            self._id = self.config().get("id")
+        return self._id and f"{name} of run {self._id}"
+
+    def keep(self, name: str, value: Any) -> None:
+        """`save_checked` a file of this run, by its name in the folder."""
+        save_checked(self.folder / name, value, self.purpose(name))
+
+    def kept(self, name: str) -> Any:
+        """`load_checked` what was kept under this name; no other file passes for it."""
+        return load_checked(self.folder / name, self.purpose(name))
+
     def log(self, record: dict) -> None:
         """Append one record to the log."""
         if not self.writes:
             return
+        self._check_lock()
         line = (json.dumps(record) + "\n").encode()
-        with open(self.log_path, "ab") as file:
-            file.write(line)
-        self._log_hash.update(line)
-        self._log_length += len(line)
+        try:
+            with open(self.log_path, "ab") as file:
+                file.write(line)
+        except OSError as error:
+            raise OSError(f"cannot write {self.log_path}: {error.strerror}") from None
+        self._log += line
 
     def records(self) -> list[dict]:
         """Return the log's records; a last line cut short by a kill is left out."""
         if not self.log_path.exists():
             return []
-        whole = self.log_path.read_bytes().split(b"\n")[:-1]
         try:
-            records = [json.loads(line) for line in whole]
+            records = _parsed(self.log_path.read_bytes())
         except (ValueError, RecursionError):
             raise DamagedFile(f"{self.log_path} is damaged: a line is no JSON") from None
         if not all(isinstance(record, dict) for record in records):
             raise DamagedFile(f"{self.log_path} is damaged: a line is no JSON object")
         return records
 
+    def vouched_records(self) -> list[dict]:
+        """Return the records that the newest whole checkpoint knows; all where there is none."""
+        checkpoint = self.load()
+        return _parsed(checkpoint["log"]["text"].encode()) if checkpoint else self.records()
+
     def save(self, state: dict) -> None:
         """Write a checkpoint; the one before stays until this one is whole, and beside it after."""
         if not self.writes:
             return
+        self._check_lock()
         with open(self.log_path, "ab") as file:
             os.fsync(file.fileno())
-        log = {"length": self._log_length, "sha256": self._log_hash.hexdigest()}
+        log = {"text": self._log.decode()}
         fresh = self.folder / "checkpoint.new.pt"
-        save_checked(fresh, {"state": state, "log": log})
+        save_checked(fresh, {"state": state, "log": log}, self.purpose("checkpoint"))
         if self.checkpoint_path.exists():
             os.replace(self.checkpoint_path, self.previous_path)
         os.replace(fresh, self.checkpoint_path)
@@ -365,10 +461,11 @@ class Run:
         damaged = []
         for path in (self.checkpoint_path, self.previous_path):
             try:
-                checkpoint = load_checked(path)
+                checkpoint = load_checked(path, self.purpose("checkpoint"))
                 if not isinstance(checkpoint, dict) or not {"log", "state"} <= checkpoint.keys():
                     raise DamagedFile(f"{path} is no checkpoint of a run")
-                self._check_log(path, checkpoint["log"])
+                if "text" not in checkpoint["log"]:
+                    checkpoint["log"] = {"text": self._checked_log(path, checkpoint["log"])}
                 take(checkpoint["state"])
             except FileNotFoundError as error:
                 if path.exists():
@@ -390,19 +487,24 @@ class Run:
         `take` is as of `load`.
         """
         checkpoint = self.load(take)
-        length = checkpoint["log"]["length"] if checkpoint else 0
-        self._log_hash, self._log_length = hashlib.sha256(), length
-        if self.writes and self.log_path.exists():
-            os.truncate(self.log_path, length)
-            self._log_hash.update(self.log_path.read_bytes())
+        self._log = bytearray(checkpoint["log"]["text"].encode() if checkpoint else b"")
+        if self.writes:
+            known = self.log_path.read_bytes() if self.log_path.exists() else b""
+            if not known.startswith(self._log):
+                print(f"warning: {self.log_path} is not as the checkpoint knows it; written anew")
+                write_atomically(self.log_path, lambda aside: aside.write_bytes(self._log))
+            elif known != self._log:
+                os.truncate(self.log_path, len(self._log))
         return checkpoint["state"] if checkpoint else None
 
-    def _check_log(self, path: Path, log: dict) -> None:
+    def _checked_log(self, path: Path, log: dict) -> str:
+        """Return the log of a checkpoint from before checkpoints held it."""
         known = self.log_path.read_bytes()[: log["length"]] if self.log_path.exists() else b""
         if len(known) < log["length"]:
             raise DamagedFile(f"{self.log_path} is shorter than {path.name} says")
         if hashlib.sha256(known).hexdigest() != log["sha256"]:
             raise DamagedFile(f"{self.log_path} is damaged: it is not the log of {path.name}")
+        return known.decode()
 
     def keep_best(self, unit: str, value: Any) -> None:
         """Write `value` if the log's last record is its best by validation so far.
@@ -412,7 +514,7 @@ class Run:
         """
         records = self.records()
         if best_record(records) is records[-1]:
-            save_checked(self.folder / f"best-{records[-1][unit]}.pt", value)
+            self.keep(f"best-{records[-1][unit]}.pt", value)
 
     def load_best(self, unit: str, log: dict) -> tuple[float, Any]:
         """Return round or epoch, and what was kept of it, of the best record of a checkpoint's log.
@@ -420,12 +522,11 @@ class Run:
         Raises:
             ValueError: nothing was kept.
         """
-        lines = self.log_path.read_bytes()[: log["length"]].splitlines()
-        best = best_record([json.loads(line) for line in lines])
-        path = self.folder / f"best-{best[unit]}.pt" if best else None
-        if path is None or not path.exists():
+        best = best_record(_parsed(log["text"].encode()))
+        name = f"best-{best[unit]}.pt" if best else None
+        if name is None or not (self.folder / name).exists():
             raise ValueError(f"{self.folder} has kept no best weights: --early-stop keeps them")
-        return best[unit], load_checked(path)
+        return best[unit], self.kept(name)
 
     def forget_worse(self, needed: Iterable[float | None]) -> None:
         """Delete what `keep_best` wrote of all but these rounds or epochs."""
@@ -442,8 +543,22 @@ class Run:
             summary["final"] = evaluated[-1]
         if best := best_record(evaluated):
             summary["best_by_validation"] = best
-        write_json(self.folder / "summary.json", summary)
+        write_json(self.folder / "summary.json", summary, sealed=True)
         return summary
+
+    def summary(self) -> dict | None:
+        """Return summary.json; None where there is none, or, with a warning, a damaged one."""
+        try:
+            return read_json(self.folder / "summary.json")
+        except FileNotFoundError:
+            return None
+        except DamagedFile as error:
+            print(f"warning: {error}; the run's end is repeated")
+            return None
+
+
+def _parsed(log: bytes) -> list[dict]:
+    return [json.loads(line) for line in log.split(b"\n")[:-1]]
 
 
 def best_record(records: list[dict]) -> dict | None:

@@ -244,17 +244,35 @@ def open_run(
         extra["shards"] = {"clients": len(sizes), "smallest": min(sizes), "largest": max(sizes)}
     free, older = set(stored) - {*defining(options), *made_from}, defaults_of_older_runs(options)
     run.open(stored, extra, free=free, defaults=older)
-    if shards and run.writes and not (run.folder / "shards.npz").exists():
+    if shards and run.writes:
         ends = np.cumsum([len(shard) for shard in shards])
         arrays = dict(validation=workspace.val_index, clients=np.concatenate(shards), ends=ends)
-        runs.write_atomically(run.folder / "shards.npz", lambda p: save_arrays(p, arrays))
+        keep_arrays(run.folder / "shards.npz", arrays)
     return run
 
 
-def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """np.savez_compressed to exactly this path."""
-    with open(path, "wb") as file:
-        np.savez_compressed(file, **arrays)
+def keep_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """np.savez_compressed to exactly this path, unless it holds just that; damage is told."""
+
+    def write(aside: Path) -> None:
+        with open(aside, "wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    if path.exists():
+        if holds_arrays(path, arrays):
+            return
+        print(f"warning: {path} is damaged, or of another run; written anew", file=sys.stderr)
+    runs.write_atomically(path, write)
+
+
+def holds_arrays(path: Path, arrays: dict[str, np.ndarray]) -> bool:
+    """Tell whether np.load finds these arrays, and no others, at a path."""
+    try:
+        with np.load(path) as found:
+            same = [np.array_equal(found[name], array) for name, array in arrays.items()]
+            return all(same) and set(found) == set(arrays)
+    except Exception:  # a damaged archive fails in many ways
+        return False
 
 
 def git_commit() -> str | None:
@@ -270,15 +288,11 @@ def finished_summary(
     run: runs.Run, unit: str, total: int, patience: int | None = None
 ) -> dict | None:
     """Return the summary of a run that has reached `total`, or stopped early, after saying so."""
-    path = run.folder / "summary.json"
-    if not path.exists():
+    summary = run.summary()
+    if summary is None or unit not in summary:
         return None
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        early = patience is not None and summary.get("stopped_early") == patience
-        if summary[unit] < total and not early:
-            return None
-    except (ValueError, KeyError, TypeError):  # damaged: written anew at the end
+    early = patience is not None and summary.get("stopped_early") == patience
+    if summary[unit] < total and not early:
         return None
     why = ", stopped early" if early else ""
     print(f"{run.folder} is finished: {unit} {summary[unit]}{why}. {headline(summary)}")
@@ -334,13 +348,13 @@ def drive_to_summary(
 
 
 def conclude(run: runs.Run, figures: dict, account: Callable[[], dict]) -> dict:
-    """Write a complete run's summary and curves."""
+    """Write a complete run's curves, and at last its summary, by which it counts as finished."""
     sent = account()
-    summary = run.summarise(**figures, **sent)
     try:
         plots.plot_curves({run.folder.name: run.records()}, run.folder / "curves.png")
     except ValueError as error:
         print(f"no curves.png: {error}", file=sys.stderr)
+    summary = run.summarise(**figures, **sent)
     if sent:
         print(
             f"sent {sent['bytes_up'] / 1e6:,.1f} MB up, {sent['bytes_down'] / 1e6:,.1f} MB down: "

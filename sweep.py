@@ -6,6 +6,7 @@ imports for itself.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ from pathlib import Path
 from tables import Cell
 
 HERE = Path(__file__).parent
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def run_cells(missing: Callable[[set[str]], Iterable[tuple[Path, Cell]]], jobs: int) -> set[str]:
@@ -70,10 +72,17 @@ def run_cells(missing: Callable[[set[str]], Iterable[tuple[Path, Cell]]], jobs: 
         signal.signal(signal.SIGTERM, before)
 
 
+def end_with_parent() -> None:
+    """Let this process be killed when its parent ends, so that a killed sweep leaves no runs."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def run(arguments: list[str], said: str) -> None:
     """Call train.py in this process; what it prints as errors goes to the file `said`."""
     import train
 
+    end_with_parent()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     errors = os.open(said, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())

@@ -7,13 +7,14 @@ taken seed by seed.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from runs import Run, read_json
 
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -206,21 +207,19 @@ def summary(folder: Path, cell: Cell) -> dict | None:
     Raises:
         ValueError: the folder holds another run under this name.
     """
-    path = folder / cell.name / "summary.json"
-    if not path.exists():
+    run = Run(folder / cell.name)
+    if (found := run.summary()) is None:
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
-        options = config["options"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{path.parent} is damaged: delete it, to have it run again") from None
+        options = read_json(run.config_path)["options"]
+    except (OSError, ValueError, KeyError):
+        raise ValueError(f"{run.folder} is damaged: delete it, to have it run again") from None
     if differing := next(
         (d for d in given(cell).items() if not same(options.get(d[0]), d[1])), None
     ):
         name, value = differing
         raise ValueError(
-            f"{path.parent} was made by another version of its experiment: {name} is "
+            f"{run.folder} was made by another version of its experiment: {name} is "
             f"{options.get(name)} there and {value} here; give another --results, or delete it"
         )
     return found

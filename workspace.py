@@ -27,6 +27,7 @@ import model as vit
 import runs
 from ranks import OneProcess
 
+SAVE_SECONDS = 60.0  # the most work on features that a kill may cost
 HEAD = ("head.weight", "head.bias")
 
 
@@ -124,35 +125,44 @@ class Workspace:
             preprocess.image_size,
         ]
         settings += [str(self.dtype), self.device.type, fingerprint(model), self.options.data]
-        key = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
-        path = Path(self.options.data_dir) / "features" / f"{self.options.data}-{part}-{key}.pt"
-        if path.exists():
-            try:
-                return runs.load_checked(path).to(self.device)
-            except runs.DamagedFile as error:
-                print(f"warning: {error}; computed again", file=sys.stderr)
-        features = self.compute_features(model, part)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            runs.save_checked(path, features.cpu())
-        except OSError as error:
-            print(f"warning: the features are not kept: {error}", file=sys.stderr)
+        key = hashlib.sha256(repr([*settings, part, runs.BOUND]).encode()).hexdigest()
+        name = f"{self.options.data}-{part}-{key[:16]}.pt"
+        kept = KeptFeatures(Path(self.options.data_dir) / "features" / name, key)
+        if (features := kept.load()) is not None:
+            return features.to(self.device)
+        features = self.compute_features(model, part, kept=kept)
+        kept.save(features)
         return features
 
     @torch.no_grad()
     def compute_features(
-        self, model: vit.VisionTransformer, part: str, index: Tensor | None = None
+        self,
+        model: vit.VisionTransformer,
+        part: str,
+        index: Tensor | None = None,
+        kept: KeptFeatures | None = None,
     ) -> Tensor:
-        """Return the features (N, D) of a part's images, or of those in `index` (N,) alone."""
+        """Return the features (N, D) of a part's images, or of those in `index` (N,) alone.
+
+        Args:
+            kept: where a computation that is cut short is gone on with.
+        """
         preprocess, images = self.preprocess(), self.sets[part].images
-        backbone, rows = cast_copy(model, self.dtype), []
+        backbone, batch = cast_copy(model, self.dtype), self.options.eval_batch
         count = len(images) if index is None else len(index)
-        status = Status(f"features of the {part} images", count)
-        for chunk in data.in_chunks(count, self.options.eval_batch):
+        begun = kept.load_begun(batch) if kept else None
+        rows = [] if begun is None else [begun.to(self.device)]
+        done = sum(map(len, rows))
+        status = Status(f"features of the {part} images", count, done)
+        for chunk in data.in_chunks(count, batch):
+            if chunk.start < done:
+                continue
             pixels = images[chunk if index is None else index[chunk]]
             with self.fitting("features", len(pixels), "--eval-batch"):
                 rows.append(backbone.features(preprocess(pixels)).float())
             status.show(chunk.stop)
+            if kept and chunk.stop < count:
+                kept.save_begun(rows, batch)
         status.close()
         return torch.cat(rows)
 
@@ -256,6 +266,54 @@ class Workspace:
             "torch": str(torch.__version__),
             "numpy": np.__version__,
         }
+
+
+class KeptFeatures:
+    """The file of some features, and, while they are computed, that of the first of them.
+
+    Args:
+        key: what names these features among all others.
+    """
+
+    def __init__(self, path: Path, key: str):
+        self.path, self.key = path, key
+        self.begun_path, self.saved = path.with_suffix(".begun"), time.monotonic()
+
+    def load(self) -> Tensor | None:
+        """Return all features (N, D), if they are there and whole."""
+        return self._load(self.path, self.key)
+
+    def save(self, features: Tensor) -> None:
+        """Keep all features (N, D)."""
+        self._save(self.path, self.key, features)
+        with contextlib.suppress(OSError):
+            self.begun_path.unlink(missing_ok=True)
+
+    def load_begun(self, batch: int) -> Tensor | None:
+        """Return the features of the first images, if they are there; batch: images at a time."""
+        return self._load(self.begun_path, f"{self.key} {batch}")
+
+    def save_begun(self, rows: list[Tensor], batch: int) -> None:
+        """Keep the features so far, if the last time is SAVE_SECONDS ago."""
+        if time.monotonic() - self.saved >= SAVE_SECONDS:
+            self._save(self.begun_path, f"{self.key} {batch}", torch.cat(rows))
+            self.saved = time.monotonic()
+
+    def _load(self, path: Path, purpose: str) -> Tensor | None:
+        if not path.exists():
+            return None
+        try:
+            return runs.load_checked(path, purpose)
+        except runs.DamagedFile as error:
+            print(f"warning: {error}; computed again", file=sys.stderr)
+            return None
+
+    def _save(self, path: Path, purpose: str, features: Tensor) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            runs.save_checked(path, features.cpu(), purpose)
+        except OSError as error:
+            print(f"warning: the features are not kept: {error}", file=sys.stderr)
 
 
 def choose_device(name: str, group: OneProcess) -> torch.device:

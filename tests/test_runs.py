@@ -1,7 +1,9 @@
 """A run's folder: what is written is what is read, and damage never passes for data."""
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -125,13 +127,117 @@ def test_two_damaged_checkpoints_stop_the_run(run):
         run.restore()
 
 
-def test_a_changed_log_is_found(run):
+@pytest.mark.parametrize("damage", ["flip", "truncate", "gone"])
+def test_a_damaged_log_is_written_anew_from_the_checkpoint(run, damage, capsys):
     drive(run, Walk(), "round", 5)
-    raw = bytearray(run.log_path.read_bytes())
-    raw[20] ^= 1
-    run.log_path.write_bytes(raw)
-    with pytest.raises(DamagedFile, match="log.jsonl is damaged"):
-        Run(run.folder).restore()
+    whole = run.log_path.read_bytes()
+    flipped = whole[:20] + bytes([whole[20] ^ 1]) + whole[21:]
+    run.log_path.write_bytes({"flip": flipped, "truncate": whole[:-9], "gone": b""}[damage])
+    assert [r["round"] for r in run.vouched_records()] == [0, 1, 2, 3, 4, 5]
+    assert Run(run.folder).restore()["process"]["round"] == 5
+    assert run.log_path.read_bytes() == whole
+    assert "log.jsonl is not as the checkpoint knows it" in capsys.readouterr().out
+
+
+def as_before_purposes(path, content):
+    """Write a file as it was before files had a purpose: a footer of its own hash alone."""
+    torch.save(content, path)
+    raw = path.read_bytes()
+    path.write_bytes(raw + runs.UNBOUND + hashlib.sha256(raw).digest())
+
+
+def test_a_folder_from_before_files_had_a_purpose_goes_on(run):
+    drive(run, Walk(), "round", 5)
+    config = json.loads(run.config_path.read_text())
+    runs.write_json(run.config_path, {k: config[k] for k in ("format", "options")})
+    log = run.log_path.read_bytes()
+    known = {"length": len(log), "sha256": hashlib.sha256(log).hexdigest()}
+    as_before_purposes(run.checkpoint_path, run.load() | {"log": known})
+    again = Run(run.folder)
+    again.open({"rounds": 9})
+    drive(again, Walk(), "round", 7)
+    assert [r["round"] for r in again.records()] == list(range(8))
+    whole = Walk()
+    for _ in range(7):
+        whole.advance()
+    assert torch.equal(again.load()["state"]["process"]["value"], whole.value)
+
+
+def test_another_runs_file_does_not_pass_for_ones_own(tmp_path, capsys):
+    ours, theirs = Run(tmp_path / "ours"), Run(tmp_path / "theirs")
+    for run, rate in ((ours, 1), (theirs, 2)):
+        run.open({"rate": rate, "rounds": 7}, free={"rounds"})
+        drive(run, Walk(), "round", 5)
+        drive(run, Walk(), "round", 7)
+        run.keep("a.pt", torch.zeros(1))
+        run.keep("b.pt", torch.ones(1))
+    shutil.copy(theirs.checkpoint_path, ours.checkpoint_path)
+    assert ours.load()["state"]["process"]["round"] == 5
+    assert "checkpoint.pt is whole, and belongs elsewhere" in capsys.readouterr().out
+    for other in (theirs.folder / "a.pt", ours.folder / "b.pt"):
+        shutil.copy(other, ours.folder / "a.pt")
+        with pytest.raises(DamagedFile, match="a.pt is whole, and belongs elsewhere"):
+            ours.kept("a.pt")
+    assert ours.kept("b.pt") == 1
+    as_before_purposes(ours.folder / "b.pt", torch.zeros(1))
+    with pytest.raises(DamagedFile, match="b.pt is whole, and belongs elsewhere"):
+        ours.kept("b.pt")
+    ours.config_path.unlink()  # typed again, the command makes the same; another does not
+    (same := Run(ours.folder)).open({"rate": 1, "rounds": 9}, free={"rounds"})
+    assert same.load()["state"]["process"]["round"] == 5
+    ours.config_path.unlink()
+    (other := Run(ours.folder)).open({"rate": 3, "rounds": 7}, free={"rounds"})
+    with pytest.raises(DamagedFile, match="belongs elsewhere"):
+        other.load()
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json"])
+def test_every_flipped_bit_of_a_json_file_is_found_or_says_the_same(run, name, capsys):
+    run.log({"round": 1, "val_acc": 0.5})
+    run.summarise(round=1)
+    whole, known = (run.folder / name).read_bytes(), (run.config(), run.summary())
+    found = 0
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (run.folder / name).write_bytes(damaged)
+        try:
+            read = Run(run.folder).config(), run.summary()
+        except ValueError as error:
+            assert name in str(error)
+            found += 1
+            continue
+        if "summary.json is damaged" in capsys.readouterr().out:
+            found += 1
+            continue
+        for value, expected in zip(read, known, strict=True):  # a flip in the key of the hash
+            assert {**value, runs.SEAL: ""}.items() >= {**expected, runs.SEAL: ""}.items()
+    assert found >= 8 * (len(whole) - len(runs.SEAL))
+
+
+def test_what_a_killed_process_half_wrote_goes_at_the_next_start(run):
+    run.close()
+    for name in ("checkpoint.new.pt.1.tmp", "scaffold/client3-1.pt.1.tmp"):
+        (run.folder / name).parent.mkdir(exist_ok=True)
+        (run.folder / name).write_bytes(b"half")
+    Run(run.folder).open({"rounds": 9})
+    assert not list(run.folder.rglob("*.tmp"))
+
+
+@pytest.mark.skipif(runs.fcntl is None, reason="needs flock")
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_folder_that_is_deleted_under_a_run_stops_it(run, anew):
+    def delete(record):
+        if record["round"] == 3:
+            shutil.rmtree(run.folder)
+            if anew:
+                run.folder.mkdir()
+                (run.folder / "lock").touch()
+
+    with pytest.raises(FileNotFoundError, match="run was deleted, or made anew, while it was in"):
+        drive(run, Walk(), "round", 9, complete=delete)
+    assert not (run.folder / "log.jsonl").exists()
+    run.close()
 
 
 def test_another_environment_is_noted_with_the_round(run):
