@@ -222,7 +222,8 @@ def sweeps(tally: Tally, where: Path, kills: int, seed: int) -> None:
     """Kill a sweep of two jobs; its runs end with it, and it goes on when typed again."""
     kind, moments = "kill -9 of a sweep", random.Random(seed)
     script = str(ROOT / "tests" / "faults" / "world.py")
-    command = (sys.executable, script, "sweep", "rules", "--jobs", "2", "--results", "runs")
+    command = (sys.executable, script, "sweep", "rules", "--scale", "smoke")
+    command += ("--jobs", "2", "--results", "runs")
 
     def found(folder: Path) -> dict:
         return {k: canonical(v) for k, v in outcome_of_cells(folder).items()}

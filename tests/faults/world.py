@@ -2,7 +2,8 @@
 
 One process imports everything once and forks: a start costs seconds, a fork costs milliseconds. It
 must not run a parallel operation before it forks, hence the single thread. As a script this is
-train.py on the small data, for the faults that need processes of their own.
+train.py on the small data, for the faults that need processes of their own; a sweep's processes
+import it too.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ data.synthetic_dataset = lambda: SMALL
 session.git_commit = lambda: "faults"  # quicker; so are curves that nobody sees
 plots.plot_curves = lambda logs, path: Path(path).touch()
 SAVE_SECONDS = 0.05  # between checkpoints; a run outside these tests has 60
+runs.drive.__kwdefaults__["save_seconds"] = SAVE_SECONDS
 UNEQUAL = ("seconds", "wall_seconds", "environment", "commit", "log", runs.SEAL)  # of equal runs
 UNCOUNTED = ("config.json", "checkpoint.prev.pt", "checkpoint.new.pt", "lock")
 
@@ -64,7 +66,6 @@ class Child:
             status = 1
             try:
                 os.chdir(folder)
-                runs.drive.__kwdefaults__["save_seconds"] = SAVE_SECONDS
                 prepare()
                 status = train.main([*command.split(), "--threads", "1"])
                 sys.stdout.flush()
@@ -204,7 +205,7 @@ def reference(folder: Path, command: str) -> tuple[dict, float]:
 
 if __name__ == "__main__":
     import experiments
-    import sweep
+    import tables
 
     TINY = (
         "--data",
@@ -218,8 +219,6 @@ if __name__ == "__main__":
         "--rounds",
         "60",
     )
-    ROWS = tuple(experiments.Row((name,), TINY, (0.1,)) for name in ("a", "b", "c", "d"))
-    experiments.EXPERIMENTS["rules"] = experiments.Experiment(("row",), ROWS, (0,), ())
-    sweep.TRAIN = Path(__file__)
-    runs.drive.__kwdefaults__["save_seconds"] = SAVE_SECONDS
+    ROWS = tuple(tables.Row((name,), TINY, (0.1,)) for name in ("a", "b", "c", "d"))
+    experiments.at_scale = lambda scale: {"rules": tables.Experiment("Four", ("row",), ROWS)}
     sys.exit(train.main())
