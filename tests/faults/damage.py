@@ -250,7 +250,7 @@ def damaged_commands(tally: Tally, where: Path, ways: int, seed: int) -> None:
     for pattern in (*(f"runs/x/{name}" for name in OF_A_RUN), "data/features/*", "data/masks/*"):
         paths = in_use(where / "half", pattern)
         others = in_use(where / "other", pattern)
-        for index, path in enumerate(paths if ways else paths[:1]):
+        for index, path in enumerate(paths[: 3 if ways else 1]):
             name = path.relative_to(where / "half")
             other = others[index % len(others)]
             tries = {way: WAYS[way](path.read_bytes(), moments.random()) for way in WAYS}
@@ -325,6 +325,6 @@ def planned(full: bool) -> list[tuple[str, Callable, tuple]]:
         (f"damaged {name}, functions", check_property, (name, examples[name] if full else 20))
         for name in PROPERTIES
     ]
-    tries.append(("damaged files, commands", damaged_commands, (8 if full else 0, 0)))
+    tries.append(("damaged files, commands", damaged_commands, (5 if full else 0, 0)))
     tries.append(("damaged files, eval", damaged_evaluations, (8 if full else 1, 0)))
     return tries

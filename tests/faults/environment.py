@@ -196,13 +196,13 @@ def signals(tally: Tally, where: Path, evaluations: int, calibrations: int) -> N
 def planned(full: bool) -> list[tuple[str, Callable, tuple]]:
     """Return what to try: name, function, arguments."""
     tries = [
-        ("no space beyond a size", limited_files, (12 if full else 1,)),
+        ("no space beyond a size", limited_files, (8 if full else 1,)),
         ("file in place of a folder, run folder deleted", places, (3 if full else 1,)),
         ("two processes on a folder", two_processes, ()),
         ("clock that jumps", clocks, ()),
-        ("SIGTERM in an evaluation, in a calibration", signals, (9, 10) if full else (1, 1)),
+        ("SIGTERM in an evaluation, in a calibration", signals, (9, 5) if full else (1, 1)),
     ]
     if full and os.geteuid() == 0 and shutil.which("mount"):
-        tries.append(("full file system", full_disks, (12,)))
+        tries.append(("full file system", full_disks, (8,)))
         tries.append(("read-only file system", read_only_disks, ()))
     return tries

@@ -30,7 +30,7 @@ def try_all(tally: world.Tally, where: Path, full: bool, only: str) -> None:
     """Try every kind of fault whose name holds `only`."""
     planned = []
     for kind in kills.TRAINING:
-        count = 30 if full else 2
+        count = 20 if full else 2
         planned.append((f"kill -9, {kind}", kills.random_kills, (kind, count, 0)))
     name = "kill -9 at a file operation"
     steps = dict(first=1, step=1 if full else 41)
@@ -40,8 +40,8 @@ def try_all(tally: world.Tally, where: Path, full: bool, only: str) -> None:
     planned += damage.planned(full)
     planned += environment.planned(full)
     if full:
-        planned.append(("kill -9 of one of two processes", kills.one_of_two, (4, 0)))
-        planned.append(("kill -9 of a sweep", kills.sweeps, (3, 0)))
+        planned.append(("kill -9 of one of two processes", kills.one_of_two, (2, 0)))
+        planned.append(("kill -9 of a sweep", kills.sweeps, (2, 0)))
     waiting, running = [plan for plan in planned if only in plan[0]], {}
     while waiting or running:
         while waiting and len(running) < os.cpu_count():
