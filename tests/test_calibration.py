@@ -13,6 +13,7 @@ from test_train import FEDAVG, TINY, records, theta, without_seconds
 import calibration
 import entries
 import masks
+import model as vit
 import runs
 import train
 from calibration import Calibration
@@ -354,3 +355,19 @@ def test_clients_whose_own_masks_are_empty_are_not_compared(cli, small_data):
     status, out, err = cli("calibrate", *FEDAVG[1:], "--calibration-images", 100, *making, *top)
     assert status == 0, err
     assert (small_data / "runs" / "m" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "another's"])
+def test_a_kept_mask_of_something_else_is_named_and_made_again(cli, small_data, damage):
+    command = ("calibrate", *FEDAVG[1:], "--calibration-images", 100, "--name")
+    assert cli(*command, "m")[0] == 0
+    (path,) = (small_data / "data" / "masks").iterdir()
+    whole = Mask.load(small_data / "runs" / "m" / "mask.pt", vit.build_vit("vit_demo", 100, 0))
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-99])
+    else:
+        Mask(whole.shapes, ~whole.kept, whole.made).save(path, "another key")
+    status, _, err = cli(*command, "n")
+    assert status == 0 and f"{path.name}: damaged, or another mask" in err
+    again = Mask.load(small_data / "runs" / "n" / "mask.pt", vit.build_vit("vit_demo", 100, 0))
+    assert again.sha256 == whole.sha256
