@@ -71,27 +71,26 @@ def full_disks(tally: Tally, where: Path, tries: int) -> None:
 
 
 def read_only_disks(tally: Tally, where: Path) -> None:
-    """A file system that takes nothing, from the start and from a moment on."""
-    kind, expected = "read-only file system", reference(where / "whole", COMMAND)[0]
-    for number in range(3):
-        folder = fresh(where / f"victim{number}")
+    """A file system that takes nothing; it cannot become so while a run has its lock open."""
+    kind, command = "read-only file system", COMMAND.replace("--rounds 8", "--rounds 9")
+    expected, folder = reference(where / "whole", command)[0], fresh(where / "victim")
+    for before in (None, COMMAND):  # from the start, and a run that goes on
+        shutil.rmtree(folder)
         with mounted(folder / "runs", 1 << 28):
 
-            def remount(how: str, folder=folder) -> None:
-                command = ["mount", "-o", f"remount,{how}", str(folder / "runs")]
-                subprocess.run(command, check=True)
+            def remount(how: str) -> None:
+                line = ["mount", "-o", f"remount,{how}", str(folder / "runs")]
+                subprocess.run(line, check=True)
 
-            def prepare(number=number, remount=remount):
-                at_round(number, lambda run: remount("ro"))
-
-            def retry(folder=folder, remount=remount):
+            def retry(remount=remount):
                 remount("rw")
-                return run(folder, COMMAND)
+                return run(folder, command)
 
-            if number == 0:
-                remount("ro")
-            ended = run(folder, COMMAND, prepare if number else lambda: None)
-            tally.judge(kind, f"round {number}", folder, ended, expected, retry=retry, names="runs")
+            if before:
+                run(folder, before)
+            remount("ro")
+            ended = run(folder, command)
+            tally.judge(kind, f"{before}", folder, ended, expected, retry=retry, names="runs")
 
 
 def at_round(round: int, act: Callable[[runs.Run], None]) -> None:

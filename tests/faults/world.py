@@ -115,10 +115,13 @@ def outcome(folder: Path) -> dict[str, Any]:
         else:
             lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
             found[name] = [canonical(json.loads(line)) for line in lines]
-    for name in [n for n in found if "/client" in n]:  # older vectors of a client may be left
-        stem, times = name.removesuffix(".pt").rsplit("-", 1)
-        if f"{stem}-{int(times) + 1}.pt" in found:
-            del found[name]
+    newest: dict[str, int] = {}  # older vectors of a client may be left
+    for name in found:
+        if "/client" in name:
+            stem, times = name.removesuffix(".pt").rsplit("-", 1)
+            newest[stem] = max(newest.get(stem, 0), int(times))
+    last = {f"{stem}-{times}.pt" for stem, times in newest.items()}
+    found = {n: value for n, value in found.items() if "/client" not in n or n in last}
     return found
 
 
