@@ -98,7 +98,7 @@ def main() -> int:
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a quick disk
     with tempfile.TemporaryDirectory(prefix="faults", dir=memory) as where:
         try_all(tally, Path(where), options.full, options.only)
-    figures = versions() | {
+    figures = made_with | {
         "set": "full" if options.full else "quick",
         "seconds": round(time.monotonic() - started),
         "save_seconds": world.SAVE_SECONDS,
