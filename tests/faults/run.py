@@ -94,7 +94,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="kinds whose name holds this")
     parser.add_argument("--out", type=Path, help="JSON file of the figures")
     options = parser.parse_args()
-    tally, started = world.Tally(), time.monotonic()
+    tally, started, made_with = world.Tally(), time.monotonic(), versions()
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a quick disk
     with tempfile.TemporaryDirectory(prefix="faults", dir=memory) as where:
         try_all(tally, Path(where), options.full, options.only)
