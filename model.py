@@ -17,6 +17,8 @@ import argparse
 import hashlib
 import math
 import os
+import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -290,11 +292,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of pickle protocols
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"weights {path}: no such file") from None
     except Exception as error:  # torch.load raises many types on damaged files
         reason = str(error).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch advises to load it unsafely
+            reason = "not a file of tensors and plain values alone"
         raise ValueError(f"weights {path}: damaged or no PyTorch checkpoint ({reason})") from None
     for wrapper in ("teacher", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):

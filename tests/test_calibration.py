@@ -288,7 +288,7 @@ BAD = {
     "--quorum 9: only 3 clients score": (
         *(*MASK, "--consensus", "vote", "--quorum", 9, "--calibration-fraction", 0.3),
     ),
-    "argument --mask: the name of a file is empty": ("--head", "ridge", "--mask", ""),
+    "argument --mask: the name is empty": ("--head", "ridge", "--mask", ""),
 }
 
 
