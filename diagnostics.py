@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import data
@@ -17,7 +18,7 @@ import fedavg
 import model as vit
 from calibration import exact_products
 from learner import Learner, evaluation_due
-from workspace import Workspace, cast_copy
+from workspace import HEAD, Workspace, cast_copy
 
 IMAGES = 32  # on which two models are compared
 DISPLACEMENT = 0.5  # root mean square change of the logits at which moves are compared, matched
@@ -64,6 +65,8 @@ class Diagnostics:
         self.learner, self.shards, self.workspace = learner, shards, learner.workspace
         self.start = learner.flat.theta.clone()
         self.logits = logits_of(self.workspace, learner.model, learner.flat)
+        if learner.on_features:  # the backbone is a constant
+            self.logits = self._head_logits
         self.held_out = held_out_images(self.workspace)
         self._watched: dict = {}
 
@@ -106,6 +109,10 @@ class Diagnostics:
                     self._held_out_logits, self.start, scale * change
                 )
         return watched | moved
+
+    def _head_logits(self, theta: Tensor, at: Tensor) -> Tensor:
+        weight, bias = (self.learner.flat.view(theta, name) for name in HEAD)
+        return F.linear(self.learner.inputs["train"][at], weight, bias)
 
     def _held_out_logits(self, theta: Tensor) -> Tensor:
         return self.logits(theta, self.held_out)
