@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -197,27 +198,24 @@ def run_sweep(options: argparse.Namespace) -> None:
 
 def list_runs(chosen: dict[str, tables.Experiment], folders: dict[str, Path], jobs: int) -> None:
     """Say of every table how many of its runs are done, and how long the others will take."""
-    rate, total = {}, 0.0
-    lines = []
+    estimates = []
     for name, experiment in chosen.items():
-        left, folder = experiment.left(folders[name]), folders[name]
-        took = {row.key: experiment.seconds(folder, row) for row, _ in left}
-        known = [seconds for seconds in took.values() if seconds is not None]
-        usual = float(np.mean(known)) if known else None
-        runs_left = sum(count for _, count in left)
+        left = experiment.left(folders[name])
+        took = [experiment.seconds(folders[name], row) for row, _ in left]
+        known = [seconds for seconds in took if seconds is not None]
+        usual = float(np.mean(known)) if known else math.nan  # of a row that has not run
+        seconds = [usual if one is None else one for one in took]
+        counts = [count for _, count in left]
         needed = sum(len(row.rates) + len(row.seeds) - 1 for row in experiment.rows)
-        estimate = None
-        if usual is not None or not runs_left:
-            estimate = sum(n * (took[row.key] or usual or 0) for row, n in left) / jobs
-        rate[name] = estimate
-        total += estimate or 0
-        shown = "unknown: none has run" if estimate is None else duration(estimate)
-        done = f"{needed - runs_left} of {needed} runs done"
-        lines.append(f"{name:15} {done:24} time left: {shown}")
-    print("\n".join(lines))
+        estimate = sum(n * s for n, s in zip(counts, seconds, strict=True) if n) / jobs
+        estimates.append(estimate)
+        shown = "unknown: none has run" if math.isnan(estimate) else duration(estimate)
+        done = f"{needed - sum(counts)} of {needed} runs done"
+        print(f"{name:15} {done:24} time left: {shown}")
     if len(chosen) > 1:
-        unknown = sum(estimate is None for estimate in rate.values())
+        unknown = sum(map(math.isnan, estimates))
         more = f", and {unknown} tables of unknown length" if unknown else ""
+        total = sum(one for one in estimates if not math.isnan(one))
         print(f"{'all':15} {'':24} time left: {duration(total)}{more}")
 
 

@@ -22,11 +22,12 @@ from typing import NamedTuple
 import experiments
 import runs
 from figures import FIGURES, Done, drawn
+from tables import VALIDATION as ACCURACY
 from tables import Experiment
 from typeset import NOT_RUN, VALUE, grouping, latex_table, markdown_table, tex
 
 HEADING = "% written by train.py report: do not edit\n"
-VALIDATION = "validation %"
+VALIDATION = ACCURACY.heading
 CAPTIONED = ("seeds", "other lr")  # of a table's columns, what its caption says
 SETUP = (
     *(

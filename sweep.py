@@ -19,7 +19,6 @@ from pathlib import Path
 
 from tables import Cell
 
-HERE = Path(__file__).parent
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 

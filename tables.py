@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from runs import Run, read_json
+from typeset import NOT_RUN, markdown_table
 
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -116,10 +117,10 @@ class Experiment(NamedTuple):
             for lr in row.rates[i : i + 1]
         ]
         for row in self.rows:
-            tried, chosen = self.tried(folder, row), self.best(folder, row)
+            tried = self.tried(folder, row)
             names = [row.cell(lr, row.seeds[0]).name for lr in row.rates if lr not in tried]
-            if chosen and all(name in given_up for name in names):
-                cells += [row.cell(chosen[0], seed) for seed in row.seeds[1:]]
+            if tried and len(row.seeds) > 1 and all(name in given_up for name in names):
+                cells += [row.cell(best_of(tried)[0], seed) for seed in row.seeds[1:]]
         return [cell for cell in cells if cell.name not in given_up]
 
     def missing(self, folder: Path, given_up: Collection[str] = ()) -> list[Cell]:
@@ -129,13 +130,12 @@ class Experiment(NamedTuple):
 
     def left(self, folder: Path) -> list[tuple[Row, int]]:
         """Return how many runs each row still lacks."""
-        known = [(row, self.tried(folder, row), self.best(folder, row)) for row in self.rows]
-        needed = [
-            (len(row.rates) - len(tried))
-            + (len(row.seeds) - len(best[1].keys() & {*row.seeds}) if best else len(row.seeds) - 1)
-            for row, tried, best in known
-        ]
-        return list(zip(self.rows, needed, strict=True))
+        left = []
+        for row in self.rows:
+            tried = self.tried(folder, row)
+            seeds = len(best_of(tried)[1]) if tried else 1  # that the chosen rate has, or will have
+            left.append((row, len(row.rates) - len(tried) + len(row.seeds) - seeds))
+        return left
 
     def seconds(self, folder: Path, row: Row) -> float | None:
         """Return how long a run of the row takes, by those that are done."""
@@ -155,15 +155,9 @@ class Experiment(NamedTuple):
         return {lr: found for lr, found in runs.items() if row.seeds[0] in found}
 
     def best(self, folder: Path, row: Row) -> tuple[float | None, dict[int, dict]] | None:
-        """Return the rate of the best mean validation accuracy, and its summaries by seed.
-
-        Rates are compared on the seeds that all of them have run.
-        """
+        """Return what `best_of` says of the row's rates; None where none has run."""
         tried = self.tried(folder, row)
-        if not tried:
-            return None
-        shared = set.intersection(*(set(found) for found in tried.values()))
-        return max(tried.items(), key=lambda item: mean(VALIDATION, item[1], shared))
+        return best_of(tried) if tried else None
 
     def lines(self, folder: Path) -> list[list[str]]:
         """Return the table's lines from the runs' summaries, the heading first."""
@@ -174,7 +168,7 @@ class Experiment(NamedTuple):
         lines, keys = [heading], {row.key: row for row in self.rows}
         for row in self.rows:
             if not (chosen := self.best(folder, row)):
-                lines.append([*row.key, "not run", *[""] * (len(heading) - len(row.key) - 1)])
+                lines.append([*row.key, NOT_RUN, *[""] * (len(heading) - len(row.key) - 1)])
                 continue
             lr, found = chosen
             lines.append([*row.key, *[f"{lr:g}" if lr is not None else ""] * rated])
@@ -196,9 +190,16 @@ class Experiment(NamedTuple):
 
     def table(self, folder: Path) -> str:
         """Return the table in Markdown."""
-        heading, *lines = self.lines(folder)
-        lines = [heading, ["---"] * len(heading), *lines]
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        return markdown_table(self.lines(folder))
+
+
+def best_of(tried: dict[float | None, dict[int, dict]]) -> tuple[float | None, dict[int, dict]]:
+    """Return the rate of the best mean validation accuracy, and its summaries by seed.
+
+    Rates are compared on the seeds that all of them have run.
+    """
+    shared = set.intersection(*(set(found) for found in tried.values()))
+    return max(tried.items(), key=lambda item: mean(VALIDATION, item[1], shared))
 
 
 def summary(folder: Path, cell: Cell) -> dict | None:

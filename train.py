@@ -641,7 +641,7 @@ def build_parser() -> Parser:
         "--scale",
         choices=tuple(experiments.SCALES),
         default="paper",
-        help="sizes: paper for a GPU, cpu for two cores, smoke for two minutes [%(default)s]",
+        help="sizes: paper for a GPU, cpu for two cores, smoke for minutes [%(default)s]",
     )
     sub.add_argument("--list", action="store_true", help="say what is done and what is missing")
     sub.add_argument("--jobs", type=number(int, 1), default=1, help="runs at a time [%(default)s]")

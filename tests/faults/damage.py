@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 from kills import SMALL
+from walk import Walk
 from world import Tally, fresh, reference, run
 
 import model as vit
@@ -91,24 +92,6 @@ def damaged(path: Path, damage: tuple[str, float]) -> bool:
     whole = path.read_bytes()
     path.write_bytes(WAYS[damage[0]](whole, damage[1]))
     return path.read_bytes() != whole
-
-
-class Walk:
-    """A process whose state depends on every step since the start."""
-
-    def __init__(self):
-        self.round, self.value = 0, torch.zeros(3, dtype=torch.float64)
-
-    def advance(self):
-        self.round += 1
-        self.value = torch.cos(self.value * 3 + self.round)
-        return {"round": self.round, "value": self.value[0].item()}
-
-    def state_dict(self):
-        return {"round": self.round, "value": self.value}
-
-    def load_state_dict(self, state):
-        self.round, self.value = state["round"], state["value"].clone()
 
 
 def walked(folder: Path, rate: int = 0) -> runs.Run:

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import world  # first: it imports torch with one thread
+import world  # first: it imports torch with one thread, and finds the files of the tests
 
 import damage  # isort: skip
 import environment  # isort: skip
