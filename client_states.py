@@ -9,7 +9,8 @@
                  Source: FedBN, Li 2021, arXiv:2102.07623
 
 A client that never took part has the initial value, and no memory. The average is kept in int64, in
-units of 2^-48, so that it does not depend on the order of clients; it changes between rounds.
+units of 2^-48, so that it does not depend on the order of clients; it changes between rounds. In
+files, the parity of all vectors (the XOR of their bits) makes up for any one that is lost.
 
     import torch; from client_states import Scaffold
     variates = Scaffold(torch.zeros(3), clients=100)
@@ -21,7 +22,8 @@ units of 2^-48, so that it does not depend on the order of clients; it changes b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,16 @@ BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 KEPT = 3  # the last states whose files are kept: a checkpoint, its predecessor, and a spare
 
 
+def _write(path: Path, vector: Tensor) -> None:
+    torch.save(vector, path)
+
+
 def _read(path: Path) -> Tensor:
     return torch.load(path, weights_only=True)
+
+
+def _bits(vector: Tensor) -> Tensor:
+    return vector.view(BITS[vector.dtype])
 
 
 class ClientStates:
@@ -46,8 +56,8 @@ class ClientStates:
         clients: K, over which the average runs.
         place: device where the vectors lie between a client's rounds; None: that of `initial`.
         folder: where `state_dict` leaves the vectors that changed; None keeps them in the state.
-        write, read: save one tensor in a file, and load it; of the process that writes the run,
-            `write` is None in the others.
+        write, read: save one tensor in a file, and load it, or raise ValueError where it is
+            damaged; of the process that writes the run, `write` is None in the others.
 
     Raises:
         ValueError: a value changes by more than the fixed point holds.
@@ -60,7 +70,7 @@ class ClientStates:
         *,
         place: torch.device | None = None,
         folder: Path | None = None,
-        write: Callable[[Path, Tensor], None] | None = torch.save,
+        write: Callable[[Path, Tensor], None] | None = _write,
         read: Callable[[Path], Tensor] = _read,
     ):
         self.initial, self.clients = initial.clone(), clients
@@ -70,6 +80,7 @@ class ClientStates:
         self.total = torch.zeros_like(initial, dtype=torch.int64)  # of the changes, over clients
         self._own = torch.zeros_like(self.total)  # this process's, not merged yet
         self._vectors: dict[int, Tensor] = {}
+        self._parity = torch.zeros_like(_bits(self.initial), device=self.place)
         self._changes: dict[int, int] = {}  # how often each vector has changed
         self._unmerged: set[int] = set()
         self._unwritten: set[int] = set()
@@ -87,9 +98,14 @@ class ClientStates:
         if not change.abs().max() < LIMIT:
             raise ValueError(f"the state of client {client} changes by more than {LIMIT:g}")
         self._own += change.mul_(UNITS / self.clients).round_().long()
-        self._vectors[client] = vector.to(self.place, copy=True)
-        self._changes[client] = self._changes.get(client, 0) + 1
+        self._keep(client, vector.to(self.place, copy=True), self._changes.get(client, 0) + 1)
         self._unmerged.add(client)
+
+    def _keep(self, client: int, vector: Tensor, times: int) -> None:
+        if (before := self._vectors.get(client)) is not None:
+            self._parity ^= _bits(before)
+        self._parity ^= _bits(vector)
+        self._vectors[client], self._changes[client] = vector, times
         self._unwritten.add(client)
 
     @property
@@ -111,10 +127,9 @@ class ClientStates:
 
     def _receive(self, client: int, times: int, group: Any, mine: bool) -> None:
         vector = self.get(client).clone() if mine else torch.zeros_like(self.initial)
-        group.sum_(vector.view(BITS[vector.dtype]))  # of zeros but for one process's
+        group.sum_(_bits(vector))  # of zeros but for one process's
         if not mine:
-            self._vectors[client], self._changes[client] = vector.to(self.place), times
-            self._unwritten.add(client)
+            self._keep(client, vector.to(self.place), times)
 
     @torch.no_grad()
     def next_round(self) -> None:
@@ -133,7 +148,7 @@ class ClientStates:
                 self.write(self._file(client, self._changes[client]), self._vectors[client].cpu())
             self._forget_old_files()
         self._unwritten.clear()
-        return state
+        return state | {"parity": self._parity}
 
     def _file(self, client: int, times: int) -> Path:
         return self.folder / f"client{client}-{times}.pt"
@@ -156,10 +171,30 @@ class ClientStates:
         self._own.zero_()
         self._unmerged, self._unwritten = set(), set()
         self._states = [self._files()]
-        vectors = state.get("vectors") or {
-            k: self.read(self._file(k, n)) for k, n in self._changes.items()
-        }
+        vectors = state["vectors"] if "vectors" in state else self._read_vectors(state["parity"])
         self._vectors = {k: vector.to(self.place) for k, vector in vectors.items()}
+        self._parity = _parity(self.initial.to(self.place), self._vectors.values())
+
+    def _read_vectors(self, parity: Tensor) -> dict[int, Tensor]:
+        """Read the clients' files; one that is gone or damaged is made up from the others."""
+        vectors, lost = {}, {}
+        for client, times in self._changes.items():
+            try:
+                vectors[client] = self.read(self._file(client, times))
+            except (FileNotFoundError, ValueError) as error:
+                lost[client] = error
+        if len(lost) > 1:
+            raise next(iter(lost.values()))
+        for client, error in lost.items():
+            print(f"warning: {error}; made up from the others")
+            bits = parity ^ _parity(self.initial.cpu(), vectors.values())
+            vectors[client] = bits.view(self.initial.dtype)
+            self._unwritten.add(client)
+        return vectors
+
+
+def _parity(like: Tensor, vectors: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.bitwise_xor, map(_bits, vectors), torch.zeros_like(_bits(like)))
 
 
 class Scaffold(ClientStates):

@@ -187,6 +187,33 @@ def test_files_hold_what_changed_and_every_kept_checkpoint_can_be_resumed(tmp_pa
         assert torch.equal(again.theta_global, expected.theta_global)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_any_one_file_is_made_up_from_the_others(tmp_path, size, dtype):
+    def work(group):
+        writes = {} if group.rank == 0 else {"write": None}
+        process, own = federation(dtype=dtype, group=group, folder=tmp_path, **writes)
+        run(process, 3)
+        return process.state_dict(), own
+
+    state, own = in_threads(size, work)[0]
+    files = sorted(tmp_path.iterdir())
+    assert len(files) > 6
+    for path in files:
+        raw = path.read_bytes()
+        path.unlink()
+        again, variates = federation(dtype=dtype, folder=tmp_path)
+        again.load_state_dict(state)
+        assert all(torch.equal(variates.get(k), own.get(k)) for k in range(12))
+        assert torch.equal(again.state_dict()["companions"]["scaffold"]["parity"], own._parity)
+        assert path.read_bytes()  # written anew
+        path.write_bytes(raw)
+    for path in files[:2]:
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=files[0].name):
+        federation(dtype=dtype, folder=tmp_path)[0].load_state_dict(state)
+
+
 def test_a_change_beyond_the_fixed_point_is_refused():
     states = ClientStates(torch.zeros(2), clients=3)
     for bad in (2.0**15, float("nan"), float("inf")):

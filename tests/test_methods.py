@@ -428,24 +428,31 @@ def test_a_run_goes_on_past_clients_that_diverge_where_it_is_told_to(cli):
     assert all(r["skipped"] == r["clients"] for r in records)
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "gone"])
-def test_a_damaged_client_state_gives_way_to_the_checkpoint_before(cli, small_data, damage):
+def damage_file(path, how):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    path.unlink() if how == "gone" else path.write_bytes(raw if how == "flip" else raw[:-99])
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "gone"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_run_goes_on_past_damaged_client_states(cli, small_data, how, count):
+    """One is made up from the others; with two, the checkpoint before takes over."""
     command = ("fedavg", "--data", "synthetic", *TINY, "--scaffold", "--eval-every", 1)
     for name, rounds in (("whole", 3), ("x", 1), ("x", 2)):
         assert cli(*command, "--rounds", rounds, "--name", name)[0] == 0
     whole, folder = (small_data / "runs" / name for name in ("whole", "x"))
     first, second = (set(r["clients"]) for r in runs.Run(folder).records()[1:])
-    path = folder / "scaffold" / f"client{min(second - first)}-1.pt"
-    raw = bytearray(path.read_bytes())
-    if damage == "gone":
-        path.unlink()
-    else:
-        raw[len(raw) // 2] ^= 4
-        path.write_bytes(raw if damage == "flip" else raw[:-99])
+    damaged = [folder / "scaffold" / f"client{k}-1.pt" for k in sorted(second - first)[:count]]
+    for path in damaged:
+        damage_file(path, how)
     status, out, err = cli(*command, "--rounds", 3, "--name", "x")
     assert status == 0 and out.count("warning: ") == 1, err
-    assert f"{path.name} is" in out and "going on from checkpoint.prev.pt" in out
+    expected = "made up from the others" if count == 1 else "going on from checkpoint.prev.pt"
+    assert damaged[0].name in out and expected in out
     ends = [runs.Run(f).load()["state"]["process"] for f in (whole, folder)]
     assert torch.equal(ends[0]["theta"], ends[1]["theta"])
     logs = [[r | {"seconds": 0} for r in runs.Run(f).records()] for f in (whole, folder)]
     assert logs[0] == logs[1]
+    again, out, _ = cli(*command, "--rounds", 4, "--name", "x")
+    assert again == 0 and "warning" not in out  # what was lost has been written anew
