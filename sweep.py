@@ -36,7 +36,7 @@ def run_cells(missing: Callable[[set[str]], Iterable[tuple[Path, Cell]]], jobs: 
     kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(kind)
     if kind == "forkserver":
-        context.set_forkserver_preload(["train", "matplotlib.pyplot"])
+        context.set_forkserver_preload(["train", "matplotlib.pyplot", "torch._dynamo"])
     running: dict[str, tuple] = {}
     failed: set[str] = set()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many processes as cores, as --threads 1 says
