@@ -171,19 +171,25 @@ class ClientStates:
         self._own.zero_()
         self._unmerged, self._unwritten = set(), set()
         self._states = [self._files()]
-        vectors = state["vectors"] if "vectors" in state else self._read_vectors(state["parity"])
+        vectors = state.get("vectors")
+        if vectors is None:
+            vectors = self._read_vectors(state.get("parity"))
         self._vectors = {k: vector.to(self.place) for k, vector in vectors.items()}
         self._parity = _parity(self.initial.to(self.place), self._vectors.values())
 
-    def _read_vectors(self, parity: Tensor) -> dict[int, Tensor]:
-        """Read the clients' files; one that is gone or damaged is made up from the others."""
+    def _read_vectors(self, parity: Tensor | None) -> dict[int, Tensor]:
+        """Read the clients' files; one that is gone or damaged is made up from the others.
+
+        Args:
+            parity: None in a state from before there was one.
+        """
         vectors, lost = {}, {}
         for client, times in self._changes.items():
             try:
                 vectors[client] = self.read(self._file(client, times))
             except (FileNotFoundError, ValueError) as error:
                 lost[client] = error
-        if len(lost) > 1:
+        if len(lost) > 1 or lost and parity is None:
             raise next(iter(lost.values()))
         for client, error in lost.items():
             print(f"warning: {error}; made up from the others")

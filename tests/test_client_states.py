@@ -200,16 +200,19 @@ def test_any_one_file_is_made_up_from_the_others(tmp_path, size, dtype):
     files = sorted(tmp_path.iterdir())
     assert len(files) > 6
     for path in files:
-        raw = path.read_bytes()
+        written = torch.load(path, weights_only=True)
         path.unlink()
         again, variates = federation(dtype=dtype, folder=tmp_path)
         again.load_state_dict(state)
         assert all(torch.equal(variates.get(k), own.get(k)) for k in range(12))
         assert torch.equal(again.state_dict()["companions"]["scaffold"]["parity"], own._parity)
-        assert path.read_bytes()  # written anew
-        path.write_bytes(raw)
-    for path in files[:2]:
-        path.unlink()
+        assert torch.equal(torch.load(path, weights_only=True), written)
+    files[0].unlink()
+    older = copy.deepcopy(state)
+    del older["companions"]["scaffold"]["parity"]
+    with pytest.raises(FileNotFoundError, match=files[0].name):
+        federation(dtype=dtype, folder=tmp_path)[0].load_state_dict(older)
+    files[1].unlink()
     with pytest.raises(FileNotFoundError, match=files[0].name):
         federation(dtype=dtype, folder=tmp_path)[0].load_state_dict(state)
 
