@@ -25,7 +25,7 @@ import fedavg
 import fisher
 import masks
 import model as vit
-import runs
+import safe_files
 from mask_file import Mask
 from workspace import Status, Workspace, fingerprint
 
@@ -256,7 +256,7 @@ def cached_mask(calibration: Calibration) -> Mask:
     preprocess = calibration.preprocess
     made_from = [getattr(options, name) for name in MAKING]
     made_from += [preprocess.image_size, preprocess.scale.tolist(), preprocess.shift.tolist()]
-    made_from += [options.data, fingerprint(model), workspace.device.type, runs.BOUND]
+    made_from += [options.data, fingerprint(model), workspace.device.type, safe_files.BOUND]
     digest = hashlib.sha256(repr(made_from).encode())
     for tensor in (model.head.weight, model.head.bias):
         digest.update(tensor.detach().cpu().numpy().tobytes())

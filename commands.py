@@ -24,6 +24,7 @@ import outcome
 import plots
 import report
 import runs
+import safe_files
 import sweep
 import tables
 from calibration import Calibration, cached_mask
@@ -100,7 +101,7 @@ def run_ridge(options: argparse.Namespace) -> None:
     }
     print_figures(final | figures)
     figures |= {"final": final, "wall_seconds": time.monotonic() - started}
-    runs.write_json(run.folder / "summary.json", figures, sealed=True)
+    safe_files.write_json(run.folder / "summary.json", figures, sealed=True)
     print(f"written to {run.folder / 'summary.json'}")
 
 
@@ -127,7 +128,7 @@ def run_calibrate(options: argparse.Namespace) -> None:
         for kind, row in zip(kinds, density.tolist(), strict=True)
     }
     figures |= {"density": table, "wall_seconds": time.monotonic() - started}
-    runs.write_json(run.folder / "summary.json", figures, sealed=True)
+    safe_files.write_json(run.folder / "summary.json", figures, sealed=True)
     title = f"{options.mask_rule}, {100 * mask.kept.double().mean():.1f} % trainable"
     try:
         plots.plot_density(kinds, layers, density, run.folder / "density.png", title)
@@ -181,7 +182,7 @@ def run_sweep(options: argparse.Namespace) -> None:
     next(missing(set()), None)  # refuses what is not of this version before anything is made
     with contextlib.ExitStack() as held:
         for folder in sorted(set(folders.values())):
-            held.enter_context(runs.held(folder))
+            held.enter_context(safe_files.held(folder))
         try:
             failed = sweep.run_cells(missing, options.jobs)
         finally:
@@ -189,7 +190,7 @@ def run_sweep(options: argparse.Namespace) -> None:
                 text = experiment.table(folders[name])
                 write = lambda path, text=text: path.write_text(text, encoding="utf-8")  # noqa: E731
                 (results / name).mkdir(exist_ok=True)
-                runs.write_atomically(results / name / "table.md", write)
+                safe_files.write_atomically(results / name / "table.md", write)
     if failed:
         raise ValueError(f"{len(failed)} runs failed: {', '.join(sorted(failed))}")
     list_runs(chosen, folders, options.jobs)
@@ -233,7 +234,7 @@ def run_eval(options: argparse.Namespace) -> None:
         return
     figures = outcome.per_client(finished, options.clients_evaluated * options.personalised)
     print_clients(figures)
-    runs.write_json(finished.run.folder / "per_client.json", figures)
+    safe_files.write_json(finished.run.folder / "per_client.json", figures)
     print(f"written to {finished.run.folder / 'per_client.json'}")
 
 

@@ -301,7 +301,7 @@ def agreement(s: Scale) -> Experiment:
 
 
 def consensus(s: Scale) -> Experiment:
-    """How clients' scores become one mask, and how many clients score the same number of images."""
+    """How clients' scores become one mask, and how many clients share the scored images."""
     rows = []
     for sharding, (rule, share) in product(
         ("iid", "nc1"), [*((rule, "1") for rule in CONSENSUS), ("mean", "0.1"), ("mean", "0.01")]

@@ -18,6 +18,7 @@ import data
 import head
 import model as vit
 import runs
+import safe_files
 from calibration import Calibration, cached_mask
 from cuda_graph import GraphedStep
 from entries import Entries
@@ -224,7 +225,7 @@ def set_fitted_head(
     if path is not None and path.exists():
         try:
             fitted = head.FittedHead(**runs.Run(path.parent).kept(path.name))
-        except runs.DamagedFile as error:
+        except safe_files.DamagedFile as error:
             raise ValueError(f"{error}; delete it to have the head fitted again") from None
     else:
         fitted = workspace.fit_head(model, kind).to("cpu")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import masks
 import model as vit
-import runs
+import safe_files
 
 FORMAT = 1
 MADE = ("mask_rule", "weights_sha256", "bytes_up", "bytes_down")  # what others read of `made`
@@ -66,24 +66,24 @@ class Mask:
         return kept
 
     def save(self, path: Path, purpose: str | None = None) -> None:
-        """Write the mask file; purpose: as `runs.save_checked` takes it."""
+        """Write the mask file; purpose: as `safe_files.save_checked` takes it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
         content = {"mask_format": FORMAT, "shapes": shapes, "bits": masks.pack(self.kept)}
-        runs.save_checked(path, content | {"made": self.made}, purpose)
+        safe_files.save_checked(path, content | {"made": self.made}, purpose)
 
     @classmethod
     def load(cls, path: Path, model: vit.VisionTransformer, purpose: str | None = None) -> Mask:
-        """Read a mask file; purpose: as `runs.load_checked` takes it, None for any mask.
+        """Read a mask file; purpose: as `safe_files.load_checked` takes it, None for any mask.
 
         Raises:
             ValueError: no such file, no mask, damaged, empty, or made for another model.
         """
         try:
-            content = runs.load_checked(path, purpose)
+            content = safe_files.load_checked(path, purpose)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise ValueError(f"mask {path}: no such file") from None
-        except runs.DamagedFile:
+        except safe_files.DamagedFile:
             other = "no mask that `calibrate` wrote" if purpose is None else "another mask"
             raise ValueError(
                 f"mask {path}: damaged, or {other}; delete it to have it made again"

@@ -17,6 +17,7 @@ import editing
 import fisher
 import model as vit
 import runs
+import safe_files
 from calibration import BATCH, exact_products
 from diagnostics import held_out_images, logits_of, some_images
 from learner import Learner
@@ -149,6 +150,6 @@ class Merger:
     def save(self, path: str, change: Tensor) -> None:
         """Write start + change under the model's parameter names; `--weights` takes the file."""
         theta = self.start + change
-        runs.save_checked(
+        safe_files.save_checked(
             Path(path), {name: self.flat.view(theta, name).cpu().clone() for name in self.names}
         )

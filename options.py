@@ -21,7 +21,7 @@ import federation
 import masks
 import model as vit
 import privacy
-import runs
+import safe_files
 from local_training import train_together
 from sparse_sgdm import check_sgd_options
 
@@ -111,7 +111,7 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
             setattr(o, name, value)
     if getattr(o, "name", None) is not None:
         with naming("--name"):
-            runs.folder_below(o.runs_dir, o.name)
+            safe_files.folder_below(o.runs_dir, o.name)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and o.command != "fedavg":
         raise ValueError(f"torchrun spreads the clients of fedavg; start {o.command} without it")
     if hasattr(o, "model"):

@@ -16,10 +16,12 @@ import client_accuracy
 import data
 import model as vit
 import runs
+import safe_files
 from entries import Entries
 from federation import client_store
 from learner import Learner, find_mask, set_fitted_head
 from local_training import ClientTraining
+from safe_files import DamagedFile
 from workspace import Status, Workspace, fingerprint
 
 HERE = ("data_dir", "device", "threads", "eval_batch")  # of this command, not of the run
@@ -56,14 +58,14 @@ class Outcome:
             raise ValueError(f"{folder} holds no checkpoint yet")
         for name, kind in NEEDED.items():
             if not isinstance(getattr(stored, name, None), kind):
-                raise runs.DamagedFile(f"{self.run.config_path} is damaged: {name} in its options")
+                raise DamagedFile(f"{self.run.config_path} is damaged: {name} in its options")
         try:
             self.process = process = checkpoint["state"]["process"]
             unit = "round" if "round" in process else "epoch"
             self.reached = {unit: process[unit]}
             self.theta = process["theta"] if "theta" in process else process["tensors"]["theta"]
         except (KeyError, TypeError):
-            raise runs.DamagedFile(f"{self.run.checkpoint_path} holds no trained weights") from None
+            raise DamagedFile(f"{self.run.checkpoint_path} holds no trained weights") from None
         if options.best:
             self.reached[unit], self.theta = self.run.load_best(unit, checkpoint["log"])
 
@@ -234,6 +236,6 @@ def export(model: vit.VisionTransformer, path: Path, with_head: bool = False) ->
         if with_head or not name.startswith("head.")
     }
     try:
-        runs.write_atomically(path, functools.partial(torch.save, state))
+        safe_files.write_atomically(path, functools.partial(torch.save, state))
     except (OSError, RuntimeError) as error:  # torch.save has both
         raise ValueError(f"cannot write {path}: {str(error).splitlines()[0]}") from None

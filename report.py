@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import experiments
 import runs
+import safe_files
 from figures import FIGURES, Done, drawn
 from tables import VALIDATION as ACCURACY
 from tables import Experiment
@@ -85,7 +86,7 @@ def write(scale: str, results: Path, out: Path) -> list[str]:
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()) and not (out / "numbers.json").exists():
         raise ValueError(f"--out {out} holds other files: give it an empty or a new folder")
-    runs.write_json(out / "numbers.json", {})  # marks the folder, should this be interrupted
+    safe_files.write_json(out / "numbers.json", {})  # marks the folder, should this be interrupted
     for pattern in ("*.tex", "*.md", "*.pdf"):
         for old in out.glob(pattern):
             old.unlink()
@@ -97,7 +98,7 @@ def write(scale: str, results: Path, out: Path) -> list[str]:
         pieces[f"figure/{name}"] = drawn(draw, rows, out / f"{name}.pdf")
     numbers = dict.fromkeys(declared()) | quotable(found) | {"scale": scale}
     (out / "numbers.tex").write_text(numbers_tex(numbers, pieces), encoding="utf-8")
-    runs.write_json(out / "numbers.json", numbers)
+    safe_files.write_json(out / "numbers.json", numbers)
     return [name for name, made in pieces.items() if made]
 
 

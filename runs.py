@@ -11,8 +11,8 @@ log is cut back to it, or written anew where it is another. Killed at any moment
 most what came after its last checkpoint, and repeats that to the same bits when its process is
 deterministic.
 
-Every file holds a SHA-256 of itself and of what it is for, in which run: neither damage nor a file
-that was put in its place passes for it.
+Every file holds a SHA-256 of itself and of what it is for, in which run (safe_files.py, which this
+file takes along).
 
     from runs import Run, drive
     run = Run("runs/example"); run.open({"rounds": 3})
@@ -26,42 +26,32 @@ that was put in its place passes for it.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import hashlib
 import json
 import os
-import pickle
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from safe_files import (
+    DamagedFile,
+    check_held,
+    load_checked,
+    lock,
+    read_json,
+    save_checked,
+    seal,
+    sync_folder,
+    unlock,
+    write_atomically,
+    write_json,
+)
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: there nothing stops a second process
-    fcntl = None
-
-DIGEST = hashlib.sha256().digest_size
-BOUND = b"SHA-256\1"  # a footer: this, the hash of a purpose, and that of all before
-UNBOUND = b"SHA-256\0"  # of a file from before files had a purpose: this, the hash of all before
-SEAL = "sha256"  # key of the hash that a JSON object holds of its other keys
 OPENING = ("config.json", "lock", "shards.npz", "head.pt", "mask.pt")  # written before the log
-RESERVED = '<>:"|?*\\'  # in the names of files on Windows
-DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{d}{i}" for d in ("COM", "LPT") for i in range(1, 10))}
-LONGEST = 200  # bytes of a part of a run's name; file systems take 255
 FORMAT = 1  # of the folder; a folder of another format is refused by number
-
-
-_locks: dict[Path, Any] = {}  # of the folders that this process has open
-atexit.register(lambda: [file.close() for file in _locks.values()])
-
-
-class DamagedFile(ValueError):
-    """A file is truncated or its checksum does not match."""
 
 
 class Interrupted(Exception):
@@ -72,197 +62,7 @@ class Interrupted(Exception):
         self.exit_status = 128 + signum
 
 
-# ---------------------------------------------------------------------------- files
-
-
-def lock(folder: Path) -> None:
-    """Keep other processes out of a folder, until `unlock` or this one's end, however it comes.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    key = folder.resolve()
-    if fcntl is None or key in _locks:
-        return
-    file = open(folder / "lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(f"{folder} is open in another process, which runs it") from None
-    except OSError:  # a file system without locks
-        pass
-    _locks[key] = file
-
-
-def unlock(folder: Path) -> None:
-    """Let other processes into a folder that this one holds."""
-    if file := _locks.pop(folder.resolve(), None):
-        file.close()
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a folder, made where it is missing, for the length of a block."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock(folder)
-    try:
-        yield
-    finally:
-        unlock(folder)
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, sync it to disk, then rename it into place."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write the same path
-    try:
-        write(aside)
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        if isinstance(error, OSError):
-            raise OSError(f"cannot write {path}: {error.strerror or error}") from None
-        raise
-    _sync_folder(path.parent)
-
-
-def write_json(path: Path, value: Any, sealed: bool = False) -> None:
-    """Write `value` as indented JSON, atomically; a sealed object holds its own hash."""
-    if sealed:
-        value = value | {SEAL: _seal(json.loads(json.dumps(value)))}
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON object, sealed or not.
-
-    Raises:
-        DamagedFile: it is none, or other than what was sealed.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise DamagedFile(f"{path} is damaged: it is no JSON object")
-    if value.get(SEAL, seal := _seal(value)) != seal:
-        raise DamagedFile(f"{path} is damaged or edited: its checksum does not match")
-    return value
-
-
-def _seal(value: dict) -> str:
-    kept = {name: one for name, one in value.items() if name != SEAL}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-def save_checked(path: Path, value: Any, purpose: str | None = None) -> None:
-    """torch.save `value` atomically, with a footer that holds its hash.
-
-    Args:
-        purpose: what the file is for, if `load_checked` is to refuse any other in its place.
-    """
-
-    def write(aside: Path) -> None:
-        try:
-            torch.save(value, aside)
-        except RuntimeError as error:  # what a full disk comes to
-            raise OSError(str(error).splitlines()[0]) from None
-        bound = _bound(purpose or "")
-        digest = _sha256(aside, aside.stat().st_size, bound)
-        with open(aside, "ab") as file:
-            file.write(bound + digest)
-
-    write_atomically(path, write)
-
-
-def load_checked(path: Path, purpose: str | None = None) -> Any:
-    """Load what `save_checked` wrote, on the CPU, tensors and plain values only.
-
-    Args:
-        purpose: what the file was saved for; None takes any.
-
-    Raises:
-        DamagedFile: the file is shorter or other than what was written, or for something else.
-    """
-    size, longest = path.stat().st_size, len(BOUND) + 2 * DIGEST
-    with open(path, "rb") as file:
-        file.seek(max(0, size - longest))
-        footer = file.read()
-    bound = footer[:-DIGEST] if footer.startswith(BOUND) else b""
-    if not bound:
-        footer = footer[-len(UNBOUND) - DIGEST :]
-    if size < longest or not (bound or footer.startswith(UNBOUND)):
-        raise DamagedFile(f"{path} is damaged: it is truncated or has no checksum")
-    if footer[-DIGEST:] != _sha256(path, size - len(footer), bound):
-        raise DamagedFile(f"{path} is damaged: its checksum does not match")
-    if purpose is not None and bound != _bound(purpose):
-        raise DamagedFile(f"{path} is whole, and belongs elsewhere: it was made for something else")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise DamagedFile(f"{path} holds more than tensors and plain values") from None
-    except Exception as error:  # torch.load raises many types on what torch.save did not write
-        reason = str(error).partition("\n")[0]
-        raise DamagedFile(f"{path} is damaged: torch cannot load it ({reason})") from None
-
-
-def _bound(purpose: str) -> bytes:
-    return BOUND + hashlib.sha256(purpose.encode()).digest()
-
-
-def _sha256(path: Path, length: int, then: bytes) -> bytes:
-    """Hash the first `length` bytes of a file, and what follows them."""
-    digest, left = hashlib.sha256(), length
-    with open(path, "rb") as file:
-        while left and (block := file.read(min(left, 1 << 20))):
-            digest.update(block)
-            left -= len(block)
-    digest.update(then)
-    return digest.digest()
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # Windows cannot open a folder
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 # ---------------------------------------------------------------------------- the folder
-
-
-def folder_below(root: str | Path, name: str) -> Path:
-    """Return root/name, a folder inside of `root` by a name that every file system takes.
-
-    Raises:
-        ValueError: an empty or unprintable name, one that leads elsewhere, or one with characters
-            or parts that Windows reserves.
-    """
-    parts = name.split("/")
-    if not name.isprintable() or any(c in RESERVED for c in name):
-        raise ValueError(f"{name!r} holds characters that a folder's name cannot have everywhere")
-    for part in parts:
-        stem = part.partition(".")[0].rstrip(" ").upper()
-        if not part.strip(" ") or part in (".", "..") or part.endswith((".", " ")):
-            raise ValueError(f"{name!r} must stay below the folder of runs, each part a plain name")
-        if stem in DEVICES:
-            raise ValueError(f"{name!r}: Windows reserves {stem}")
-        if len(part.encode()) > LONGEST:
-            raise ValueError(f"{name[:20]!r}... is longer than {LONGEST} bytes")
-    root, folder = Path(root), Path(root, name)
-    try:
-        inside = folder.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError):  # a loop of links
-        inside = False
-    if not inside:
-        raise ValueError(f"{name!r} must stay below {root}, and a link leads out of it")
-    return folder
 
 
 class Run:
@@ -311,24 +111,13 @@ class Run:
             self._made_here = not self.config_path.exists()
             if self._made_here:
                 defining = {name: options[name] for name in set(options) - set(free)}
-                config["id"] = _seal(json.loads(json.dumps(defining)))
+                config["id"] = seal(json.loads(json.dumps(defining)))
             elif known_id := (known := self.config()).get("id"):
                 config["id"] = known_id
             if self._made_here or known["options"] != options:
                 write_json(self.config_path, config, sealed=True)
         except OSError as error:
             raise ValueError(f"cannot write the run folder {self.folder}: {error}") from None
-
-    def _check_lock(self) -> None:
-        """Raise FileNotFoundError where the folder is not the one that was opened."""
-        if (file := _locks.get(self.folder.resolve())) is None:
-            return
-        try:
-            same = os.path.samestat(os.fstat(file.fileno()), os.stat(self.folder / "lock"))
-        except FileNotFoundError:
-            same = False
-        if not same:
-            raise FileNotFoundError(f"{self.folder} was deleted, or made anew, while it was in use")
 
     def _forget_asides(self) -> None:
         """Delete what processes that were killed have half written; no other writes here now."""
@@ -407,7 +196,7 @@ class Run:
         """Append one record to the log."""
         if not self.writes:
             return
-        self._check_lock()
+        check_held(self.folder)
         line = (json.dumps(record) + "\n").encode()
         try:
             with open(self.log_path, "ab") as file:
@@ -437,7 +226,7 @@ class Run:
         """Write a checkpoint; the one before stays until this one is whole, and beside it after."""
         if not self.writes:
             return
-        self._check_lock()
+        check_held(self.folder)
         with open(self.log_path, "ab") as file:
             os.fsync(file.fileno())
         log = {"text": self._log.decode()}
@@ -446,7 +235,7 @@ class Run:
         if self.checkpoint_path.exists():
             os.replace(self.checkpoint_path, self.previous_path)
         os.replace(fresh, self.checkpoint_path)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def load(self, take: Callable[[Any], object] = lambda state: None) -> dict | None:
         """Return the newest whole checkpoint {"state", "log"}, or None where there is none.

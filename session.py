@@ -25,6 +25,7 @@ import fedavg
 import model as vit
 import plots
 import runs
+import safe_files
 from calibration import scoped_names
 from diagnostics import Diagnostics
 from federation import federate, privacy_of_run, privacy_spent, uncovered
@@ -168,7 +169,7 @@ def search_then_train(
         raise ValueError("--search: every try diverged; give lower rates by --search-lr")
     if group.rank == 0:
         found = {"cells": results, "best": best}
-        runs.write_json(Path(options.runs_dir) / name / "search.json", found)
+        safe_files.write_json(Path(options.runs_dir) / name / "search.json", found)
     chosen = copy.copy(options)
     chosen.lr, chosen.weight_decay = best["lr"], best["weight_decay"]
     print(f"search: chose lr {best['lr']:g}, weight decay {best['weight_decay']:g} by validation")
@@ -225,7 +226,7 @@ def open_run(
     shards: list[np.ndarray] | None = None,
 ) -> runs.Run:
     """Open the run's folder; one made by other options, splits or weights is refused."""
-    folder = runs.folder_below(options.runs_dir, name)
+    folder = safe_files.folder_below(options.runs_dir, name)
     run = runs.Run(folder, writes=workspace.group.rank == 0)
     if getattr(options, "mask_rule", None) is not None:
         scoped_names(model, options.mask_scope)  # refuses before anything is written
@@ -265,7 +266,7 @@ def keep_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
         if holds_arrays(path, arrays):
             return
         print(f"warning: {path} is damaged, or of another run; written anew", file=sys.stderr)
-    runs.write_atomically(path, write)
+    safe_files.write_atomically(path, write)
 
 
 def holds_arrays(path: Path, arrays: dict[str, np.ndarray]) -> bool:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runs import Run, read_json
+from runs import Run
+from safe_files import read_json
 from typeset import NOT_RUN, markdown_table
 
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom

@@ -30,6 +30,7 @@ import masks
 import merging
 import model as vit
 import runs
+import safe_files
 import server
 from options import BY_DATA, MASK_DEFAULTS, OWNED, SEARCH_WEIGHT_DECAY, resolve
 from ranks import LostProcess, ToldByFirst
@@ -759,7 +760,7 @@ def run_doctor(options: argparse.Namespace) -> None:
     figures = doctor.examine(resolve(build_parser().parse_args(["fedavg", *rest])))
     doctor.print_table(figures)
     if options.json:
-        runs.write_json(Path(options.json), figures)
+        safe_files.write_json(Path(options.json), figures)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -24,7 +24,7 @@ import data
 import download
 import head
 import model as vit
-import runs
+import safe_files
 from ranks import OneProcess
 
 SAVE_SECONDS = 60.0  # the most work on features that a kill may cost
@@ -125,7 +125,7 @@ class Workspace:
             preprocess.image_size,
         ]
         settings += [str(self.dtype), self.device.type, fingerprint(model), self.options.data]
-        key = hashlib.sha256(repr([*settings, part, runs.BOUND]).encode()).hexdigest()
+        key = hashlib.sha256(repr([*settings, part, safe_files.BOUND]).encode()).hexdigest()
         name = f"{self.options.data}-{part}-{key[:16]}.pt"
         kept = KeptFeatures(Path(self.options.data_dir) / "features" / name, key)
         if (features := kept.load()) is not None:
@@ -303,15 +303,15 @@ class KeptFeatures:
         if not path.exists():
             return None
         try:
-            return runs.load_checked(path, purpose)
-        except runs.DamagedFile as error:
+            return safe_files.load_checked(path, purpose)
+        except safe_files.DamagedFile as error:
             print(f"warning: {error}; computed again", file=sys.stderr)
             return None
 
     def _save(self, path: Path, purpose: str, features: Tensor) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            runs.save_checked(path, features.cpu(), purpose)
+            safe_files.save_checked(path, features.cpu(), purpose)
         except OSError as error:
             print(f"warning: the features are not kept: {error}", file=sys.stderr)
 

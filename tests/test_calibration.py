@@ -14,7 +14,7 @@ import calibration
 import entries
 import masks
 import model as vit
-import runs
+import safe_files
 import train
 from calibration import Calibration
 from fisher import fisher_diagonal
@@ -343,8 +343,8 @@ def test_a_run_refuses_a_mask_file_that_changed(cli, small_data):
 def test_an_empty_mask_is_refused(cli, small_data):
     cli("calibrate", *FEDAVG[1:], "--calibration-images", 100, "--name", "m")
     path = small_data / "runs" / "m" / "mask.pt"
-    content = runs.load_checked(path)
-    runs.save_checked(path, content | {"bits": torch.zeros_like(content["bits"])})
+    content = safe_files.load_checked(path)
+    safe_files.save_checked(path, content | {"bits": torch.zeros_like(content["bits"])})
     status, _, err = cli(*TINY, "--head", "ridge", "--mask", path)
     assert status == 2 and "it keeps no entry" in err
 

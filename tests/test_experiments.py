@@ -96,7 +96,7 @@ def test_a_second_sweep_of_the_same_results_is_refused(cli, small_data, two_runs
     folder = small_data / "results" / "smoke" / "rules"
     folder.mkdir(parents=True)
     code = (
-        "import sys, time; from runs import *; lock(Path(sys.argv[1])); print(1); sys.stdin.read()"
+        "import sys; from safe_files import *; lock(Path(sys.argv[1])); print(1); sys.stdin.read()"
     )
     holder = held_by_another(code, folder)
     try:

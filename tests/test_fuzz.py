@@ -22,7 +22,7 @@ from conftest import SYNTHETIC_DATASET
 import data
 import learner
 import model as vit
-import runs
+import safe_files
 import session
 import train
 
@@ -187,8 +187,8 @@ def complaint(line: list[str], home: Path, capsys) -> str | None:
         capsys.readouterr()
         return f"raised {error!r}"
     finally:
-        for folder in list(runs._locks):
-            runs._locks.pop(folder).close()
+        for folder in list(safe_files._locks):
+            safe_files._locks.pop(folder).close()
     said = capsys.readouterr().err.splitlines()
     errors = [text for text in said if not text.startswith(("warning: ", "no curves.png"))]
     if status not in (0, 2):

@@ -9,6 +9,7 @@ import torch
 
 import merging
 import runs
+import safe_files
 
 TINY = ("fedavg", "--data", "synthetic", "--rounds", 2, "--clients", 10, "--fraction", 0.3)
 TINY = (*TINY, "--batch-size", 8, "--eval-every", 2)
@@ -55,7 +56,7 @@ def test_one_run_is_itself_nothing_or_unlearned(cli, two_runs):
     for scale in (1, 0, -1):
         status, out, err = cli("merge", run, "--scale", scale, "--out", f"scale{scale}.pt")
         assert status == 0, err
-        written[scale] = runs.load_checked(run.parent.parent / f"scale{scale}.pt")
+        written[scale] = safe_files.load_checked(run.parent.parent / f"scale{scale}.pt")
         if scale:
             continue
         assert float(figures(out)["test_loss"]) == pytest.approx(records(run)[0]["test_loss"])
@@ -78,7 +79,7 @@ def test_runs_that_do_not_go_together_are_refused_by_name(cli, two_runs):
     shutil.copytree(run, other)
     path = other / "config.json"
     config = json.loads(path.read_text())
-    del config[runs.SEAL]
+    del config[safe_files.SEAL]
     for name, value in {"model": "vit_s16", "seed": 5, "weights_sha256": "0"}.items():
         changed = config | {"options": config["options"] | {name: value}}
         path.write_text(json.dumps(changed))

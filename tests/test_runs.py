@@ -10,8 +10,8 @@ import pytest
 import torch
 from walk import Walk
 
-import runs
-from runs import DamagedFile, Interrupted, Run, drive, load_checked, save_checked
+from runs import Interrupted, Run, drive
+from safe_files import SEAL, UNBOUND, DamagedFile, fcntl, load_checked, save_checked, write_json
 
 
 @pytest.fixture
@@ -19,39 +19,6 @@ def run(tmp_path):
     run = Run(tmp_path / "run")
     run.open({"rounds": 9})
     return run
-
-
-def test_a_checked_file_comes_back(tmp_path):
-    value = {"theta": torch.randn(7), "n": 3, "names": ["a"], "none": None}
-    save_checked(tmp_path / "x.pt", value)
-    back = load_checked(tmp_path / "x.pt")
-    assert torch.equal(back.pop("theta"), value.pop("theta")) and back == value
-    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
-
-
-def test_every_flipped_bit_and_every_truncation_is_found(tmp_path):
-    path = tmp_path / "x.pt"
-    save_checked(path, {"theta": torch.arange(5.0)})
-    whole = path.read_bytes()
-    for position in range(0, len(whole), 13):
-        damaged = bytearray(whole)
-        damaged[position] ^= 1 << position % 8
-        path.write_bytes(damaged)
-        with pytest.raises(DamagedFile, match="x.pt is damaged"):
-            load_checked(path)
-    for length in range(0, len(whole), 29):
-        path.write_bytes(whole[:length])
-        with pytest.raises(DamagedFile, match="x.pt is damaged"):
-            load_checked(path)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "x.json"
-    runs.write_json(path, {"a": 1})
-    with pytest.raises(OSError, match="disk full"):
-        runs.write_atomically(path, lambda aside: (_ for _ in ()).throw(OSError("disk full")))
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_other_options_are_refused_by_name_and_free_ones_pass(run):
@@ -126,13 +93,13 @@ def as_before_purposes(path, content):
     """Write a file as it was before files had a purpose: a footer of its own hash alone."""
     torch.save(content, path)
     raw = path.read_bytes()
-    path.write_bytes(raw + runs.UNBOUND + hashlib.sha256(raw).digest())
+    path.write_bytes(raw + UNBOUND + hashlib.sha256(raw).digest())
 
 
 def test_a_folder_from_before_files_had_a_purpose_goes_on(run):
     drive(run, Walk(), "round", 5)
     config = json.loads(run.config_path.read_text())
-    runs.write_json(run.config_path, {k: config[k] for k in ("format", "options")})
+    write_json(run.config_path, {k: config[k] for k in ("format", "options")})
     log = run.log_path.read_bytes()
     known = {"length": len(log), "sha256": hashlib.sha256(log).hexdigest()}
     as_before_purposes(run.checkpoint_path, run.load() | {"log": known})
@@ -194,8 +161,8 @@ def test_every_flipped_bit_of_a_json_file_is_found_or_says_the_same(run, name, c
             found += 1
             continue
         for value, expected in zip(read, known, strict=True):  # a flip in the key of the hash
-            assert {**value, runs.SEAL: ""}.items() >= {**expected, runs.SEAL: ""}.items()
-    assert found >= 8 * (len(whole) - len(runs.SEAL))
+            assert {**value, SEAL: ""}.items() >= {**expected, SEAL: ""}.items()
+    assert found >= 8 * (len(whole) - len(SEAL))
 
 
 def test_what_a_killed_process_half_wrote_goes_at_the_next_start(run):
@@ -207,7 +174,7 @@ def test_what_a_killed_process_half_wrote_goes_at_the_next_start(run):
     assert not list(run.folder.rglob("*.tmp"))
 
 
-@pytest.mark.skipif(runs.fcntl is None, reason="needs flock")
+@pytest.mark.skipif(fcntl is None, reason="needs flock")
 @pytest.mark.parametrize("anew", [False, True])
 def test_a_folder_that_is_deleted_under_a_run_stops_it(run, anew):
     def delete(record):

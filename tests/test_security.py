@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, small_synthetic
 
 import data
-import runs
+import safe_files
 import train
 
 SOURCES = [p for folder in (".", "bench", "tests") for p in sorted((ROOT / folder).glob("*.py"))]
@@ -91,23 +91,23 @@ def test_weights_run_no_code(cli, small_data, wrap):
 
 
 def test_a_mask_runs_no_code(cli, small_data):
-    runs.save_checked(Path("evil.pt"), {"mask_format": 1, "shapes": Evil()})
+    safe_files.save_checked(Path("evil.pt"), {"mask_format": 1, "shapes": Evil()})
     masked = (*TINY, "--head", "ridge", "--mask")
     assert "mask evil.pt: damaged" in refused(cli, *masked, "evil.pt")
     made = dict(mask_rule="random", weights_sha256="", bytes_up=0, bytes_down=0)
     whole = dict(mask_format=1, shapes={"norm.weight": [48]}, made=made)
     whole["bits"] = torch.full((6,), 255, dtype=torch.uint8)
     for key, value in (("shapes", 3), ("made", {}), ("bits", torch.zeros(9)), ("mask_format", 2)):
-        runs.save_checked(Path("odd.pt"), whole | {key: value})
+        safe_files.save_checked(Path("odd.pt"), whole | {key: value})
         assert "mask odd.pt: " in refused(cli, *masked, "odd.pt")
     assert not (small_data / "runs").exists()
-    runs.save_checked(Path("odd.pt"), whole)
+    safe_files.save_checked(Path("odd.pt"), whole)
     assert cli(*masked, "odd.pt")[0] == 0
 
 
 @pytest.mark.parametrize("content", [Evil(), {"state": Evil(), "log": {}}, {"state": 1}, [1]])
 def test_a_checkpoint_runs_no_code(cli, finished, content):
-    runs.save_checked(finished / "checkpoint.pt", content)
+    safe_files.save_checked(finished / "checkpoint.pt", content)
     for command in (("eval", finished), ("export", finished, "x.pth"), ("merge", finished)):
         assert "checkpoint.pt" in refused(cli, *command)
     assert "checkpoint.pt" in refused(cli, *TINY, "--name", "x", "--rounds", 2)
@@ -117,7 +117,7 @@ def test_a_checkpoint_runs_no_code(cli, finished, content):
 def test_what_a_run_keeps_runs_no_code(cli, small_data, name):
     options = (*TINY, "--name", "x", "--head", "ridge", "--mask-rule", "random")
     assert cli(*options)[0] == 0
-    runs.save_checked(small_data / "runs" / "x" / name, {"weight": Evil()})
+    safe_files.save_checked(small_data / "runs" / "x" / name, {"weight": Evil()})
     for command in (("eval", "runs/x"), ("export", "runs/x", "x.pth"), (*options, "--rounds", 2)):
         assert name in refused(cli, *command)
 
@@ -126,7 +126,7 @@ def test_kept_features_run_no_code_and_are_computed_again(cli, small_data):
     options = (*TINY, "--head", "ridge")
     assert cli(*options, "--name", "a")[0] == 0
     for path in (small_data / "data" / "features").iterdir():
-        runs.save_checked(path, Evil())
+        safe_files.save_checked(path, Evil())
     status, _, err = cli(*options, "--name", "b")
     assert status == 0 and "computed again" in err and not Path("owned").exists()
 

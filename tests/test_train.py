@@ -16,6 +16,7 @@ import learner
 import model as vit
 import plots
 import runs
+import safe_files
 import train
 import workspace
 from local_training import ClientTraining
@@ -182,7 +183,7 @@ def test_the_graph_may_change_on_resume_and_compiling_may_not(cli, small_data):
     assert cli(*TINY, "--name", "x", "--rounds", 3, "--device", "cpu")[0] == 0
     path = small_data / "runs" / "x" / "config.json"
     config = json.loads(path.read_text())
-    del config[runs.SEAL]
+    del config[safe_files.SEAL]
     config["options"]["cuda_graph"] = "on"  # made on a GPU, evaluated here
     path.write_text(json.dumps(config))
     assert cli("eval", "runs/x", "--device", "cpu")[0] == 0

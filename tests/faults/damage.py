@@ -27,6 +27,7 @@ from world import Tally, fresh, reference, run
 
 import model as vit
 import runs
+import safe_files
 import session
 from mask_file import Mask
 
@@ -71,13 +72,14 @@ def of_an_earlier_version(path: Path) -> bytes:
     """Return a file as it was written before files knew what they were for."""
     if path.suffix == ".json":
         value = json.loads(path.read_bytes())
-        return json.dumps({k: v for k, v in value.items() if k not in (runs.SEAL, "id")}).encode()
+        unsealed = {k: v for k, v in value.items() if k not in (safe_files.SEAL, "id")}
+        return json.dumps(unsealed).encode()
     if path.suffix != ".pt":
         return path.read_bytes()
     with tempfile.NamedTemporaryFile() as file:
         torch.save(torch.load(path, weights_only=True), file.name)
         raw = Path(file.name).read_bytes()
-    return raw + runs.UNBOUND + hashlib.sha256(raw).digest()
+    return raw + safe_files.UNBOUND + hashlib.sha256(raw).digest()
 
 
 # ---------------------------------------------------------------------------- functions

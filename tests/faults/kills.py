@@ -20,6 +20,7 @@ import torch
 from world import ROOT, Child, Ended, Tally, canonical, fresh, reference, run
 
 import runs
+import safe_files
 import session
 
 SMALL = "--data synthetic --clients 10 --J 2 --batch-size 8 --name x"
@@ -92,7 +93,7 @@ class AtOperation:
                 file.write(half)
 
     def install(self) -> None:
-        """Patch what runs.py and session.py write by."""
+        """Patch what safe_files.py, runs.py and session.py write by."""
         at = self
 
         class File:
@@ -126,7 +127,7 @@ class AtOperation:
 
         os_unlink = os.unlink
         torch.save = save_bytes
-        runs.open = session.open = File
+        safe_files.open = runs.open = session.open = File
         pathlib.Path.write_text = lambda p, text, **_: at.write(p, text.encode())
         pathlib.Path.write_bytes = at.write
         for name in ("fsync", "replace", "rename", "unlink", "truncate", "mkdir"):

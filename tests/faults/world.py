@@ -33,6 +33,7 @@ import plots  # noqa: E402
 import runs  # noqa: E402
 import session  # noqa: E402
 import train  # noqa: E402
+from safe_files import SEAL  # noqa: E402
 
 SMALL = data.synthetic_dataset(samples_per_class=10)
 data.synthetic_dataset = lambda: SMALL
@@ -40,7 +41,7 @@ session.git_commit = lambda: "faults"  # quicker; so are curves that nobody sees
 plots.plot_curves = lambda logs, path: Path(path).touch()
 SAVE_SECONDS = 0.05  # between checkpoints; a run outside these tests has 60
 runs.drive.__kwdefaults__["save_seconds"] = SAVE_SECONDS
-UNEQUAL = ("seconds", "wall_seconds", "environment", "commit", "log", runs.SEAL)  # of equal runs
+UNEQUAL = ("seconds", "wall_seconds", "environment", "commit", "log", SEAL)  # of equal runs
 UNCOUNTED = ("config.json", "checkpoint.prev.pt", "checkpoint.new.pt", "lock")
 
 

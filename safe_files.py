@@ -1,0 +1,252 @@
+"""Files that are whole or not there, and never taken for others; folders that one process holds.
+
+A file is written aside, fsynced and renamed. It holds a SHA-256 of itself and of what it is for:
+neither damage nor a file that was put in its place passes for it.
+
+    from safe_files import *; from pathlib import Path
+    save_checked(Path("x.pt"), {"n": 3}, purpose="x of run 7")
+    load_checked(Path("x.pt"), purpose="x of run 7")  # {"n": 3}, or DamagedFile
+    write_json(Path("x.json"), {"n": 3}, sealed=True)
+    with held(Path("folder")): pass  # no other process holds it meanwhile
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there nothing stops a second process
+    fcntl = None
+
+DIGEST = hashlib.sha256().digest_size
+BOUND = b"SHA-256\1"  # a footer: this, the hash of a purpose, and that of all before
+UNBOUND = b"SHA-256\0"  # of a file from before files had a purpose: this, the hash of all before
+SEAL = "sha256"  # key of the hash that a JSON object holds of its other keys
+RESERVED = '<>:"|?*\\'  # in the names of files on Windows
+DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{d}{i}" for d in ("COM", "LPT") for i in range(1, 10))}
+LONGEST = 200  # bytes of a part of a folder's name; file systems take 255
+
+_locks: dict[Path, Any] = {}  # of the folders that this process has open
+atexit.register(lambda: [file.close() for file in _locks.values()])
+
+
+class DamagedFile(ValueError):
+    """A file is truncated or its checksum does not match."""
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file beside `path`, sync it to disk, then rename it into place."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write the same path
+    try:
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        if isinstance(error, OSError):
+            raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any, sealed: bool = False) -> None:
+    """Write `value` as indented JSON, atomically; a sealed object holds its own hash."""
+    if sealed:
+        value = value | {SEAL: seal(json.loads(json.dumps(value)))}
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object, sealed or not.
+
+    Raises:
+        DamagedFile: it is none, or other than what was sealed.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise DamagedFile(f"{path} is damaged: it is no JSON object")
+    if value.get(SEAL, found := seal(value)) != found:
+        raise DamagedFile(f"{path} is damaged or edited: its checksum does not match")
+    return value
+
+
+def seal(value: dict) -> str:
+    """Return the hash of an object's keys and values but for the seal itself."""
+    kept = {name: one for name, one in value.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def save_checked(path: Path, value: Any, purpose: str | None = None) -> None:
+    """torch.save `value` atomically, with a footer that holds its hash.
+
+    Args:
+        purpose: what the file is for, if `load_checked` is to refuse any other in its place.
+    """
+
+    def write(aside: Path) -> None:
+        try:
+            torch.save(value, aside)
+        except RuntimeError as error:  # what a full disk comes to
+            raise OSError(str(error).splitlines()[0]) from None
+        bound = _bound(purpose or "")
+        digest = _sha256(aside, aside.stat().st_size, bound)
+        with open(aside, "ab") as file:
+            file.write(bound + digest)
+
+    write_atomically(path, write)
+
+
+def load_checked(path: Path, purpose: str | None = None) -> Any:
+    """Load what `save_checked` wrote, on the CPU, tensors and plain values only.
+
+    Args:
+        purpose: what the file was saved for; None takes any.
+
+    Raises:
+        DamagedFile: the file is shorter or other than what was written, or for something else.
+    """
+    size, longest = path.stat().st_size, len(BOUND) + 2 * DIGEST
+    with open(path, "rb") as file:
+        file.seek(max(0, size - longest))
+        footer = file.read()
+    bound = footer[:-DIGEST] if footer.startswith(BOUND) else b""
+    if not bound:
+        footer = footer[-len(UNBOUND) - DIGEST :]
+    if size < longest or not (bound or footer.startswith(UNBOUND)):
+        raise DamagedFile(f"{path} is damaged: it is truncated or has no checksum")
+    if footer[-DIGEST:] != _sha256(path, size - len(footer), bound):
+        raise DamagedFile(f"{path} is damaged: its checksum does not match")
+    if purpose is not None and bound != _bound(purpose):
+        raise DamagedFile(f"{path} is whole, and belongs elsewhere: it was made for something else")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise DamagedFile(f"{path} holds more than tensors and plain values") from None
+    except Exception as error:  # torch.load raises many types on what torch.save did not write
+        reason = str(error).partition("\n")[0]
+        raise DamagedFile(f"{path} is damaged: torch cannot load it ({reason})") from None
+
+
+def _bound(purpose: str) -> bytes:
+    return BOUND + hashlib.sha256(purpose.encode()).digest()
+
+
+def _sha256(path: Path, length: int, then: bytes) -> bytes:
+    """Hash the first `length` bytes of a file, and what follows them."""
+    digest, left = hashlib.sha256(), length
+    with open(path, "rb") as file:
+        while left and (block := file.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+    digest.update(then)
+    return digest.digest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring what was renamed in a folder to disk."""
+    if os.name == "posix":  # Windows cannot open a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------- folders
+
+
+def lock(folder: Path) -> None:
+    """Keep other processes out of a folder, until `unlock` or this one's end, however it comes.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    key = folder.resolve()
+    if fcntl is None or key in _locks:
+        return
+    file = open(folder / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{folder} is open in another process, which runs it") from None
+    except OSError:  # a file system without locks
+        pass
+    _locks[key] = file
+
+
+def unlock(folder: Path) -> None:
+    """Let other processes into a folder that this one holds."""
+    if file := _locks.pop(folder.resolve(), None):
+        file.close()
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder, made where it is missing, for the length of a block."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock(folder)
+    try:
+        yield
+    finally:
+        unlock(folder)
+
+
+def check_held(folder: Path) -> None:
+    """Raise FileNotFoundError where a folder is not the one that this process locked."""
+    if (file := _locks.get(folder.resolve())) is None:
+        return
+    try:
+        same = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock"))
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise FileNotFoundError(f"{folder} was deleted, or made anew, while it was in use")
+
+
+def folder_below(root: str | Path, name: str) -> Path:
+    """Return root/name, a folder inside of `root` by a name that every file system takes.
+
+    Raises:
+        ValueError: an empty or unprintable name, one that leads elsewhere, or one with characters
+            or parts that Windows reserves.
+    """
+    parts = name.split("/")
+    if not name.isprintable() or any(c in RESERVED for c in name):
+        raise ValueError(f"{name!r} holds characters that a folder's name cannot have everywhere")
+    for part in parts:
+        stem = part.partition(".")[0].rstrip(" ").upper()
+        if not part.strip(" ") or part in (".", "..") or part.endswith((".", " ")):
+            raise ValueError(f"{name!r} must stay below the folder of runs, each part a plain name")
+        if stem in DEVICES:
+            raise ValueError(f"{name!r}: Windows reserves {stem}")
+        if len(part.encode()) > LONGEST:
+            raise ValueError(f"{name[:20]!r}... is longer than {LONGEST} bytes")
+    root, folder = Path(root), Path(root, name)
+    try:
+        inside = folder.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # a loop of links
+        inside = False
+    if not inside:
+        raise ValueError(f"{name!r} must stay below {root}, and a link leads out of it")
+    return folder
