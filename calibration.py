@@ -27,7 +27,7 @@ import masks
 import model as vit
 import safe_files
 from mask_file import Mask
-from workspace import Status, Workspace, fingerprint
+from workspace import DAY, Status, Workspace, fingerprint
 
 BATCH = 64  # images scored at a time; changes no score
 OVERLAP_CLIENTS = 10  # whose masks are compared
@@ -110,7 +110,7 @@ class Calibration:
         )
         if (options.quorum or 0) > len(self.clients):
             raise ValueError(f"--quorum {options.quorum}: only {len(self.clients)} clients score")
-        self.scores = masks.RULES[options.mask_rule][0] == "sensitivity"
+        self.scores = masks.needs_scores(options.mask_rule)
         self.preprocess = workspace.preprocess(torch.float32)
         draws = data.random(options.seed, "calibration labels")
         self.uniform = torch.from_numpy(draws.random(len(workspace.dataset.train.labels)))
@@ -271,6 +271,7 @@ def cached_mask(calibration: Calibration) -> Mask:
             print(f"warning: {error}; made again", file=sys.stderr)
     mask = calibration.make()
     try:
+        safe_files.forget_asides(path.parent, DAY)
         mask.save(path, purpose)
     except OSError as error:
         print(f"warning: the mask is not kept for other runs: {error}", file=sys.stderr)

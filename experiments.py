@@ -12,7 +12,7 @@ from itertools import product
 from typing import NamedTuple
 
 from centralized import SCHEDULES
-from masks import CONSENSUS
+from masks import CONSENSUS, needs_scores
 from tables import BYTES, TEST, VALIDATION, Experiment, Measure, Row
 
 CPU = ("--model", "vit_ti16", "--weights", "data/vit_tiny_patch16_224.pth", "--threads", "1")
@@ -233,7 +233,8 @@ def masked(s: Scale, rule: str, sparsity: str, sharding: str, *more: str) -> tup
     if rule == "dense":
         return options
     options += ("--mask-rule", rule, "--sparsity", sparsity)
-    return (*options, "--calibration-images", f"{s.images}", *more)
+    images = ("--calibration-images", f"{s.images}") if needs_scores(rule) else ()
+    return (*options, *images, *more)
 
 
 def mask_rates(s: Scale, rule: str, sparsity: str, sharding: str) -> tuple[float, ...]:

@@ -276,5 +276,5 @@ def privacy_of_run(options: argparse.Namespace, rounds: int, mask: Mask | None) 
 def uncovered(options: argparse.Namespace, mask: Mask | None) -> list[str]:
     """Name what a run takes from the clients' data outside of its private rounds."""
     found = [f"the {options.head} head fitted to their data"] * (options.head != "linear")
-    scored = mask is not None and masks.RULES[mask.made["mask_rule"]][0] == "sensitivity"
+    scored = mask is not None and masks.needs_scores(mask.made["mask_rule"])
     return found + ["the mask calibrated on their data"] * scored

@@ -49,6 +49,11 @@ class NothingKept(ValueError):
 # ---------------------------------------------------------------------------- keys and budgets
 
 
+def needs_scores(rule: str) -> bool:
+    """Tell whether a rule ranks by sensitivities, for which images are scored."""
+    return RULES[rule][0] == "sensitivity"
+
+
 def ranking(rule: str, theta: Tensor, scores: Tensor | None = None, seed: int = 0) -> Tensor:
     """Return the keys (P,) by which a rule ranks entries; the lowest are kept.
 

@@ -93,6 +93,10 @@ MASK_DEFAULTS = dict(
     fisher_score="log-prob",
     consensus="mean",
 )
+SCORING = (  # of them, those of how clients score: a rule without scores takes none
+    *("calibration_rounds", "calibration_images", "calibration_fraction", "damp"),
+    *("fisher_labels", "fisher_score", "consensus", "quorum"),
+)
 EVALUATIONS = 20  # of a run, where --eval-every does not say otherwise
 
 
@@ -270,6 +274,12 @@ def resolve_mask(o: argparse.Namespace) -> None:
     if not o.mask_rule and making:
         option = "--" + making[0].replace("_", "-")
         raise ValueError(f"{option} makes a mask and needs --mask-rule {'|'.join(masks.RULES)}")
+    idle = [name for name in making if name in SCORING and not masks.needs_scores(o.mask_rule)]
+    if idle:
+        raise ValueError(
+            f"--{idle[0].replace('_', '-')} belongs to --mask-rule least-sensitive|most-sensitive: "
+            f"{o.mask_rule} scores nothing"
+        )
     if o.mask and o.mask_rule:
         raise ValueError("--mask takes a mask that is made: leave --mask-rule away, or --mask")
     if not (o.mask or o.mask_rule):

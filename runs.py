@@ -39,6 +39,7 @@ from typing import Any
 from safe_files import (
     DamagedFile,
     check_held,
+    forget_asides,
     load_checked,
     lock,
     read_json,
@@ -79,6 +80,7 @@ class Run:
         self.checkpoint_path = self.folder / "checkpoint.pt"
         self.previous_path = self.folder / "checkpoint.prev.pt"
         self._log = bytearray()  # what log.jsonl holds
+        self._fell_back = False  # on the checkpoint before, the newest being damaged
         self._made_here, self._id = False, None
 
     def open(
@@ -106,7 +108,8 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock(self.folder)
-            self._forget_asides()
+            for folder in (self.folder, *self.folder.glob("*/")):  # no other writes here now
+                forget_asides(folder)
             config = {"format": FORMAT, "options": options} | (extra or {})
             self._made_here = not self.config_path.exists()
             if self._made_here:
@@ -118,11 +121,6 @@ class Run:
                 write_json(self.config_path, config, sealed=True)
         except OSError as error:
             raise ValueError(f"cannot write the run folder {self.folder}: {error}") from None
-
-    def _forget_asides(self) -> None:
-        """Delete what processes that were killed have half written; no other writes here now."""
-        for aside in [*self.folder.glob("*.tmp"), *self.folder.glob("*/*.tmp")]:
-            aside.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let other processes open the folder."""
@@ -223,7 +221,10 @@ class Run:
         return _parsed(checkpoint["log"]["text"].encode()) if checkpoint else self.records()
 
     def save(self, state: dict) -> None:
-        """Write a checkpoint; the one before stays until this one is whole, and beside it after."""
+        """Write a checkpoint; the one before stays until this one is whole, and beside it after.
+
+        The one before is what was last restored: a damaged file never takes its place.
+        """
         if not self.writes:
             return
         check_held(self.folder)
@@ -232,9 +233,10 @@ class Run:
         log = {"text": self._log.decode()}
         fresh = self.folder / "checkpoint.new.pt"
         save_checked(fresh, {"state": state, "log": log}, self.purpose("checkpoint"))
-        if self.checkpoint_path.exists():
+        if self.checkpoint_path.exists() and not self._fell_back:
             os.replace(self.checkpoint_path, self.previous_path)
         os.replace(fresh, self.checkpoint_path)
+        self._fell_back = False
         sync_folder(self.folder)
 
     def load(self, take: Callable[[Any], object] = lambda state: None) -> dict | None:
@@ -265,6 +267,7 @@ class Run:
                 continue
             for message in damaged:
                 print(f"warning: {message}; going on from {path.name}")
+            self._fell_back |= bool(damaged)
             return checkpoint
         if damaged:
             raise DamagedFile(f"{'; '.join(damaged)}. Delete {self.folder} to start over")

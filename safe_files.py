@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,19 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             raise OSError(f"cannot write {path}: {error.strerror or error}") from None
         raise
     sync_folder(path.parent)
+
+
+def forget_asides(folder: Path, age: float | None = None) -> None:
+    """Delete what killed processes have half written beside a folder's files.
+
+    Args:
+        age: seconds for which a file has not been written to, where other processes may be writing
+            now; None where none is.
+    """
+    for aside in folder.glob("*.tmp"):
+        with contextlib.suppress(OSError):  # another process was first
+            if age is None or time.time() - aside.stat().st_mtime > age:
+                aside.unlink()
 
 
 def write_json(path: Path, value: Any, sealed: bool = False) -> None:

@@ -28,6 +28,7 @@ import safe_files
 from ranks import OneProcess
 
 SAVE_SECONDS = 60.0  # the most work on features that a kill may cost
+DAY = 86400.0  # seconds, after which what was half written is nobody's
 HEAD = ("head.weight", "head.bias")
 
 
@@ -311,6 +312,7 @@ class KeptFeatures:
     def _save(self, path: Path, purpose: str, features: Tensor) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            safe_files.forget_asides(path.parent, DAY)
             safe_files.save_checked(path, features.cpu(), purpose)
         except OSError as error:
             print(f"warning: the features are not kept: {error}", file=sys.stderr)

@@ -248,11 +248,11 @@ def test_a_mask_of_the_same_options_is_made_once(cli, small_data, monkeypatch):
     ],
 )
 def test_every_kind_of_mask_trains(cli, small_data, options):
-    extra = ("--head", "ridge", "--calibration-images", 30, "--calibration-rounds", 2)
-    status, out, err = cli(*TINY, *extra, *options, "--name", "x")
+    sensitive = options[1].endswith("sensitive")
+    scoring = ("--calibration-images", 30, "--calibration-rounds", 2) if sensitive else ()
+    status, out, err = cli(*TINY, "--head", "ridge", *scoring, *options, "--name", "x")
     assert status == 0, err
     first = records(small_data / "runs" / "x")[0]
-    sensitive = options[1].endswith("sensitive")
     assert (first["bytes_up"] > 0) == sensitive
 
 
@@ -269,6 +269,9 @@ BAD = {
         *("--head", "ridge", "--mask-rule", "random", "--threshold", 1),
     ),
     "--quorum belongs to --consensus vote": (*MASK, "--quorum", 2),
+    "--damp belongs to --mask-rule least-sensitive|most-sensitive: random scores nothing": (
+        *("--head", "ridge", "--mask-rule", "random", "--damp", 0.5),
+    ),
     "--per-tensor shares a --sparsity out": (*MASK, "--per-tensor", "--threshold", 1),
     "the head is fitted first and frozen: --head ridge or probe": (
         *("--mask-rule", "random", "--head", "linear"),

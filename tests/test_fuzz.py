@@ -32,7 +32,7 @@ BASE = {  # before what is drawn, which may repeat it: the last one counts
     "fedavg": ("--data", "synthetic", *TINY),
     "centralized": ("--data", "synthetic", "--epochs", 1, "--batch-size", 100),
     "ridge": ("--data", "synthetic", "--clients", 10),
-    "calibrate": ("--data", "synthetic", "--clients", 10, "--calibration-images", 20),
+    "calibrate": ("--data", "synthetic", "--clients", 10),
     "doctor": ("fedavg", "--data", "synthetic", *TINY),
     "shards": ("--data", "synthetic",),
 }  # fmt: skip
@@ -53,7 +53,10 @@ THEMES = {  # what gives other options something to act on
         *("--secure-aggregation", "--batch-size full --J 1", "--nc 10", "--dirichlet 0.3"),
     ),
     "centralized": ("", "--head ridge", "--train head", "--search --search-lr 0.1", "--augment"),
-    "calibrate": ("", "--consensus vote", "--threshold 1e-9", "--mask-rule random"),
+    "calibrate": (
+        *("--calibration-images 20", "--calibration-images 20 --consensus vote"),
+        *("--calibration-images 20 --threshold 1e-9", "--mask-rule random"),
+    ),
     "eval": ("", "--per-client", "--per-client --personalised", "--best"),
     "merge": ("", "--rule ties", "--rule fisher --fisher-images 10", "--rule dare"),
 }

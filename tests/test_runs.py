@@ -1,5 +1,6 @@
 """A run's folder: what is written is what is read, and damage never passes for data."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -66,6 +67,27 @@ def test_a_damaged_checkpoint_gives_way_to_its_predecessor(run, damage, capsys):
     assert state["process"]["round"] == 5
     assert again.records()[-1]["round"] == 5
     assert damage == "gone" or "checkpoint.pt is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("killed_at", range(1, 4))
+def test_a_damaged_checkpoint_never_takes_its_predecessors_place(run, killed_at, monkeypatch):
+    drive(run, Walk(), "round", 5)
+    drive(run, Walk(), "round", 7)
+    run.checkpoint_path.write_bytes(b"damaged")
+    rename, calls = os.replace, iter(range(1, 9))
+
+    def replace(*paths):
+        if next(calls) == killed_at:
+            raise KeyboardInterrupt
+        rename(*paths)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt) if killed_at < 3 else contextlib.nullcontext():
+        drive(again := Run(run.folder), Walk(), "round", 7)
+    monkeypatch.undo()
+    again.close()
+    assert Run(run.folder).restore()["process"]["round"] == (5 if killed_at < 3 else 7)
+    assert load_checked(run.previous_path)["state"]["process"]["round"] == 5
 
 
 def test_two_damaged_checkpoints_stop_the_run(run):

@@ -1,11 +1,20 @@
 """Files that are written whole, and found out when they are not."""
 
 import json
+import os
+import time
 
 import pytest
 import torch
 
-from safe_files import DamagedFile, load_checked, save_checked, write_atomically, write_json
+from safe_files import (
+    DamagedFile,
+    forget_asides,
+    load_checked,
+    save_checked,
+    write_atomically,
+    write_json,
+)
 
 
 def test_a_checked_file_comes_back(tmp_path):
@@ -39,3 +48,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_atomically(path, lambda aside: (_ for _ in ()).throw(OSError("disk full")))
     assert json.loads(path.read_text()) == {"a": 1}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_was_half_written_goes_once_it_is_old(tmp_path):
+    for name, age in (("a.pt.7.tmp", 0), ("b.pt.7.tmp", 100), ("c.pt", 100)):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    forget_asides(tmp_path, age=50)
+    assert {p.name for p in tmp_path.iterdir()} == {"a.pt.7.tmp", "c.pt"}
+    forget_asides(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
