@@ -117,10 +117,11 @@ def around(lr: float, tries: int) -> tuple[float, ...]:
     return (lr, rung(lr, -1), rung(lr, 1))[:tries]
 
 
-def rounds(steps: int, local_steps: int) -> tuple[str, ...]:
-    """Return the options of a run of so many local steps in all, evaluated twice."""
+def rounds(steps: int, local_steps: int, evaluations: int = 1) -> tuple[str, ...]:
+    """Return the options of a run of so many local steps in all, evaluated so many times."""
     count = max(1, steps // local_steps)
-    return ("--J", f"{local_steps}", "--rounds", f"{count}", "--eval-every", f"{-(-count // 2)}")
+    every = f"{-(-count // evaluations)}"
+    return ("--J", f"{local_steps}", "--rounds", f"{count}", "--eval-every", every)
 
 
 # --------------------------------------------------------------- training, central and federated
@@ -342,7 +343,14 @@ def linearity(s: Scale) -> Experiment:
 def scaffold_mask(s: Scale) -> Experiment:
     """Whether SCAFFOLD still helps under a mask: 20 clients of 5 classes, each drawn often."""
     count = max(1, 4 * s.mask_steps // 8)
-    options = (*s.backbone, *rounds(8 * count, 8), "--clients", "20", "--fraction", "0.25")
+    options = (
+        *s.backbone,
+        *rounds(8 * count, 8, evaluations=2),
+        "--clients",
+        "20",
+        "--fraction",
+        "0.25",
+    )
     rows = []
     for (weights, low), method in product(
         (("dense", 3e-4), ("masked", 3e-3)), ("plain", "scaffold")
