@@ -365,6 +365,21 @@ def scaffold_mask(s: Scale) -> Experiment:
     return Experiment(title, ("weights", "method"), tuple(rows), ACCURACY, ("plain",))
 
 
+def privacy(s: Scale) -> Experiment:
+    """What the noise of client-level privacy costs, by which weights carry it; iid, at the rates
+    of the rules without noise."""
+    rows = []
+    for noise, (rule, share) in product(("0.1", "1"), RUNGS):
+        if share in ("0", "0.99"):
+            private = ("--dp-noise", noise, "--dp-clip", "0.3")
+            options = (*masked(s, rule, share, "iid"), *private)
+            rates = (RUNGS[rule, share],)
+            rows.append(Row((noise, rule), options, rates, s.mask_seeds, name=f"dp{noise}-{rule}"))
+    title = "Client-level privacy: noise in all weights, or in a hundredth of them"
+    measures = (VALIDATION, TEST, Measure("epsilon", "final/epsilon", digits=1))
+    return Experiment(title, ("noise", "rule"), tuple(rows), measures, ("dense",))
+
+
 # -------------------------------------------------------------------------------------- methods
 
 METHODS = {
@@ -411,6 +426,6 @@ def at_scale(name: str) -> dict[str, Experiment]:
     """Return the experiments, by name, at one of SCALES, cheapest and most telling first."""
     made = (
         *(agreement, heads, heterogeneity, fedavg_iid, centralized),
-        *(rules, sparsity, consensus, linearity, scaffold_mask, methods),
+        *(rules, sparsity, consensus, linearity, privacy, scaffold_mask, methods),
     )
     return {make.__name__.replace("_", "-"): make(SCALES[name]) for make in made}

@@ -44,7 +44,7 @@ SETUP = (
     ),
     *("batch_size", "momentum", "weight_decay", "schedule", "head", "eval_every", "nc"),
     *("calibration_rounds", "calibration_images", "calibration_fraction", "damp", "sparsity"),
-    *("prox", "dare_drop", "ties_keep", "straggler_fraction", "server_lr", "threads"),
+    *("prox", "dp_clip", "dare_drop", "ties_keep", "straggler_fraction", "server_lr", "threads"),
 )
 ENVIRONMENT = ("device", "precision", "torch")
 
