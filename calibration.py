@@ -27,7 +27,8 @@ import masks
 import model as vit
 import safe_files
 from mask_file import Mask
-from workspace import DAY, Status, Workspace, fingerprint
+from status import Status
+from workspace import Workspace, fingerprint
 
 BATCH = 64  # images scored at a time; changes no score
 OVERLAP_CLIENTS = 10  # whose masks are compared
@@ -271,7 +272,7 @@ def cached_mask(calibration: Calibration) -> Mask:
             print(f"warning: {error}; made again", file=sys.stderr)
     mask = calibration.make()
     try:
-        safe_files.forget_asides(path.parent, DAY)
+        safe_files.forget_asides(path.parent, safe_files.DAY)
         mask.save(path, purpose)
     except OSError as error:
         print(f"warning: the mask is not kept for other runs: {error}", file=sys.stderr)

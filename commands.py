@@ -40,7 +40,8 @@ from session import (
     train_centralized,
     train_federated,
 )
-from workspace import Workspace, duration
+from status import duration
+from workspace import Workspace
 
 
 def run_fedavg(options: argparse.Namespace) -> None:

@@ -26,7 +26,8 @@ from fedavg import sample_clients
 from federation import federate
 from learner import Learner
 from local_training import ClientTraining, train_together
-from workspace import Workspace, duration, free_memory
+from status import duration
+from workspace import Workspace, free_memory
 
 CLIENTS_TIMED = 5
 TRAINED = 45_000  # images of CIFAR-100 that train

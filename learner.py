@@ -24,7 +24,8 @@ from cuda_graph import GraphedStep
 from entries import Entries
 from loss_scale import LossScale
 from mask_file import Mask, given_mask
-from workspace import HEAD, Status, Workspace, compiled
+from status import Status
+from workspace import HEAD, Workspace, compiled
 
 
 class Learner:

@@ -22,7 +22,8 @@ from federation import client_store
 from learner import Learner, find_mask, set_fitted_head
 from local_training import ClientTraining
 from safe_files import DamagedFile
-from workspace import Status, Workspace, fingerprint
+from status import Status
+from workspace import Workspace, fingerprint
 
 HERE = ("data_dir", "device", "threads", "eval_batch")  # of this command, not of the run
 NEEDED = dict(  # of the options in config.json

@@ -36,6 +36,7 @@ UNBOUND = b"SHA-256\0"  # of a file from before files had a purpose: this, the h
 SEAL = "sha256"  # key of the hash that a JSON object holds of its other keys
 RESERVED = '<>:"|?*\\'  # in the names of files on Windows
 DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{d}{i}" for d in ("COM", "LPT") for i in range(1, 10))}
+DAY = 86400.0  # seconds, after which what was half written is nobody's
 LONGEST = 200  # bytes of a part of a folder's name; file systems take 255
 
 _locks: dict[Path, Any] = {}  # of the folders that this process has open

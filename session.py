@@ -32,7 +32,8 @@ from federation import federate, privacy_of_run, privacy_spent, uncovered
 from learner import Evaluated, Learner
 from mask_file import given_mask
 from ranks import OneProcess
-from workspace import Workspace, duration, fingerprint
+from status import duration
+from workspace import Workspace, fingerprint
 
 FREE = {
     *("name", "runs_dir", "data_dir", "device", "threads"),

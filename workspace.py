@@ -10,9 +10,6 @@ import argparse
 import contextlib
 import hashlib
 import math
-import os
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,10 +22,10 @@ import download
 import head
 import model as vit
 import safe_files
+from kept_features import KeptFeatures
 from ranks import OneProcess
+from status import Status
 
-SAVE_SECONDS = 60.0  # the most work on features that a kill may cost
-DAY = 86400.0  # seconds, after which what was half written is nobody's
 HEAD = ("head.weight", "head.bias")
 
 
@@ -269,55 +266,6 @@ class Workspace:
         }
 
 
-class KeptFeatures:
-    """The file of some features, and, while they are computed, that of the first of them.
-
-    Args:
-        key: what names these features among all others.
-    """
-
-    def __init__(self, path: Path, key: str):
-        self.path, self.key = path, key
-        self.begun_path, self.saved = path.with_suffix(".begun"), time.monotonic()
-
-    def load(self) -> Tensor | None:
-        """Return all features (N, D), if they are there and whole."""
-        return self._load(self.path, self.key)
-
-    def save(self, features: Tensor) -> None:
-        """Keep all features (N, D)."""
-        self._save(self.path, self.key, features)
-        with contextlib.suppress(OSError):
-            self.begun_path.unlink(missing_ok=True)
-
-    def load_begun(self, batch: int) -> Tensor | None:
-        """Return the features of the first images, if they are there; batch: images at a time."""
-        return self._load(self.begun_path, f"{self.key} {batch}")
-
-    def save_begun(self, rows: list[Tensor], batch: int) -> None:
-        """Keep the features so far, if the last time is SAVE_SECONDS ago."""
-        if time.monotonic() - self.saved >= SAVE_SECONDS:
-            self._save(self.begun_path, f"{self.key} {batch}", torch.cat(rows))
-            self.saved = time.monotonic()
-
-    def _load(self, path: Path, purpose: str) -> Tensor | None:
-        if not path.exists():
-            return None
-        try:
-            return safe_files.load_checked(path, purpose)
-        except safe_files.DamagedFile as error:
-            print(f"warning: {error}; computed again", file=sys.stderr)
-            return None
-
-    def _save(self, path: Path, purpose: str, features: Tensor) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            safe_files.forget_asides(path.parent, DAY)
-            safe_files.save_checked(path, features.cpu(), purpose)
-        except OSError as error:
-            print(f"warning: the features are not kept: {error}", file=sys.stderr)
-
-
 def choose_device(name: str, group: OneProcess) -> torch.device:
     """Return the device of --device; "auto" is a CUDA device, one a process, where there is one."""
     given = name
@@ -414,35 +362,3 @@ def cast_copy(model: vit.VisionTransformer, dtype: torch.dtype) -> vit.VisionTra
     copy = vit.VisionTransformer(model.shape, model.head.out_features).to(model.cls_token.device)
     copy.load_state_dict(model.state_dict())
     return copy.to(dtype)
-
-
-class Status:
-    """One live line on a terminal, nothing elsewhere: what is done, the rate, the time left."""
-
-    def __init__(self, what: str, total: int, done: float = 0):
-        self.what, self.total, self.start_at = what, total, done
-        first = int(os.environ.get("RANK", 0)) == 0
-        self.live, self.started = first and sys.stderr.isatty(), time.monotonic()
-
-    def show(self, done: float, note: str = "") -> None:
-        """Redraw the line."""
-        if self.live:
-            seconds = (time.monotonic() - self.started) / ((done - self.start_at) or 1)
-            left = seconds * (self.total - done)
-            rate = f"{1 / seconds:.1f}/s" if seconds < 1 else f"{seconds:.1f} s each"
-            line = f"{self.what} {done}/{self.total}  {rate}  {duration(left)} left  {note}"
-            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Clear the line."""
-        if self.live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """Write a duration as 42 s, 3:05 or 1:02:03."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

@@ -26,7 +26,7 @@ LEAVES = (
         "ranks",
     ),
     *("editing", "centralized", "client_accuracy", "privacy", "plots", "typeset"),
-    *("safe_files", "runs"),
+    *("safe_files", "runs", "status"),
 )
 TAKES_ALONG = {"runs": {"safe_files"}}
 

@@ -5,9 +5,10 @@ import shutil
 import pytest
 import torch
 
+import kept_features
 import train
-import workspace
-from workspace import KeptFeatures, Workspace
+from kept_features import KeptFeatures
+from workspace import Workspace
 
 
 def build():
@@ -23,7 +24,7 @@ def test_features_that_a_kill_cut_short_are_gone_on_with(small_data, monkeypatch
     work, batches = build(), []
     model = work.build_model()
     whole = work.compute_features(model, "train")
-    monkeypatch.setattr(workspace, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(kept_features, "SAVE_SECONDS", 0.0)
     computed = type(model).features
 
     def features(self, images):
