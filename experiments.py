@@ -104,7 +104,7 @@ SCALES = {
 SHARDINGS = {
     n: () if n == "iid" else ("--nc", n[2:]) for n in ("iid", "nc50", "nc10", "nc5", "nc1")
 }
-LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # rates to choose from
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)  # of rates
 
 
 def rung(lr: float, offset: int = 0) -> float:
@@ -217,7 +217,7 @@ def heads(s: Scale) -> Experiment:
 
 RUNGS = {  # the lower of the two rates tried, iid: the less the entries matter, the longer the step
     ("dense", "0"): 0.003,
-    **{("least-sensitive", s): lr for s, lr in (("0.5", 0.01), ("0.9", 0.03), ("0.99", 0.3))},
+    **{("least-sensitive", s): lr for s, lr in (("0.5", 0.01), ("0.9", 0.03), ("0.99", 3.0))},
     **{("most-sensitive", s): lr for s, lr in (("0.5", 0.003), ("0.9", 0.003), ("0.99", 0.01))},
     **{("lowest-magnitude", s): lr for s, lr in (("0.5", 0.003), ("0.9", 0.01), ("0.99", 0.03))},
     **{("highest-magnitude", s): lr for s, lr in (("0.5", 0.003), ("0.9", 0.01), ("0.99", 0.03))},
