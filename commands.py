@@ -168,6 +168,9 @@ def run_shards(options: argparse.Namespace) -> None:
 def run_sweep(options: argparse.Namespace) -> None:
     """Run what is missing of the experiments, several runs at a time, and write their tables."""
     made = experiments.at_scale(options.scale)
+    for name in options.experiment:
+        if name not in made:
+            raise ValueError(f"no experiment is called {name!r}: choose from {', '.join(made)}")
     chosen = {name: made[name] for name in options.experiment or made}
     results = Path(options.results) / options.scale
     folders = {name: results / (e.folder or name) for name, e in chosen.items()}
@@ -215,10 +218,11 @@ def list_runs(chosen: dict[str, tables.Experiment], folders: dict[str, Path], jo
         done = f"{needed - sum(counts)} of {needed} runs done"
         print(f"{name:15} {done:24} time left: {shown}")
     if len(chosen) > 1:
-        unknown = sum(map(math.isnan, estimates))
+        known = [one for one in estimates if not math.isnan(one)]
+        unknown = len(estimates) - len(known)
         more = f", and {unknown} tables of unknown length" if unknown else ""
-        total = sum(one for one in estimates if not math.isnan(one))
-        print(f"{'all':15} {'':24} time left: {duration(total)}{more}")
+        total = f"{duration(sum(known))}{more}" if known else "unknown: none has run"
+        print(f"{'all':15} {'':24} time left: {total}")
 
 
 def run_report(options: argparse.Namespace) -> None:
@@ -290,13 +294,12 @@ def print_overlap(overlap: dict) -> None:
     """Print how far the clients' own masks agree, where that was measured."""
     if overlap.get("iou") is not None:
         print(
-            f"clients' own masks: IoU {overlap['iou']:.3f} between clients, "
-            f"{overlap['ceiling']:.3f} between halves of one client's images, "
-            f"{overlap['chance']:.3f} by chance "
-            f"({overlap['clients']} clients, {overlap['images']} images each)"
+            f"masks of half of a client's images ({overlap['clients']} clients, "
+            f"{overlap['images']} images each): IoU {overlap['iou']:.3f} between clients, "
+            f"{overlap['ceiling']:.3f} between the halves of one, {overlap['chance']:.3f} by chance"
         )
         groups = (f"{iou:.3f} of {m}" for m, iou in overlap["groups"].items())
-        print(f"masks of two groups of clients: IoU {', '.join(groups)} clients each")
+        print(f"masks of two groups of clients, all their images: IoU {', '.join(groups)} each")
 
 
 def print_clients(figures: dict) -> None:

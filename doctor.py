@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 import fisher
+import masks
 import privacy
 import sparse_sgdm
 from fedavg import sample_clients
@@ -32,6 +33,11 @@ from workspace import Workspace, free_memory
 CLIENTS_TIMED = 5
 TRAINED = 45_000  # images of CIFAR-100 that train
 EVALUATED = 5_000 + 10_000  # images of an evaluation on CIFAR-100: validation and test
+UNCOUNTED = {  # what comes before the first round -> whether a command has it
+    "features for the head": lambda o: o.head != "linear" or o.train == "head",
+    "calibration": lambda o: o.mask_rule is not None and masks.needs_scores(o.mask_rule),
+    "search": lambda o: o.search,
+}
 
 
 def examine(options: argparse.Namespace) -> dict:
@@ -55,7 +61,8 @@ def examine(options: argparse.Namespace) -> dict:
             shards = [np.resize(workspace.train_index, size)] * len(shards)
         learner = Learner(workspace, workspace.build_model(), trial, Path(folder), shards)
         learner.keep_activations()
-    client, evaluation = time_client(learner, shards), time_evaluation(learner)
+    evaluated = EVALUATED if options.data == "cifar100" else None
+    client, evaluation = time_client(learner, shards), time_evaluation(learner, evaluated)
     batch = len(shards[0]) if options.batch_size == "full" else options.batch_size
     sampled = len(sample_clients(options.clients, options.fraction, seed=0, round=1))
     evaluations = 1 + -(-options.rounds // options.eval_every)
@@ -70,6 +77,7 @@ def examine(options: argparse.Namespace) -> dict:
         "cuda_graph": cuda_graph(learner, shards),
         "rounds": options.rounds,
         "seconds_in_all": float(f"{left:.4g}"),
+        "not_counted": [what for what, has in UNCOUNTED.items() if has(options)],
         "largest_batch": largest_batch(learner),
     }
 
@@ -167,11 +175,11 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def time_evaluation(learner: Learner) -> float:
-    """Return the seconds of an evaluation of EVALUATED images."""
+def time_evaluation(learner: Learner, images: int | None) -> float:
+    """Return the seconds of an evaluation of so many images, or of those that there are."""
     learner.start = None
     counted = len(learner.workspace.val_index) + len(learner.labels["test"])
-    return seconds_of(learner.evaluate, learner.workspace.device) * EVALUATED / counted
+    return seconds_of(learner.evaluate, learner.workspace.device) * (images or counted) / counted
 
 
 def largest_batch(learner: Learner) -> int | None:
@@ -206,5 +214,7 @@ def print_table(figures: dict) -> None:
     for name, value in figures.items():
         if isinstance(value, dict):
             value = ", ".join(f"{k}: {v}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(value) or "nothing"
         print(f"{name.replace('_', ' '):22} {value}")
     print(f"{'time in all':22} {duration(figures['seconds_in_all'])}")

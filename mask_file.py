@@ -81,7 +81,9 @@ class Mask:
         """
         try:
             content = safe_files.load_checked(path, purpose)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        except IsADirectoryError:
+            raise ValueError(f"mask {path}: a folder; a run's mask is its mask.pt") from None
+        except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"mask {path}: no such file") from None
         except safe_files.DamagedFile:
             other = "no mask that `calibrate` wrote" if purpose is None else "another mask"

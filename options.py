@@ -110,6 +110,8 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
     o.left_away = [name for name, value in defaults.items() if getattr(o, name) == value]
     if getattr(o, "augment", False) is None and o.train not in ("all", "blocks.0"):
         o.augment = False
+    if getattr(o, "head", "") is None and (o.mask or o.mask_rule):
+        o.head = "ridge"  # under a mask the head is fitted
     for name, value in BY_DATA[o.data].items() if hasattr(o, "data") else ():
         if hasattr(o, name) and getattr(o, name) is None:
             setattr(o, name, value)

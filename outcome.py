@@ -56,7 +56,9 @@ class Outcome:
             stored.precision = options.precision
         checkpoint = self.run.load()
         if checkpoint is None:
-            raise ValueError(f"{folder} holds no checkpoint yet")
+            raise ValueError(
+                f"{folder} holds no checkpoint: a run of {stored.command}, without one"
+            )
         for name, kind in NEEDED.items():
             if not isinstance(getattr(stored, name, None), kind):
                 raise DamagedFile(f"{self.run.config_path} is damaged: {name} in its options")

@@ -165,7 +165,10 @@ def _series(records: Sequence[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _unit(logs) -> str:
-    return "epoch" if any("epoch" in record for records in logs for record in records) else "round"
+    known = {
+        unit for log in logs for record in log for unit in ("round", "epoch") if unit in record
+    }
+    return " or ".join(sorted(known, reverse=True))
 
 
 # ---------------------------------------------------------------------------- groups and relations

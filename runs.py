@@ -440,7 +440,10 @@ def drive(
 
         before = _begin(run, process, unit, note, environment)
         if (reached := getattr(process, unit)) > total:
-            raise ValueError(f"{run.folder} is at {unit} {reached} already, beyond {total}")
+            raise ValueError(
+                f"{run.folder} is at {unit} {reached} already, beyond {total}: "
+                f"--{unit}s {reached} or more, or another --name"
+            )
         best_saved = best_at() if any(run.folder.glob("checkpoint*.pt")) else None
         saved, stopped = time.monotonic(), stale()
 
@@ -477,6 +480,8 @@ def _begin(run: Run, process: Any, unit: str, note: Callable, environment: dict 
     if state is None:
         note({unit: 0})
         return 0.0
+    if run.writes:
+        print(f"{run.folder} goes on from {unit} {getattr(process, unit)}", flush=True)
     if changes := _differences(state["environment"], environment):
         at = int(getattr(process, unit))
         run.log({"note": f"not bit-exact from {unit} {at + 1} on: {changes}"})

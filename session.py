@@ -376,8 +376,12 @@ def conclude(run: runs.Run, figures: dict, account: Callable[[], dict]) -> dict:
         print(f"no curves.png: {error}", file=sys.stderr)
     summary = run.summarise(**figures, **sent)
     if sent:
+        first, megabytes = run.records()[0], 1e-6
+        before = (first.get("bytes_up", 0) + first.get("bytes_down", 0)) * megabytes
+        once = f", {before:,.1f} of them for calibration and mask" if before else ""
         print(
-            f"sent {sent['bytes_up'] / 1e6:,.1f} MB up, {sent['bytes_down'] / 1e6:,.1f} MB down: "
+            f"sent {sent['bytes_up'] * megabytes:,.1f} MB up, "
+            f"{sent['bytes_down'] * megabytes:,.1f} MB down{once}: "
             f"{sent['bytes_to_dense']:.4f} of dense FedAvg"
         )
     return summary

@@ -14,6 +14,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS dete
 
 import argparse
 import contextlib
+import difflib
 import math
 import sys
 from collections.abc import Callable
@@ -52,6 +53,17 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuse what a command does not know by that command's own name."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            close = difflib.get_close_matches(
+                unknown[0], self._option_string_actions, n=1, cutoff=0.75
+            )
+            meant = f"; is {close[0]} meant?" if close else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return found, unknown
 
     def error(self, message: str):
         raise ValueError(f"{message} ({self.prog} --help lists the options)")
@@ -634,7 +646,6 @@ def build_parser() -> Parser:
     sub.add_argument(
         "experiment",
         nargs="*",
-        choices=[*experiments.at_scale("smoke"), []],
         metavar="NAME",
         help=f"{', '.join(experiments.at_scale('smoke'))} [all of them]",
     )

@@ -360,6 +360,7 @@ def test_an_option_that_the_folder_is_older_than_counts_as_its_default(run):
 def test_a_checkpoint_that_refers_to_a_damaged_file_gives_way_to_its_predecessor(run, capsys):
     drive(run, Walk(), "round", 5)
     drive(run, Walk(), "round", 7)
+    assert capsys.readouterr().out == f"{run.folder} goes on from round 5\n"
 
     def take(state):
         if state["process"]["round"] in bad:
