@@ -53,7 +53,7 @@ class Learner:
         if options.head != "linear":
             set_fitted_head(workspace, model, options.head, folder / "head.pt")
         self.on_features = options.train == "head"
-        fresh = not any(folder.glob("checkpoint*.pt"))
+        fresh = not runs.Run(folder).saved()
         self.class_weights: Tensor | None = None  # (classes,) of a sample in the training loss
         fitted_to_all = options.head != "linear" and options.head_images is None
         self.start = None  # features of the untrained backbone, for the first evaluation

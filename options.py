@@ -125,7 +125,8 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
             vit.check_image_size([o.image_size], vit.MODELS[o.model].patch)
         if o.weights == "dino" and o.model != "vit_s16":
             raise ValueError(f"--weights dino is a vit_s16, not {o.model}: --weights FILE or none")
-    if getattr(o, "head", "ridge") != "linear" and "val_fraction" in o and not o.val_fraction:
+    fits_head = "model" in o and getattr(o, "head", "ridge") != "linear"
+    if fits_head and "val_fraction" in o and not o.val_fraction:
         raise ValueError("a ridge or probe head needs validation data: --val-fraction above 0")
     if hasattr(o, "mask_rule"):
         resolve_mask(o)

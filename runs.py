@@ -108,8 +108,9 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock(self.folder)
-            for folder in (self.folder, *self.folder.glob("*/")):  # no other writes here now
-                forget_asides(folder)
+            for folder in (self.folder, *self.folder.glob("*/")):
+                if folder == self.folder or not (folder / "config.json").exists():  # another run
+                    forget_asides(folder)  # no other process writes here now
             config = {"format": FORMAT, "options": options} | (extra or {})
             self._made_here = not self.config_path.exists()
             if self._made_here:
@@ -219,6 +220,10 @@ class Run:
         """Return the records that the newest whole checkpoint knows; all where there is none."""
         checkpoint = self.load()
         return _parsed(checkpoint["log"]["text"].encode()) if checkpoint else self.records()
+
+    def saved(self) -> bool:
+        """Tell whether there is a checkpoint, whole or not."""
+        return self.checkpoint_path.exists() or self.previous_path.exists()
 
     def save(self, state: dict) -> None:
         """Write a checkpoint; the one before stays until this one is whole, and beside it after.
@@ -444,7 +449,7 @@ def drive(
                 f"{run.folder} is at {unit} {reached} already, beyond {total}: "
                 f"--{unit}s {reached} or more, or another --name"
             )
-        best_saved = best_at() if any(run.folder.glob("checkpoint*.pt")) else None
+        best_saved = best_at() if run.saved() else None
         saved, stopped = time.monotonic(), stale()
 
         def save() -> None:

@@ -22,6 +22,7 @@ import centralized
 import data
 import event_files
 import fedavg
+import masks
 import model as vit
 import plots
 import runs
@@ -31,6 +32,7 @@ from diagnostics import Diagnostics
 from federation import federate, privacy_of_run, privacy_spent, uncovered
 from learner import Evaluated, Learner
 from mask_file import given_mask
+from options import SCORING
 from ranks import OneProcess
 from status import duration
 from workspace import Workspace, fingerprint
@@ -248,6 +250,8 @@ def open_run(
         sizes = [len(shard) for shard in shards]
         extra["shards"] = {"clients": len(sizes), "smallest": min(sizes), "largest": max(sizes)}
     free, older = set(stored) - {*defining(options), *made_from}, defaults_of_older_runs(options)
+    if (rule := getattr(options, "mask_rule", None)) and not masks.needs_scores(rule):
+        free |= set(SCORING)  # older runs may hold values of them, without effect
     run.open(stored, extra, free=free, defaults=older)
     if shards and run.writes:
         ends = np.cumsum([len(shard) for shard in shards])

@@ -44,6 +44,7 @@ def run_cells(missing: Callable[[set[str]], Iterable[tuple[Path, Cell]]], jobs: 
     try:
         while True:
             waiting = [x for x in missing(failed) if x[1].name not in running]
+            waiting = list(dict.fromkeys(waiting))  # tables share runs
             for folder, cell in waiting[: jobs - len(running)]:
                 said = tempfile.NamedTemporaryFile("r", suffix=".txt")
                 arguments = [*cell.arguments, "--name", cell.name, "--runs-dir", str(folder)]

@@ -224,6 +224,10 @@ def summary(folder: Path, cell: Cell) -> dict | None:
             f"{run.folder} was made by another version of its experiment: {name} is "
             f"{options.get(name)} there and {value} here; give another --results, or delete it"
         )
+    for unit in ("round", "epoch"):
+        reached, wanted = found.get(unit), options.get(f"{unit}s")
+        if reached != wanted and None not in (reached, wanted) and "stopped_early" not in found:
+            return None  # it has been told to go on since, and has not got there
     return found
 
 

@@ -1,5 +1,6 @@
 """A sweep that is killed leaves no process behind, so that the same command finds its runs free."""
 
+import argparse
 import subprocess
 import sys
 import time
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+import sweep
+from tables import Row
 
 KILLED = """
 import os, signal, subprocess, sys
@@ -28,3 +32,24 @@ def test_a_process_ends_with_the_one_that_started_it():
             return
         time.sleep(0.05)
     raise AssertionError("it still runs")
+
+
+def test_a_run_that_two_tables_share_starts_once(tmp_path, monkeypatch):
+    cell = Row(("iid",), (), (0.1,), (0,)).cell(0.1, 0)
+    started = []
+
+    class Process:
+        sentinel, exitcode = 0, 0
+
+        def __init__(self, target, args):
+            started.append(args[0])
+
+        start = join = terminate = lambda self: None
+        is_alive = lambda self: False  # noqa: E731
+
+    context = argparse.Namespace(Process=Process, set_forkserver_preload=lambda names: None)
+    monkeypatch.setattr(sweep.multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.setattr(sweep, "wait", lambda sentinels: None)
+    twice = lambda failed: [] if started else [(tmp_path, cell), (tmp_path, cell)]  # noqa: E731
+    assert sweep.run_cells(twice, jobs=2) == set()
+    assert len(started) == 1

@@ -95,3 +95,17 @@ def test_a_measure_that_a_run_lacks_leaves_its_place_empty(tmp_path):
     measures = (VALIDATION, Measure("moved", "final/distance"))
     experiment = Experiment("One", ("which",), (row,), measures)
     assert experiment.lines(tmp_path)[1] == ["a", "25.00", "", "1"]
+
+
+def test_a_run_that_was_told_to_go_on_is_not_done_before_it_gets_there(tmp_path):
+    cell = ROWS[0].cell(0.01, 0)
+    finish(tmp_path, cell, 0.3, rounds=9)
+    path = tmp_path / cell.name / "summary.json"
+    figures = json.loads(path.read_text())
+    for further, done in (
+        ({"round": 2}, False),
+        ({"round": 9}, True),
+        ({"round": 2, "stopped_early": 3}, True),
+    ):
+        path.write_text(json.dumps(figures | further))
+        assert (summary(tmp_path, cell) is not None) == done
