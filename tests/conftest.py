@@ -12,9 +12,6 @@ import data
 
 SYNTHETIC_DATASET = data.synthetic_dataset
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before a file with kernels is imported
 
