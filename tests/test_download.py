@@ -1,5 +1,6 @@
 """Downloads from a server on this machine that does what servers, proxies and networks do."""
 
+import functools
 import http.server
 import signal
 import subprocess
@@ -156,7 +157,10 @@ CHILD = "import sys, pathlib, download as d; d.fetch(sys.argv[1], pathlib.Path(s
 
 def start(server, path):
     command = [sys.executable, "-c", CHILD, server.url, str(path)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # a shell's background jobs ignore SIGINT, and so do their children
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=ROOT, preexec_fn=heeding, **quiet)
 
 
 @pytest.mark.skipif(download.fcntl is None, reason="no file locks")
