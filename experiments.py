@@ -343,14 +343,8 @@ def linearity(s: Scale) -> Experiment:
 def scaffold_mask(s: Scale) -> Experiment:
     """Whether SCAFFOLD still helps under a mask: 20 clients of 5 classes, each drawn often."""
     count = max(1, 4 * s.mask_steps // 8)
-    options = (
-        *s.backbone,
-        *rounds(8 * count, 8, evaluations=2),
-        "--clients",
-        "20",
-        "--fraction",
-        "0.25",
-    )
+    often = ("--clients", "20", "--fraction", "0.25")
+    options = (*s.backbone, *rounds(8 * count, 8, evaluations=2), *often)
     rows = []
     for (weights, low), method in product(
         (("dense", 3e-4), ("masked", 3e-3)), ("plain", "scaffold")

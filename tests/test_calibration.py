@@ -278,6 +278,7 @@ BAD = {
     ),
     "--mask-scope in place of --train head": (*MASK, "--train", "head"),
     "no parameter of the backbone has such a name": (*MASK, "--mask-scope", "head.*"),
+    "mask .: a folder; a run's mask is its mask.pt": ("--head", "ridge", "--mask", "."),
     "mask nowhere.pt: no such file": ("--head", "ridge", "--mask", "nowhere.pt"),
     "leave --mask-rule away": (*MASK, "--mask", "nowhere.pt"),
     "--threshold 0 keeps nothing in calibration round 1": (*MASK, "--threshold", 0),
@@ -377,7 +378,7 @@ def test_a_kept_mask_of_something_else_is_named_and_made_again(cli, small_data, 
 
 
 def test_a_run_from_before_scoring_options_were_refused_goes_on(cli, small_data):
-    command = (*TINY, "--head", "ridge", "--mask-rule", "random", "--name", "x")
+    command = (*TINY, "--mask-rule", "random", "--name", "x")  # the head is fitted
     assert cli(*command)[0] == 0
     path = small_data / "runs" / "x" / "config.json"
     config = safe_files.read_json(path)

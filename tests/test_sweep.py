@@ -1,4 +1,4 @@
-"""A sweep that is killed leaves no process behind, so that the same command finds its runs free."""
+"""A sweep starts each run once; killed, it leaves no process behind to hold one."""
 
 import argparse
 import subprocess

@@ -506,7 +506,9 @@ BAD = {
         *(*FEDAVG, "--diagnostics", "--secure-aggregation"),
     ),
     "invalid choice: 'vit_xl'": (*FEDAVG, "--model", "vit_xl"),
-    "unrecognized arguments: --round": (*FEDAVG, "--round", 5),
+    "unrecognized arguments: --round 5; is --rounds meant? (train.py fedavg --help": (
+        *(*FEDAVG, "--round", 5),
+    ),
     "is no run folder": ("eval", "runs/none"),
     "runs/gone is no run folder": ("merge", "runs/gone"),
     "no run folder": ("plot", "runs/none"),
