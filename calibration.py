@@ -112,6 +112,8 @@ class Calibration:
         if (options.quorum or 0) > len(self.clients):
             raise ValueError(f"--quorum {options.quorum}: only {len(self.clients)} clients score")
         self.scores = masks.needs_scores(options.mask_rule)
+        how = dict(labels=options.fisher_labels, score=options.fisher_score)
+        self.scorer = fisher.Scorer(model, parameters=self.names, **how)
         self.preprocess = workspace.preprocess(torch.float32)
         draws = data.random(options.seed, "calibration labels")
         self.uniform = torch.from_numpy(draws.random(len(workspace.dataset.train.labels)))
@@ -140,13 +142,7 @@ class Calibration:
                 given = train.labels[at_device] if true else self.uniform[at]
                 yield self.preprocess(train.images[at_device]), given
 
-        scores = fisher.fisher_diagonal(
-            self.model,
-            batches(),
-            parameters=self.names,
-            labels=options.fisher_labels,
-            score=options.fisher_score,
-        )
+        scores = self.scorer.diagonal(batches())
         return torch.cat([scores[name].flatten() for name in self.names])
 
     def client_keys(self, index: np.ndarray) -> Tensor:

@@ -34,6 +34,7 @@ class ClientFisher:
         self.model = cast_copy(learner.model, torch.float32)
         parameters = dict(self.model.named_parameters())
         self.flat = vit.FlatView((name, parameters[name]) for name in learner.flat.shapes)
+        self.scorer = fisher.Scorer(self.model, parameters=list(self.flat.shapes))
         self.preprocess = learner.workspace.preprocess(torch.float32)
         self._scores: dict[int, Tensor] = {}
         self._unmerged: list[int] = []
@@ -45,10 +46,9 @@ class ClientFisher:
         if not torch.isfinite(losses).all():  # the loop will say so
             return
         self.flat.reset(self.learner.flat.theta)
-        names, batches = list(self.flat.shapes), self._batches(client, round)
         try:
             with exact_products():
-                scores = fisher.fisher_diagonal(self.model, batches, parameters=names)
+                scores = self.scorer.diagonal(self._batches(client, round))
         except ValueError as error:
             self._problem = f"round {round}, client {client}: {error}; try a lower --lr"
             return

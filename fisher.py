@@ -20,7 +20,8 @@ import contextlib
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -225,71 +226,88 @@ def fisher_diagonal(
     Raises:
         ValueError: nothing to score, no samples, an unknown option, or a score that is not finite.
     """
-    if labels not in ("sampled", "true") or score not in ("log-prob", "logit"):
-        raise ValueError(f"unknown labels {labels!r} or score {score!r}")
-    own = dict(model.named_parameters())
-    names = list(own) if parameters is None else list(parameters)
-    if not names:
-        raise ValueError("the model has no parameters to score")
-    sums = {n: torch.zeros(own[n].shape, dtype=dtype, device=own[n].device) for n in names}
-    generator = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(b"fisher labels")]))
-    trainable = {name: p.requires_grad for name, p in own.items()}
-    scorer, count = None, 0
-    try:
-        model.requires_grad_(False)
-        for batch in batches:
-            inputs, given = batch if isinstance(batch, tuple | list) else (batch, None)
-            scorer = scorer or _Scorer(model, sums, torch.cat([inputs[:1], inputs[:1]]))
-            if labels == "sampled" and (given is None or not given.is_floating_point()):
-                given = torch.from_numpy(generator.random(len(inputs)))
-            elif given is None or (labels == "true" and given.is_floating_point()):
-                raise ValueError("labels 'true' needs batches of (inputs, labels)")
-            scorer.add(inputs, given, score)
-            count += len(inputs)
-    finally:
-        if scorer is not None:
-            scorer.close()
-        for name, p in own.items():
-            p.requires_grad_(trainable[name])
-    if count == 0:
-        raise ValueError("the calibration set is empty")
-    for name, total in sums.items():
-        total /= count
-        if not torch.isfinite(total).all():
-            raise ValueError(f"the sensitivity of {name} is not finite")
-    return sums
+    scorer = Scorer(model, parameters=parameters, labels=labels, score=score, dtype=dtype)
+    return scorer.diagonal(batches, seed)
 
 
-def _sampled_labels(logits: Tensor, u: Tensor) -> Tensor:
-    """Return labels (N,) drawn from the softmax of `logits` by inversion of its CDF at u (N,)."""
-    cdf = logits.detach().double().softmax(dim=1).cpu().cumsum(dim=1)  # not deterministic on CUDA
-    return (cdf < u.cpu().double()[:, None] * cdf[:, -1:]).sum(dim=1).to(logits.device)
+class Scorer:
+    """`fisher_diagonal` of one model, as often as its weights or the samples change.
 
+    How each parameter's gradients are had is found out at the first batch, not again for every
+    client. Arguments and errors are those of `fisher_diagonal`.
+    """
 
-def _summed_score(logits: Tensor, labels: Tensor, score: str) -> Tensor:
-    values = logits if score == "logit" else logits.log_softmax(dim=1)
-    return values.gather(1, labels[:, None]).sum()
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        parameters: Sequence[str] | None = None,
+        labels: str = "sampled",
+        score: str = "log-prob",
+        dtype: torch.dtype = torch.float32,
+    ):
+        if labels not in ("sampled", "true") or score not in ("log-prob", "logit"):
+            raise ValueError(f"unknown labels {labels!r} or score {score!r}")
+        self.model, self.parameters = model, dict(model.named_parameters())
+        self.names = list(self.parameters) if parameters is None else list(parameters)
+        if not self.names:
+            raise ValueError("the model has no parameters to score")
+        self.labels, self.score, self.dtype = labels, score, dtype
+        self._kinds: dict[torch.Size, _Kinds] = {}  # by the shape of a sample
 
+    def diagonal(self, batches: Iterable, seed: int = 0) -> dict[str, Tensor]:
+        """Return what `fisher_diagonal` does of these batches, of the weights as they are now."""
+        own = self.parameters
+        sums = {
+            n: torch.zeros(own[n].shape, dtype=self.dtype, device=own[n].device) for n in self.names
+        }
+        generator = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(b"fisher labels")]))
+        trainable = {name: p.requires_grad for name, p in own.items()}
+        count = 0
+        try:
+            self.model.requires_grad_(False)
+            for batch in batches:
+                inputs, given = batch if isinstance(batch, tuple | list) else (batch, None)
+                kinds = self._sorted(inputs)
+                if self.labels == "sampled" and (given is None or not given.is_floating_point()):
+                    given = torch.from_numpy(generator.random(len(inputs)))
+                elif given is None or (self.labels == "true" and given.is_floating_point()):
+                    raise ValueError("labels 'true' needs batches of (inputs, labels)")
+                self._add(sums, kinds, inputs, given)
+                count += len(inputs)
+        finally:
+            for name, p in own.items():
+                p.requires_grad_(trainable[name])
+        if count == 0:
+            raise ValueError("the calibration set is empty")
+        for name, total in sums.items():
+            total /= count
+            if not torch.isfinite(total).all():
+                raise ValueError(f"the sensitivity of {name} is not finite")
+        return sums
 
-class _Scorer:
-    """Sorts the parameters by how their per-sample gradients are had, and adds up the squares."""
-
-    def __init__(self, model: nn.Module, sums: dict[str, Tensor], probe: Tensor):
-        self.model, self.sums, self.parameters = model, sums, dict(model.named_parameters())
-        hooked, out = _modules_called_once(model, probe)
-        self.handles, covered, self.recording = [], set(), [True]
-        for prefix, module in hooked.items():
-            names = {k: f"{prefix}.{k}".lstrip(".") for k, _ in module.named_parameters()}
-            mine = {k: sums[name] for k, name in names.items() if name in sums}
-            covered |= {names[k] for k in mine}
-            self.handles.append(module.register_forward_hook(_recorder(mine, self.recording)))
-        rest = [name for name in sums if name not in covered]
-        self.broadcast = self._broadcasting(rest, probe, out)
-        self.single = [n for n in rest if n not in self.broadcast]
-        if self.single:
+    def _sorted(self, inputs: Tensor) -> _Kinds:
+        """Return how the parameters' per-sample gradients are had of such inputs (N, ...)."""
+        shape = inputs.shape[1:]
+        if shape in self._kinds:
+            return self._kinds[shape]
+        probe = torch.cat([inputs[:1], inputs[:1]])
+        hooked, out = _modules_called_once(self.model, probe)
+        covered = {
+            f"{prefix}.{kind}".lstrip(".")
+            for prefix, module in hooked.items()
+            for kind, _ in module.named_parameters()
+        }
+        rest = [name for name in self.names if name not in covered]
+        broadcast = self._broadcasting(rest, probe, out)
+        kinds = _Kinds(hooked, broadcast, [name for name in rest if name not in broadcast])
+        if kinds.single:
             warnings.warn(
-                f"per-sample gradients one by one for {', '.join(self.single)}", stacklevel=4
+                f"per-sample gradients one by one for {', '.join(kinds.single)}", stacklevel=4
             )
+        if torch.isfinite(out).all():  # else no comparison told anything
+            self._kinds[shape] = kinds
+        return kinds
 
     @torch.no_grad()
     def _broadcasting(self, names: list[str], probe: Tensor, out: Tensor) -> list[str]:
@@ -305,41 +323,67 @@ class _Scorer:
             return names if alone else []
         return [n for name in names for n in self._broadcasting([name], probe, out)]
 
-    def add(self, inputs: Tensor, given: Tensor, score: str) -> None:
+    def _add(self, sums: dict[str, Tensor], kinds: _Kinds, inputs: Tensor, given: Tensor) -> None:
         """Add the squared per-sample gradients of one batch; floats `given` stand for draws."""
         copies = {}
-        for name in self.broadcast:
+        for name in kinds.broadcast:
             p = self.parameters[name].detach()
             copies[name] = p.expand(len(inputs), *p.shape[1:]).clone().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), self._hooked(sums, kinds):
             logits = torch.func.functional_call(self.model, copies, (inputs,))
             labels = _sampled_labels(logits, given) if given.is_floating_point() else given
             if logits.requires_grad:  # something is hooked or copied
-                _summed_score(logits, labels, score).backward()
+                _summed_score(logits, labels, self.score).backward()
         for name, copy in copies.items():
-            self.sums[name] += copy.grad.square().sum(dim=0, keepdim=True)
-        if self.single:
-            self._add_one_by_one(inputs, labels, score)
+            sums[name] += copy.grad.square().sum(dim=0, keepdim=True)
+        if kinds.single:
+            self._add_one_by_one(sums, kinds.single, inputs, labels)
 
-    def _add_one_by_one(self, inputs: Tensor, labels: Tensor, score: str) -> None:
-        chosen = {name: self.parameters[name].detach() for name in self.single}
+    @contextlib.contextmanager
+    def _hooked(self, sums: dict[str, Tensor], kinds: _Kinds) -> Iterator[None]:
+        """Let the batched modules add their squares to `sums` in the block's backward pass."""
+        handles = []
+        for prefix, module in kinds.hooked.items():
+            names = {kind: f"{prefix}.{kind}".lstrip(".") for kind, _ in module.named_parameters()}
+            if mine := {kind: sums[name] for kind, name in names.items() if name in sums}:
+                handles.append(module.register_forward_hook(_recorder(mine)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _add_one_by_one(
+        self, sums: dict[str, Tensor], names: list[str], inputs: Tensor, labels: Tensor
+    ) -> None:
+        chosen = {name: self.parameters[name].detach() for name in names}
 
         def sample_score(values: dict, x: Tensor, y: Tensor) -> Tensor:
             logits = torch.func.functional_call(self.model, values, (x[None],))
-            return _summed_score(logits, y[None], score)
+            return _summed_score(logits, y[None], self.score)
 
-        self.recording[0] = False
-        try:
-            gradients = torch.func.vmap(torch.func.grad(sample_score), in_dims=(None, 0, 0))
-            for name, grad in gradients(chosen, inputs, labels).items():
-                self.sums[name] += grad.square().sum(dim=0)
-        finally:
-            self.recording[0] = True
+        gradients = torch.func.vmap(torch.func.grad(sample_score), in_dims=(None, 0, 0))
+        for name, grad in gradients(chosen, inputs, labels).items():
+            sums[name] += grad.square().sum(dim=0)
 
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self.handles:
-            handle.remove()
+
+class _Kinds(NamedTuple):
+    """The ways to per-sample gradients: modules in a batch, copies, the other names one by one."""
+
+    hooked: dict[str, nn.Module]
+    broadcast: list[str]
+    single: list[str]
+
+
+def _sampled_labels(logits: Tensor, u: Tensor) -> Tensor:
+    """Return labels (N,) drawn from the softmax of `logits` by inversion of its CDF at u (N,)."""
+    cdf = logits.detach().double().softmax(dim=1).cpu().cumsum(dim=1)  # not deterministic on CUDA
+    return (cdf < u.cpu().double()[:, None] * cdf[:, -1:]).sum(dim=1).to(logits.device)
+
+
+def _summed_score(logits: Tensor, labels: Tensor, score: str) -> Tensor:
+    values = logits if score == "logit" else logits.log_softmax(dim=1)
+    return values.gather(1, labels[:, None]).sum()
 
 
 def _modules_called_once(model: nn.Module, probe: Tensor) -> tuple[dict[str, nn.Module], Tensor]:
@@ -376,11 +420,11 @@ def _is_known(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.LayerNorm)
 
 
-def _recorder(sums: dict[str, Tensor], recording: list[bool]) -> Callable:
+def _recorder(sums: dict[str, Tensor]) -> Callable:
     """Return the forward hook that adds a module's squared per-sample gradients to `sums`."""
 
     def forward(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        if recording[0] and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             x = inputs[0].detach()
             if not output.requires_grad:
                 output.requires_grad_()  # nothing trains: the graph begins here

@@ -115,11 +115,11 @@ class Merger:
         draws = some_images(workspace, workspace.train_index, self.options.fisher_images, "merge")
         images, preprocess = workspace.sets["train"].images, workspace.preprocess(torch.float32)
         batches = [preprocess(images[at]) for at in draws.split(BATCH)]
-        flat, scores = vit.FlatView(model.named_parameters()), []
+        flat, scorer, scores = vit.FlatView(model.named_parameters()), fisher.Scorer(model), []
         for vector in self.vectors:
             flat.reset(self.start + vector)
             with exact_products():
-                scores.append(self.flatten(fisher.fisher_diagonal(model, batches)))
+                scores.append(self.flatten(scorer.diagonal(batches)))
         return scores
 
     def interference(self) -> dict[str, float]:

@@ -12,7 +12,7 @@ from conftest import ROOT
 from torch import nn
 
 import fisher
-from fisher import fisher_diagonal, square_accumulate_
+from fisher import Scorer, fisher_diagonal, square_accumulate_
 from model import build_vit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,6 +92,28 @@ def test_a_vit_is_scored_without_falling_back(recwarn):
         error = (found[name] - expected[name]).norm() / expected[name].norm()
         if not name.endswith("qkv.bias"):  # a third of it, the keys', is exactly zero
             assert error < 1e-5, name
+
+
+def test_a_scorer_that_is_used_again_sees_the_model_as_it_is(odd):
+    model, x, _ = odd
+    scorer = Scorer(model)
+    weight = model.head.weight.detach().clone()
+    with pytest.warns(UserWarning, match="one by one for"), torch.no_grad():
+        model.head.weight.fill_(math.nan)
+        with pytest.raises(ValueError, match="is not finite"):
+            scorer.diagonal([x])
+        for factor, inputs in ((1, x), (2, x), (3, torch.randn(3, 2, 6, 6))):
+            model.head.weight.copy_(factor * weight)
+            found, fresh = scorer.diagonal([inputs], 5), fisher_diagonal(model, [inputs], seed=5)
+            assert all(torch.equal(found[name], scores) for name, scores in fresh.items())
+
+
+def test_what_lies_below_all_that_is_scored_sees_no_backward_pass():
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 4))
+    seen = []
+    model[0].register_forward_hook(lambda module, x, out: seen.append(out))
+    found = fisher_diagonal(model, [torch.randn(2, 3)], parameters=["1.weight"])
+    assert found["1.weight"].any() and not any(out.requires_grad for out in seen)
 
 
 def test_the_square_is_of_each_sample_not_of_the_batch(odd):

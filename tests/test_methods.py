@@ -46,15 +46,14 @@ def test_degenerate_methods_are_fedavg_to_the_bit(outcome, degenerate):
 
 @pytest.mark.parametrize("extra", [(), ("--head", "ridge", "--mask-rule", "random")])
 def test_under_equal_fishers_fisher_is_fedavg_to_the_bit(outcome, monkeypatch, extra):
-    def equal(model, batches, parameters):
-        shapes = {name: p.shape for name, p in model.named_parameters()}
-        return {name: torch.full(shapes[name], 0.7) for name in parameters}
+    def equal(scorer, batches):
+        return {name: torch.full(scorer.parameters[name].shape, 0.7) for name in scorer.names}
 
     theta, plain = outcome(*extra)
     weighed, records = outcome(*extra, "--aggregate", "fisher", "--fisher-images", 4)
     assert not torch.equal(theta, weighed)
     assert [r["bytes_up"] for r in records] == [2 * r["bytes_up"] for r in plain]
-    monkeypatch.setattr(client_fisher.fisher, "fisher_diagonal", equal)
+    monkeypatch.setattr(client_fisher.fisher.Scorer, "diagonal", equal)
     assert torch.equal(theta, outcome(*extra, "--aggregate", "fisher")[0])
 
 
