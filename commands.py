@@ -32,10 +32,10 @@ from learner import set_fitted_head
 from mask_file import density_table
 from merging import Merger
 from ranks import launched_group
+from search import search_then_train
 from session import (
     default_name,
     open_run,
-    search_then_train,
     sharding_name,
     train_centralized,
     train_federated,
@@ -202,8 +202,11 @@ def run_sweep(options: argparse.Namespace) -> None:
 
 
 def list_runs(chosen: dict[str, tables.Experiment], folders: dict[str, Path], jobs: int) -> None:
-    """Say of every table how many of its runs are done, and how long the others will take."""
-    estimates = []
+    """Say of every table how many of its runs are done, and how long the others will take.
+
+    What tables share counts once in the sum of all.
+    """
+    estimates, counted = [], set()
     for name, experiment in chosen.items():
         left = experiment.left(folders[name])
         took = [experiment.seconds(folders[name], row) for row, _ in left]
@@ -212,8 +215,12 @@ def list_runs(chosen: dict[str, tables.Experiment], folders: dict[str, Path], jo
         seconds = [usual if one is None else one for one in took]
         counts = [count for _, count in left]
         needed = sum(len(row.rates) + len(row.seeds) - 1 for row in experiment.rows)
-        estimate = sum(n * s for n, s in zip(counts, seconds, strict=True) if n) / jobs
-        estimates.append(estimate)
+        takes = [n * s / jobs if n else 0 for n, s in zip(counts, seconds, strict=True)]
+        rows = [(folders[name], row.cell(row.rates[0], row.seeds[0]).name) for row, _ in left]
+        own = [t for row, t in zip(rows, takes, strict=True) if row not in counted]
+        counted |= set(rows)
+        estimate = sum(takes)
+        estimates.append(sum(own))
         shown = "unknown: none has run" if math.isnan(estimate) else duration(estimate)
         done = f"{needed - sum(counts)} of {needed} runs done"
         print(f"{name:15} {done:24} time left: {shown}")

@@ -23,12 +23,13 @@ import fisher
 import masks
 import privacy
 import sparse_sgdm
+from device import free_memory
 from fedavg import sample_clients
 from federation import federate
 from learner import Learner
 from local_training import ClientTraining, train_together
 from status import duration
-from workspace import Workspace, free_memory
+from workspace import Workspace
 
 CLIENTS_TIMED = 5
 TRAINED = 45_000  # images of CIFAR-100 that train

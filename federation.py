@@ -21,12 +21,12 @@ import participation
 import privacy
 import runs
 from client_fisher import ClientFisher
+from device import free_memory
 from diagnostics import Diagnostics
 from learner import Learner
 from local_training import ClientTraining, train_together
 from mask_file import Mask
 from server import Server
-from workspace import free_memory
 
 SHARE = {"cuda": 0.5, "cpu": 0.8}  # of the free memory, for what clients keep
 APART = ("ties", "sign", "fisher")  # values of --aggregate that need each client's change by itself

@@ -21,11 +21,12 @@ import runs
 import safe_files
 from calibration import Calibration, cached_mask
 from cuda_graph import GraphedStep
+from device import compiled
 from entries import Entries
 from loss_scale import LossScale
 from mask_file import Mask, given_mask
 from status import Status
-from workspace import HEAD, Workspace, compiled
+from workspace import HEAD, Workspace
 
 
 class Learner:

@@ -87,27 +87,34 @@ def plot_curves(logs: dict[str, Sequence[dict]], path: str | Path) -> None:
     """
     if not any(logs.values()):
         raise ValueError("nothing to plot: the logs are empty")
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(PAGE, 2.7), layout="constrained")
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(PAGE, 2.9), layout="constrained")
+    styles = dict(
+        training=dict(alpha=0.35, linewidth=0.8), validation=dict(linestyle="--"), test={}
+    )
+    drawn = set()
     for i, (label, records) in enumerate(logs.items()):
-        colour = PALETTE[i % len(PALETTE)]
-        name = f"{label}: ".replace("$", r"\$") if len(logs) > 1 else ""
-        for axes, key, style, what in (
-            (left, "train_loss", dict(alpha=0.35, linewidth=0.8), "training"),
-            (left, "val_loss", dict(linestyle="--"), "validation"),
-            (left, "test_loss", {}, "test"),
-            (right, "val_acc", dict(linestyle="--"), "validation"),
-            (right, "test_acc", {}, "test"),
+        colour, unnamed = PALETTE[i % len(PALETTE)], len(logs) > 1
+        for axes, key, what in (
+            (left, "test_loss", "test"),
+            (left, "val_loss", "validation"),
+            (left, "train_loss", "training"),
+            (right, "test_acc", "test"),
+            (right, "val_acc", "validation"),
         ):
             x, y = _series(records, key)
             if len(x):
-                factor = 100 if key.endswith("acc") else 1
-                marker = "o" if len(x) == 1 else None
-                axes.plot(x, factor * y, color=colour, label=name + what, marker=marker, **style)
+                style = styles[what] | dict(color=colour, marker="o" if len(x) == 1 else None)
+                name = label.replace("$", r"\$") if unnamed else None
+                axes.plot(x, 100 * y if key.endswith("acc") else y, label=name, **style)
+                drawn, unnamed = drawn | {what}, False
+    colour = "black" if len(logs) > 1 else PALETTE[0]
+    for what, style in styles.items():  # colours tell runs apart, styles the images
+        if what in drawn:
+            left.plot([], [], color=colour, label=what, **style)
     for axes, what in ((left, "cross-entropy (nats)"), (right, "accuracy (%)")):
         axes.set(xlabel=_unit(logs.values()), ylabel=what)
         axes.grid()
-        if axes.has_data():
-            axes.legend()
+    _legend(figure, (left, right))
     save(figure, path)
 
 

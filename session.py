@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import json
 import platform
@@ -33,7 +32,6 @@ from federation import federate, privacy_of_run, privacy_spent, uncovered
 from learner import Evaluated, Learner
 from mask_file import given_mask
 from options import SCORING
-from ranks import OneProcess
 from status import duration
 from workspace import Workspace, fingerprint
 
@@ -139,44 +137,6 @@ def train_centralized(workspace: Workspace, options: argparse.Namespace, name: s
     every = options.eval_every
     process = centralized.Centralized(draw, train_batch, tensors, entries.scatter, every)
     return drive_to_summary(run, process, "epoch", options.epochs, learner)
-
-
-def search_then_train(
-    group: OneProcess,
-    options: argparse.Namespace,
-    length: str,
-    train: Callable[[argparse.Namespace, str], dict],
-) -> None:
-    """Train once; with --search, first short runs over the grid, the best by validation chosen."""
-    name = default_name(options) if options.name is None else options.name
-    if not options.search:
-        train(options, name)
-        return
-    results = []
-    for lr in options.search_lr:
-        for weight_decay in options.search_weight_decay:
-            cell = copy.copy(options)
-            cell.search, cell.lr, cell.weight_decay = False, lr, weight_decay
-            setattr(cell, length, options.search_length or getattr(options, length))
-            print(f"search: lr {lr:g}, weight decay {weight_decay:g}")
-            try:
-                summary = train(cell, f"{name}/search/lr{lr:.9g}-wd{weight_decay:.9g}")
-                shown = "best_by_validation" if options.early_stop else "final"
-                val_acc = summary[shown]["val_acc"]
-            except (fedavg.ClientError, centralized.Diverged) as error:
-                print(f"search: given up, {error}")
-                val_acc = 0.0
-            results.append({"lr": lr, "weight_decay": weight_decay, "val_acc": val_acc})
-    best = max(results, key=lambda r: r["val_acc"])
-    if not best["val_acc"]:
-        raise ValueError("--search: every try diverged; give lower rates by --search-lr")
-    if group.rank == 0:
-        found = {"cells": results, "best": best}
-        safe_files.write_json(Path(options.runs_dir) / name / "search.json", found)
-    chosen = copy.copy(options)
-    chosen.lr, chosen.weight_decay = best["lr"], best["weight_decay"]
-    print(f"search: chose lr {best['lr']:g}, weight decay {best['weight_decay']:g} by validation")
-    train(chosen, name)
 
 
 def default_name(options: argparse.Namespace) -> str:

@@ -6,7 +6,9 @@ import experiments
 import train
 from experiments import SCALES, at_scale
 from masks import RULES
+from status import duration
 from tables import Experiment, Row
+from test_tables import finish
 
 NAMES = tuple(at_scale("smoke"))
 PARSER = train.build_parser()
@@ -90,6 +92,18 @@ def test_a_sweep_runs_what_is_missing_and_goes_on_past_a_failure(cli, small_data
     assert status == 0 and "1 of 2 runs done" in out
     table = (small_data / "results" / "smoke" / "rules" / "table.md").read_text()
     assert "| a | 0.1 |" in table and "| b | not run |" in table
+
+
+def test_runs_that_tables_share_count_once_in_the_time_of_all(cli, small_data, monkeypatch):
+    shared, own = (Row((name,), (), (0.1, 0.2)) for name in "ab")
+    made = {"rules": Experiment("One", ("which",), (shared,))}
+    made["more"] = Experiment("Two", ("which",), (shared, own), folder="rules")
+    monkeypatch.setattr(experiments, "at_scale", lambda scale: made)
+    finish(small_data / "results" / "smoke" / "rules", shared.cell(0.1, 0), 0.3)  # in a minute
+    status, out, err = cli("sweep", "--scale", "smoke", "--list")
+    assert status == 0, err
+    left = {line.split()[0]: line.split("left: ")[1] for line in out.splitlines()}
+    assert left == {"rules": duration(60), "more": duration(180), "all": duration(180)}
 
 
 def test_a_second_sweep_of_the_same_results_is_refused(cli, small_data, two_runs):

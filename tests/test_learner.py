@@ -11,9 +11,10 @@ import fedavg
 import head
 import model as vit
 import train
+from device import compiled
 from learner import Learner
 from local_training import ClientTraining
-from workspace import Workspace, compiled
+from workspace import Workspace
 
 
 def build(tmp_path, *arguments):
