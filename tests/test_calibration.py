@@ -183,7 +183,10 @@ def test_every_line_of_the_log_counts_what_was_sent(cli, small_data):
     assert summary["bytes_up"] + summary["bytes_down"] == sent
     assert summary["bytes_to_dense"] == sent / (2 * 3 * 2 * 4 * size)
     assert f"{summary['bytes_to_dense']:.4f} of dense FedAvg" in out
-    assert cli(*TINY, "--head", "ridge", "--name", "dense")[0] == 0
+    before = (first["bytes_up"] + first["bytes_down"]) / 1e6
+    assert f", {before:.1f} of them for calibration and mask: " in out
+    status, out, _ = cli(*TINY, "--head", "ridge", "--name", "dense")
+    assert status == 0 and "calibration" not in out
     dense = json.loads((small_data / "runs" / "dense" / "summary.json").read_text())
     assert dense["bytes_to_dense"] == 1
 

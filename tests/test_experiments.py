@@ -99,6 +99,8 @@ def test_runs_that_tables_share_count_once_in_the_time_of_all(cli, small_data, m
     made = {"rules": Experiment("One", ("which",), (shared,))}
     made["more"] = Experiment("Two", ("which",), (shared, own), folder="rules")
     monkeypatch.setattr(experiments, "at_scale", lambda scale: made)
+    out = cli("sweep", "--scale", "smoke", "--list")[1]
+    assert out.count("time left: unknown: none has run") == 3
     finish(small_data / "results" / "smoke" / "rules", shared.cell(0.1, 0), 0.3)  # in a minute
     status, out, err = cli("sweep", "--scale", "smoke", "--list")
     assert status == 0, err

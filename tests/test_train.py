@@ -333,6 +333,9 @@ def test_doctor_says_what_a_command_will_cost(cli, small_data, options):
     least = 50 * figures["seconds_a_round"]
     assert least < figures["seconds_in_all"] < 2 * least + 100 * figures["seconds_an_evaluation"]
     assert "seconds a round" in out and "time in all" in out
+    counted = ["features for the head"] if "head" in options else []
+    assert figures["not_counted"] == counted
+    assert re.search(rf"not counted +{', '.join(counted) or 'nothing'}", out)
     assert figures["cuda_graph"].startswith("on" if torch.cuda.is_available() else "off (")
     assert not (small_data / "runs").exists() and not (small_data / "data").exists()
     assert cli("doctor", "ridge")[0] == 2
@@ -358,7 +361,9 @@ def test_doctor_times_a_mask_of_the_commands_sparsity(cli, small_data, monkeypat
     learner, figures = timed_as(cli, monkeypatch, "--head", "ridge", "--mask", "runs/m/mask.pt")
     assert figures["parameters"] == learner.mask.made["kept"] < 700
     threshold = ("--mask-rule", "least-sensitive", "--threshold", 1e-6)
-    assert timed_as(cli, monkeypatch, "--head", "ridge", *threshold)[0].mask is None
+    learner, figures = timed_as(cli, monkeypatch, "--head", "ridge", *threshold)
+    assert learner.mask is None
+    assert figures["not_counted"] == ["features for the head", "calibration"]
 
 
 def test_doctor_counts_clipping_a_client_and_noise_a_round(cli, small_data, monkeypatch):
