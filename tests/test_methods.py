@@ -126,6 +126,14 @@ def test_client_states_that_do_not_fit_are_refused_with_figures(cli, monkeypatch
     assert "fewer --clients" in err
 
 
+@pytest.mark.parametrize(("vectors", "fits"), [(8.9, False), (9.1, True)])
+def test_eight_client_states_and_their_parity_need_room_for_nine(cli, monkeypatch, vectors, fits):
+    room = {torch.device("cpu"): vectors * 4 * 71_668}
+    monkeypatch.setattr(federation, "memory_room", lambda learner: room)
+    status, _, err = cli(*COMMAND, "--rounds", 2, "--scaffold")  # 4 clients a round
+    assert (status == 0) == fits and ("fewer --clients" in err) != fits
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
