@@ -1,6 +1,7 @@
 """The experiments as data: every run is a valid command, and scales differ in sizes alone."""
 
 import pytest
+from test_tables import finish
 
 import experiments
 import train
@@ -8,7 +9,6 @@ from experiments import SCALES, at_scale
 from masks import RULES
 from status import duration
 from tables import Experiment, Row
-from test_tables import finish
 
 NAMES = tuple(at_scale("smoke"))
 PARSER = train.build_parser()

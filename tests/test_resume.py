@@ -55,7 +55,7 @@ assert run("signalled") == 0
 COMMANDS = {
     "fedavg": "fedavg --data synthetic --rounds 40 --eval-every 5 --clients 20 --nc 10 --J 3 "
     "--local-norm --straggler-fraction 0.5 --dropout 0.3 --aggregate fednova --server fedadam",
-    "heads": "fedavg --data synthetic --rounds 300 --eval-every 30 --train head --nc 1 --scaffold",
+    "heads": "fedavg --data synthetic --rounds 120 --eval-every 12 --train head --nc 1 --scaffold",
     "centralized": "centralized --data synthetic --epochs 3 --schedule cosine --warmup 1 "
     "--eval-every 0.6 --early-stop 20",
 }
