@@ -189,7 +189,7 @@ def largest_batch(learner: Learner) -> int | None:
     if device.type != "cuda":
         return None
     size = 1
-    while size < 65_536:
+    while size < 32_768:  # attention kernels launch at most 65,535 images
         kept = torch.arange(learner.kept[0], device=device).expand(2 * size, -1)
         draws = torch.zeros(2 * size, 4, dtype=torch.int64, device=device)
         draws = torch.cat([draws, kept], dim=1)

@@ -212,14 +212,14 @@ def check_apart(learner: Learner, sizes: list[int]) -> None:
     options, device = learner.options, learner.workspace.device
     if options.aggregate not in APART and not options.diagnostics:
         return
-    each = 12 if options.aggregate == "fisher" else 8  # bytes an entry: the change, the score
+    each = 24 if options.aggregate == "fisher" else 16  # bytes of a change, a score, their copies
     needed = each * len(learner.entries.theta) * max(1, round(options.fraction * len(sizes)))
     room = memory_room(learner)[device]
     if room and needed > room:
         option = "--diagnostics" if options.diagnostics else f"--aggregate {options.aggregate}"
         raise ValueError(
-            f"{option} keeps the round's changes apart, {needed / 1e9:,.1f} GB, and there is room "
-            f"for {room / 1e9:,.1f} GB: a lower --fraction, or a mask (--mask-rule)"
+            f"{option} keeps a round's changes apart and copies them, {needed / 1e9:,.1f} GB, and "
+            f"there is room for {room / 1e9:,.1f} GB: a lower --fraction, or a mask (--mask-rule)"
         )
 
 

@@ -154,7 +154,8 @@ class VisionTransformer(nn.Module):
         x = x + self.positions(height, width)
         if keep is None:
             return x
-        return x.take_along_dim(F.pad(keep + 1, (1, 0))[..., None], dim=1)  # class token: place 0
+        image = torch.arange(len(x), device=x.device)[:, None]
+        return x[image, F.pad(keep + 1, (1, 0))]  # class token: place 0
 
     def tokens(self, images: Tensor, first: int) -> Tensor:
         """Return the input (N, 1 + T, D) of block `first`."""

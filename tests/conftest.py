@@ -1,4 +1,7 @@
-"""What all tests share: Triton's interpreter where there is no GPU, and where the real data is."""
+"""What all tests share: the device, Triton's interpreter where it is no GPU, and the real data.
+
+Tests see no GPU, whose rounding is another; GPU_TESTS=1 runs those that are for one.
+"""
 
 import functools
 import os
@@ -12,8 +15,23 @@ import data
 
 SYNTHETIC_DATASET = data.synthetic_dataset
 
+GPU_TESTS = os.environ.get("GPU_TESTS") == "1"
+if not GPU_TESTS:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for one, here and in children
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before a file with kernels is imported
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or no GPU_TESTS=1")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Under GPU_TESTS=1 keep the tests named on_a_gpu, and all of the kernels'."""
+    kernels = ("test_sparse_sgdm", "test_fisher")
+    chosen = [i for i in items if "on_a_gpu" in i.name or i.module.__name__ in kernels]
+    if GPU_TESTS:
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = Path(os.environ.get("CIFAR_DIR", ROOT / "data"))

@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
+from conftest import needs_cuda
 
 import cuda_graph
 from cuda_graph import CaptureError, GraphedStep
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 class Descent:

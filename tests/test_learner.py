@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import small_synthetic
+from conftest import needs_cuda, small_synthetic
 from test_cuda_graph import faithful
 
 import cuda_graph
@@ -244,9 +244,7 @@ def test_an_error_of_a_compiled_step_itself_is_raised(monkeypatch):
         compiled(out_of_memory)(torch.zeros(1))
 
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 ON_A_GPU = ON_STATIC_INPUTS | {"fp16": ["--precision", "fp16"], "fp32": ["--precision", "fp32"]}
-ON_A_GPU.pop("Nesterov, thinned out")  # the backward of its gather may have to wait
 
 
 @needs_cuda
