@@ -58,7 +58,10 @@ def free_memory(device: torch.device) -> int:
 
 
 def compiled(function: Callable) -> Callable:
-    """Return a function that is compiled at its first call, or, saying why not, stays as it is."""
+    """Return a function that is compiled at its first call, or, saying why not, stays as it is.
+
+    Its backward pass is compiled when it first runs; an error of that is raised.
+    """
     steady = (
         "deterministic" in torch._inductor.list_options()
     )  # choices are not timed, from 2.10 on
