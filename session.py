@@ -165,9 +165,8 @@ def sharding_name(options: argparse.Namespace) -> str:
 
 def defining(options: argparse.Namespace) -> dict:
     """Return the options that define an experiment; a constant schedule can be extended."""
-    extendable = (
-        {"rounds", "epochs"} if getattr(options, "schedule", "constant") == "constant" else set()
-    )
+    constant = getattr(options, "schedule", "constant") == "constant"
+    extendable = {"rounds", "epochs"} if constant else set()
     free = FREE | extendable | NOT_STORED
     return {name: value for name, value in sorted(vars(options).items()) if name not in free}
 
