@@ -194,8 +194,7 @@ def largest_batch(learner: Learner) -> int | None:
         draws = torch.zeros(2 * size, 4, dtype=torch.int64, device=device)
         draws = torch.cat([draws, kept], dim=1)
         try:
-            learner.flat.grad.zero_()
-            learner.loss(draws).backward()
+            learner.flat.fill_grad(learner.loss(draws))
             synchronise(device)
         except torch.cuda.OutOfMemoryError:
             break

@@ -137,17 +137,16 @@ class Learner:
 
         Pieces of --micro-batch images add their shares of the loss up.
         """
-        self.flat.grad.zero_()
         pieces = draws.split(self.options.micro_batch or len(draws))
         with self.workspace.fitting("a training step", len(pieces[0]), "--micro-batch"):
             if len(pieces) == 1:
                 loss = self.loss(draws)
-                (loss * loss_scale).backward()
+                self.flat.fill_grad(loss * loss_scale)
                 return loss.detach()
             losses = []
             for piece, share in zip(pieces, self._shares(pieces), strict=True):
                 loss = self.loss(piece) * share
-                (loss * loss_scale).backward()
+                self.flat.fill_grad(loss * loss_scale, add=len(losses) > 0)
                 losses.append(loss.detach())
             return torch.stack(losses).sum()
 

@@ -8,7 +8,7 @@ other sizes by DINO's bicubic rule (Caron 2021, arXiv:2104.14294), kept as one c
     import torch; from model import build_vit, FlatView
     vit = build_vit("vit_demo", classes=10)
     flat = FlatView(vit.named_parameters())
-    vit(torch.zeros(2, 3, 32, 32)).sum().backward(); flat.theta.sub_(0.1 * flat.grad)
+    flat.fill_grad(vit(torch.zeros(2, 3, 32, 32)).sum()); flat.theta.sub_(0.1 * flat.grad)
 """
 
 from __future__ import annotations
@@ -87,8 +87,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, d = x.shape
-        qkv = self.qkv(x).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(*qkv.unbind(0))  # (N, heads, T, D / heads)
+        parts = self.qkv(x).view(n, t, 3, self.heads, d // self.heads).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in parts)
+        x = F.scaled_dot_product_attention(q, k, v)  # (N, heads, T, D / heads)
         return self.proj(x.transpose(1, 2).reshape(n, t, d))
 
 
@@ -418,12 +419,24 @@ class FlatView:
         self.compute = torch.zeros(end, dtype=compute_dtype, device=device) if half else None
         weights = self.theta if self.compute is None else self.compute
         self.grad = torch.zeros_like(weights)
+        self.parameters = list(parameters.values())
         for name, p in parameters.items():
             self.view(self.theta, name).copy_(p.detach())
             p.requires_grad_(True)
             p.data = self.view(weights, name)
             p.grad = self.view(self.grad, name)
         self.refresh()
+
+    def fill_grad(self, loss: Tensor, add: bool = False) -> None:
+        """Set `grad` to the gradient of a scalar loss, or add that to it.
+
+        On a GPU all parameters' gradients move at once, where backward() adds one after the other.
+        """
+        grads = torch.autograd.grad(loss, self.parameters)
+        with torch.no_grad():
+            (torch._foreach_add_ if add else torch._foreach_copy_)(
+                [p.grad for p in self.parameters], grads
+            )
 
     def view(self, vector: Tensor, name: str) -> Tensor:
         """Return the view of parameter `name` in a flat (..., P) tensor, as (..., *shape)."""

@@ -32,7 +32,7 @@ except ImportError:  # macOS and Windows have no Triton; the reference serves th
     triton = None
 
 CPU_CHUNK = 262_144  # elements; the operands stay in cache from one operation to the next
-TRITON_BLOCK = 1024
+TRITON_BLOCK = 512
 
 
 def sparse_sgdm_reference_(

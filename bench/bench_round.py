@@ -1,6 +1,6 @@
 """A federated round against its floor: the bare passes plus the bytes that must move.
 
-    python bench/bench_round.py [--settings vit_ti16 vit_demo] [--device cuda] [--csv FILE]
+    python bench/bench_round.py [--settings vit_ti16 vit_demo vit_s16] [--device cuda] [--csv FILE]
 
 round   all sampled clients through FedAvg.advance: draws, pixels, local steps, the average
 floor   forward and backward of the same batches, made beforehand, no gradient added up or zeroed;
@@ -8,7 +8,9 @@ floor   forward and backward of the same batches, made beforehand, no gradient a
         two), 1 copy a client, and a client's sum (read two P fp32, read and write P int64)
 Clients take turns, one of the round, then the floor of its batches; a ratio is one round's sum over
 the other. On CUDA a setting is measured with --cuda-graph off and on. The bandwidth is that of
-copies around a ring as large as the round's own buffers.
+copies around a ring as large as the round's own buffers. vit_s16 is the default command's round, for
+a GPU; its share of the matrix units is of what a product of two 8,192 x 8,192 matrices reaches in the same
+precision and run.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from timing import interleaved, keep_memory, quantiles, timed, write_csv
@@ -34,12 +37,14 @@ from workspace import Workspace
 
 SHARED = (
     "fedavg --data synthetic --weights none --head linear --clients 100 --fraction 0.1 --J 4 "
-    "--precision fp32"
+    "--lr 0.01"
 )
 SETTINGS = {  # options, rounds, goal
-    "vit_ti16": ("--model vit_ti16 --image-size 64 --batch-size 32 --lr 0.01", 5, 1.05),
-    "vit_demo": ("--model vit_demo --image-size 32 --batch-size 8 --lr 0.01", 40, 1.15),
+    "vit_ti16": ("--model vit_ti16 --image-size 64 --batch-size 32 --precision fp32", 5, 1.05),
+    "vit_demo": ("--model vit_demo --image-size 32 --batch-size 8 --precision fp32", 40, 1.15),
+    "vit_s16": ("--model vit_s16 --image-size 224 --batch-size 64 --augment", 5, None),
 }
+PRODUCT = 8192  # side of the matrices whose product is the matrix units' rate
 
 
 class Floor:
@@ -50,6 +55,7 @@ class Floor:
         self.model, self.preprocess = workspace.build_model(), workspace.preprocess()
         with torch.no_grad():
             self.model.head.weight.normal_(std=0.02)  # so that the backward pass carries values
+        self.model.to(workspace.dtype)
         self.parameters = list(self.model.parameters())
 
     def batches(self, client: int, round: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -65,6 +71,13 @@ class Floor:
         for x, y in batches:
             loss = torch.nn.functional.cross_entropy(self.model(x), y)
             torch.autograd.grad(loss, self.parameters)
+
+
+def product_rate(dtype: torch.dtype, device: str) -> float:
+    """Return the floating-point operations a second of a large matrix product."""
+    a, b = torch.randn(2, PRODUCT, PRODUCT, device=device).to(dtype).unbind()
+    several = {"product": lambda: [a @ b for _ in range(10)]}
+    return 10 * 2 * PRODUCT**3 / np.median(interleaved(several, 5, device)["product"])
 
 
 def bytes_of_round(size: int, clients: int, steps: int) -> int:
@@ -94,6 +107,7 @@ def measure(name: str, graph: str, options: argparse.Namespace) -> list[dict]:
     arguments += f" --cuda-graph {graph}"
     o = train.resolve(train.build_parser().parse_args(arguments.split()))
     workspace = Workspace(o)
+    precision = str(workspace.dtype).removeprefix("torch.")
     shards, device = workspace.shards(), workspace.device.type
     with tempfile.TemporaryDirectory() as folder:
         learner = Learner(workspace, workspace.build_model(), o, Path(folder), shards)
@@ -109,6 +123,9 @@ def measure(name: str, graph: str, options: argparse.Namespace) -> list[dict]:
                 timed(lambda batches=batches: floor.passes(batches), device),
             )
         sums.append(seconds)
+    with FlopCounterMode(display=False) as counter:
+        floor.passes(batches)
+    operations = len(clients) * counter.get_total_flops()
     rounds, passes = np.array(sums[1:]).T
     size = federation.theta.numel()
     bandwidth = copy_bandwidth(size, device)
@@ -120,21 +137,29 @@ def measure(name: str, graph: str, options: argparse.Namespace) -> list[dict]:
         {"figure": "copy bandwidth, GB/s", "median": float(f"{bandwidth / 1e9:.4g}")},
         {"figure": "round / floor", **quantiles(rounds / (passes + moved)), "goal": goal},
         {"figure": "round / passes", **quantiles(rounds / passes)},
+        {"figure": "images/s", **quantiles(len(clients) * o.J * o.batch_size / rounds)},
+        {"figure": "TFLOP/s", **quantiles(operations / rounds, 1e12)},
     ]
+    if device != "cpu":
+        peak = product_rate(workspace.dtype, device)
+        rows.append({"figure": "matrix product, TFLOP/s", "median": float(f"{peak / 1e12:.4g}")})
+        rows.append({"figure": "share of it", **quantiles(operations / rounds / peak)})
     ratio = rows[4]
     print(
-        f"{name}: P = {learner.entries.size:,}, CUDA graph {graph}; a round "
+        f"{name}, {precision}: P = {learner.entries.size:,}, CUDA graph {graph}; a round "
         f"{rows[0]['median']:.3f} s, "
         f"passes {rows[1]['median']:.3f} s, bytes {moved:.4f} s; round / floor "
-        f"{ratio['median']:.3f} (p20 {ratio['p20']:.3f}, p80 {ratio['p80']:.3f}), goal {goal}"
+        f"{ratio['median']:.3f} (p20 {ratio['p20']:.3f}, p80 {ratio['p80']:.3f}), goal {goal}; "
+        + ", ".join(f"{row['figure']} {row['median']:g}" for row in rows[6:])
     )
-    about = {"setting": name, "cuda_graph": graph, "parameters": learner.entries.size}
+    about = {"setting": name, "precision": precision, "cuda_graph": graph}
+    about |= {"parameters": learner.entries.size}
     return [about | row for row in rows]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=["vit_ti16", "vit_demo"])
     parser.add_argument("--rounds", type=int, help="after the first [by setting]")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)

@@ -8,7 +8,8 @@ SGD             torch.optim.SGD without a mask; fused=True beside its default
 SGD * mask      the gradient times a float mask, then the step: wrong once weights decay, or Inf * 0
 SGD, restored   the step, then frozen entries set back: right, but their momentum keeps moving
 A step reads gradient, theta, momentum and mask, writes two: 21 bytes an entry, 20 without a mask
-(density 1). GB/s counts those bytes for every method, whatever it moves beside them.
+(density 1). GB/s counts those bytes for every method, whatever it moves beside them. On a GPU a
+repetition is 20 steps in a row, so that launches overlap with what they launch.
 """
 
 from __future__ import annotations
@@ -75,7 +76,10 @@ def methods(density: float, size: int, device: str) -> dict[str, Callable[[], ob
 def measure(density: float, options: argparse.Namespace) -> list[dict]:
     """Return one row per method."""
     found = methods(density, options.size, options.device)
-    seconds = interleaved(found, options.repetitions, options.device)
+    steps = 1 if options.device == "cpu" else 20
+    several = {name: lambda m=m: [m() for _ in range(steps)] for name, m in found.items()}
+    seconds = interleaved(several, options.repetitions, options.device)
+    seconds = {name: values / steps for name, values in seconds.items()}
     rows, moved = [], options.size * (20 if density == 1 else 21)
     for name, values in seconds.items():
         figures = quantiles(values, 1e-3)
