@@ -36,7 +36,6 @@ except ImportError:  # macOS and Windows have no Triton; the reference serves th
 
 CPU_CHUNK = 1_000_000  # elements of per-sample gradients held at a time: they stay in cache
 GPU_CHUNK = 1 << 27  # the same on a GPU: half a gigabyte of fp32
-TILE = dict(BLOCK_O=64, BLOCK_I=64, BLOCK_T=32)
 SQUARES_BLOCK = 1024
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -62,39 +61,6 @@ def square_accumulate_reference_(total: Tensor, grads: Tensor, inputs: Tensor) -
 if triton is not None:
 
     @triton.jit
-    def _square_of_sum_kernel(
-        total_ptr,
-        grads_ptr,
-        inputs_ptr,
-        samples,
-        tokens,
-        width_out,
-        width_in,
-        PRECISION: tl.constexpr,
-        BLOCK_O: tl.constexpr,
-        BLOCK_I: tl.constexpr,
-        BLOCK_T: tl.constexpr,
-    ):
-        o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-        i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
-        t = tl.arange(0, BLOCK_T)
-        squares = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
-        for n in range(samples):
-            product = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
-            for start in range(0, tokens, BLOCK_T):
-                row = (n * tokens + start + t).to(tl.int64)
-                live = start + t < tokens
-                g_at = row[None, :] * width_out + o[:, None]
-                g = tl.load(grads_ptr + g_at, (o[:, None] < width_out) & live[None, :], other=0.0)
-                a_at = row[:, None] * width_in + i[None, :]
-                a = tl.load(inputs_ptr + a_at, live[:, None] & (i[None, :] < width_in), other=0.0)
-                product = tl.dot(g, a, product, input_precision=PRECISION)
-            squares += product * product
-        at = total_ptr + o[:, None].to(tl.int64) * width_in + i[None, :]
-        inside = (o[:, None] < width_out) & (i[None, :] < width_in)
-        tl.store(at, tl.load(at, inside, other=0.0) + squares, inside)
-
-    @triton.jit
     def _add_squares_kernel(total_ptr, products_ptr, samples, size, BLOCK: tl.constexpr):
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         live = at < size
@@ -107,16 +73,9 @@ if triton is not None:
         tl.store(total_ptr + at, tl.load(total_ptr + at, live, other=0.0) + squares, live)
 
 
-def square_accumulate_triton_(
-    total: Tensor, grads: Tensor, inputs: Tensor, *, tensor_cores: bool | None = None
-) -> None:
-    """Add the squares with Triton; arguments as in `square_accumulate_`.
-
-    Args:
-        tensor_cores: True multiplies and squares in one kernel, so that no per-sample matrix is
-            ever written; False leaves the product to cuBLAS and squares in one fused pass. None
-            chooses by the device: tl.dot uses no tensor cores below compute capability 8.0.
-    """
+def square_accumulate_triton_(total: Tensor, grads: Tensor, inputs: Tensor) -> None:
+    """Add the squares in one fused pass over cuBLAS's products; arguments as in
+    `square_accumulate_`."""
     if triton is None:
         raise ValueError("backend 'triton': the triton package is not installed here")
     if total.is_cpu and os.environ.get("TRITON_INTERPRET") != "1":
@@ -126,34 +85,15 @@ def square_accumulate_triton_(
         )
     if total.dtype != torch.float32 or grads.dtype not in HALF_OR_SINGLE:
         raise ValueError(f"backend 'triton' sums in fp32, not {grads.dtype} into {total.dtype}")
-    samples, tokens, width_out = grads.shape
-    width_in = inputs.shape[2]
-    if tensor_cores is None:
-        tensor_cores = torch.cuda.get_device_capability(total.device) >= (8, 0)
-    if tensor_cores:
-        tiles = (triton.cdiv(width_out, TILE["BLOCK_O"]), triton.cdiv(width_in, TILE["BLOCK_I"]))
-        tf32 = torch.backends.cuda.matmul.allow_tf32 and grads.dtype == torch.float32
-        shape = (samples, tokens, width_out, width_in)
-        operands = (total, grads.contiguous(), inputs.contiguous())
-        with _current(total.device):
-            _square_of_sum_kernel[tiles](
-                *operands, *shape, PRECISION="tf32" if tf32 else "ieee", **TILE
-            )
-        return
     chunk = max(1, GPU_CHUNK // total.numel())
     blocks = (triton.cdiv(total.numel(), SQUARES_BLOCK),)
-    for start in range(0, samples, chunk):
+    for start in range(0, len(grads), chunk):
         part = slice(start, start + chunk)
         products = torch.bmm(grads[part].transpose(1, 2), inputs[part])
-        with _current(total.device):
+        with torch.cuda.device(total.device) if total.is_cuda else contextlib.nullcontext():
             _add_squares_kernel[blocks](
                 total, products, len(products), total.numel(), BLOCK=SQUARES_BLOCK
             )
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager:
-    """Make a device the one that Triton launches on."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 _devices_without_triton: set[torch.device] = set()

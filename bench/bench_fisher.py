@@ -31,6 +31,7 @@ from sparse_sgdm import sparse_sgdm_
 def methods(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
     """Return each method as a callable that works through all batches."""
     device = options.device
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as in runs
     model = build_vit(options.model, 100, seed=0).to(device)
     names = trained_names(model, "all", freeze_head=True)
     with torch.no_grad():

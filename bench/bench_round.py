@@ -8,9 +8,9 @@ floor   forward and backward of the same batches, made beforehand, no gradient a
         two), 1 copy a client, and a client's sum (read two P fp32, read and write P int64)
 Clients take turns, one of the round, then the floor of its batches; a ratio is one round's sum over
 the other. On CUDA a setting is measured with --cuda-graph off and on. The bandwidth is that of
-copies around a ring as large as the round's own buffers. vit_s16 is the default command's round, for
-a GPU; its share of the matrix units is of what a product of two 8,192 x 8,192 matrices reaches in the same
-precision and run.
+copies around a ring as large as the round's own buffers. vit_s16 is the default command's round,
+for a GPU. A share of the matrix units is one of the rate that a product of two 8,192 x 8,192 matrices
+has in the same precision.
 """
 
 from __future__ import annotations
@@ -159,7 +159,9 @@ def measure(name: str, graph: str, options: argparse.Namespace) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=["vit_ti16", "vit_demo"])
+    parser.add_argument(
+        "--settings", nargs="+", choices=tuple(SETTINGS), default=["vit_ti16", "vit_demo"]
+    )
     parser.add_argument("--rounds", type=int, help="after the first [by setting]")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
