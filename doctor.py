@@ -188,6 +188,7 @@ def largest_batch(learner: Learner) -> int | None:
     device = learner.workspace.device
     if device.type != "cuda":
         return None
+    learner.trained_logits_of = learner.logits_of  # or every size would be compiled
     size = 1
     while size < 32_768:  # attention kernels launch at most 65,535 images
         kept = torch.arange(learner.kept[0], device=device).expand(2 * size, -1)

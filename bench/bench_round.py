@@ -9,8 +9,8 @@ floor   forward and backward of the same batches, made beforehand, no gradient a
 Clients take turns, one of the round, then the floor of its batches; a ratio is one round's sum over
 the other. On CUDA a setting is measured with --cuda-graph off and on. The bandwidth is that of
 copies around a ring as large as the round's own buffers. vit_s16 is the default command's round,
-for a GPU. A share of the matrix units is one of the rate that a product of two 8,192 x 8,192 matrices
-has in the same precision.
+for a GPU. A share of the matrix units is one of the rate that a product of two 8,192 x 8,192
+matrices has in the same precision.
 """
 
 from __future__ import annotations
