@@ -7,7 +7,8 @@ floor   forward and backward of the same batches, made beforehand, no gradient a
         plus bytes / copy bandwidth: 5 P fp32 a step (read gradient, parameter, momentum; write
         two), 1 copy a client, and a client's sum (read two P fp32, read and write P int64)
 Clients take turns, one of the round, then the floor of its batches; a ratio is one round's sum over
-the other. On CUDA a setting is measured with --cuda-graph off and on. The bandwidth is that of
+the other. On CUDA a setting is measured with --cuda-graph off and on, with --compile also compiled
+and on. The bandwidth is that of
 copies around a ring as large as the round's own buffers. vit_s16 is the default command's round,
 for a GPU. A share of the matrix units is one of the rate that a product of two 8,192 x 8,192
 matrices has in the same precision.
@@ -101,7 +102,7 @@ def copy_bandwidth(size: int, device: str) -> float:
 
 
 def measure(name: str, graph: str, options: argparse.Namespace) -> list[dict]:
-    """Return one row per figure of a setting; graph: as --cuda-graph."""
+    """Return one row per figure of a setting; graph: as --cuda-graph, or "on --compile"."""
     arguments, count, goal = SETTINGS[name]
     arguments = f"{SHARED} {arguments} --device {options.device} --threads {options.threads}"
     arguments += f" --cuda-graph {graph}"
@@ -164,10 +165,12 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, help="after the first [by setting]")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="on CUDA, a compiled step too")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--csv", type=Path, default="results/bench/round.csv")
     options = parser.parse_args()
     graphs = ("off",) if options.device == "cpu" else ("off", "on")
+    graphs += ("on --compile",) if options.compile else ()
     pairs = itertools.product(options.settings, graphs)
     rows = [row for name, graph in pairs for row in measure(name, graph, options)]
     write_csv(options.csv, rows, options.device)
