@@ -220,9 +220,10 @@ class Scorer:
                 p.requires_grad_(trainable[name])
         if count == 0:
             raise ValueError("the calibration set is empty")
-        for name, total in sums.items():
-            total /= count
-            if not torch.isfinite(total).all():
+        torch._foreach_div_(list(sums.values()), count)
+        finite = torch.stack([total.isfinite().all() for total in sums.values()])
+        for name, fine in zip(sums, finite.tolist(), strict=True):  # a GPU is waited for once
+            if not fine:
                 raise ValueError(f"the sensitivity of {name} is not finite")
         return sums
 

@@ -276,7 +276,7 @@ def _plain_log_ticks(axes) -> None:
 
 def _panels(count: int):
     """Return a figure of panels in a row that share their y axis: one column wide, or a page."""
-    size = (COLUMN, 2.2) if count == 1 else (PAGE, 2.2)
+    size = (COLUMN, 2.0) if count == 1 else (PAGE, 2.0)
     figure, panels = pyplot().subplots(
         1, count, figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
@@ -304,7 +304,7 @@ def plot_shards(counts: Mapping[str, np.ndarray], path: str | Path) -> None:
     Args:
         counts: title of a panel -> (K, C) integers; all are coloured on one scale.
     """
-    size = (PAGE, 2.2) if len(counts) > 1 else (COLUMN, 3.0)
+    size = (PAGE, 1.9) if len(counts) > 1 else (COLUMN, 3.0)
     figure, panels = pyplot().subplots(
         1, len(counts), figsize=size, squeeze=False, sharey=True, layout="constrained"
     )
@@ -365,7 +365,7 @@ def plot_overlap(
         chance: of random masks of the same density.
         ceiling: the diagonal's mean.
     """
-    figure, axes = pyplot().subplots(figsize=(COLUMN, 2.7), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(COLUMN, 2.4), layout="constrained")
     top = max(float(np.max(iou)), ceiling)
     low = min(float(np.min(iou)), chance)
     image = axes.imshow(iou, cmap=CMAP, vmin=low, vmax=top)

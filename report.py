@@ -4,7 +4,7 @@
 
     numbers.tex, numbers.json   every figure that the prose may quote, under a readable key:
                                 EXPERIMENT/ROW'S KEY/COLUMN; EXPERIMENT/COLUMN=VALUE/best/COLUMN,
-                                the best of such rows by validation; setup/OPTION
+                                the best of such rows by validation; setup/OPTION; gpu/RUN/COLUMN
     NAME.tex, NAME.md           an experiment's table, for two columns; NAME-short.tex, for one
     NAME.pdf                    the figures for which there is data
 
@@ -47,6 +47,12 @@ SETUP = (
     *("prox", "dp_clip", "dare_drop", "ties_keep", "straggler_fraction", "server_lr", "threads"),
 )
 ENVIRONMENT = ("device", "precision", "torch")
+ON_A_GPU = {  # beside the scales, in h100/; some were cut short
+    "iid": "iid-linear-lr0.03",
+    "nc10": "nc10-ridge-lr0.01",
+    "nc5": "nc5-ridge-lr0.003",
+    "nc1": "nc1-ridge-lr0.001",
+}
 
 
 class Found(NamedTuple):
@@ -97,6 +103,7 @@ def write(scale: str, results: Path, out: Path) -> list[str]:
     for name, draw in FIGURES.items():
         pieces[f"figure/{name}"] = drawn(draw, rows, out / f"{name}.pdf")
     numbers = dict.fromkeys(declared()) | quotable(found) | {"scale": scale}
+    numbers |= gpu_numbers(results / "h100")
     (out / "numbers.tex").write_text(numbers_tex(numbers, pieces), encoding="utf-8")
     safe_files.write_json(out / "numbers.json", numbers)
     return [name for name, made in pieces.items() if made]
@@ -178,6 +185,17 @@ def run_numbers(found: Found) -> dict[str, str | None]:
         f"{found.name}/hours": hours_of([summary for _, summary in finished]),
     }
     return numbers | setup_numbers(f"{found.name}/setup", [config for config, _ in finished])
+
+
+def gpu_numbers(folder: Path) -> dict[str, str | None]:
+    """Return round and test accuracy of the last evaluation of each of ON_A_GPU's runs."""
+    numbers: dict[str, str | None] = {}
+    for name, run in ON_A_GPU.items():
+        evaluated = [r for r in runs.Run(folder / run).records() if "test_acc" in r]
+        last = evaluated[-1] if evaluated else None
+        numbers[f"gpu/{name}/round"] = f"{last['round']}" if last else None
+        numbers[f"gpu/{name}/test"] = f"{100 * last['test_acc']:.1f}" if last else None
+    return numbers
 
 
 def hours_of(summaries: list[dict]) -> str | None:

@@ -83,6 +83,15 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path, scales):
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
+def test_runs_on_a_gpu_are_quoted_by_their_last_evaluation(tmp_path):
+    run = tmp_path / report.ON_A_GPU["iid"]
+    run.mkdir()
+    (run / "log.jsonl").write_text('{"round": 50, "test_acc": 0.8412}\n{"round": 51}\n')
+    numbers = report.gpu_numbers(tmp_path)
+    assert numbers["gpu/iid/test"] == "84.1" and numbers["gpu/iid/round"] == "50"
+    assert numbers["gpu/nc1/test"] is None and numbers["gpu/nc1/round"] is None
+
+
 def test_the_macros_say_the_same(tmp_path, scales):
     out, _, _ = written(tmp_path)
     lines = (out / "numbers.tex").read_text().splitlines()
