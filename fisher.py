@@ -152,6 +152,7 @@ def fisher_diagonal(
     Any other parameter falls back to per-sample gradients by torch.func, which is said once.
 
     Args:
+        model: on one device.
         batches: inputs (N, ...), or pairs (inputs, given (N,)); logits (N, C) come out.
         parameters: names to score; None scores all.
         labels: "sampled" draws y from the model's own p(y|x), by `seed` and the sample's place in
@@ -198,14 +199,16 @@ class Scorer:
     def diagonal(self, batches: Iterable, seed: int = 0) -> dict[str, Tensor]:
         """Return what `fisher_diagonal` does of these batches, of the weights as they are now."""
         own = self.parameters
-        sums = {
-            n: torch.zeros(own[n].shape, dtype=self.dtype, device=own[n].device) for n in self.names
-        }
+        sizes = [own[n].numel() for n in self.names]
+        flat = torch.zeros(sum(sizes), dtype=self.dtype, device=own[self.names[0]].device)
+        parts = zip(self.names, flat.split(sizes), strict=True)
+        sums = {name: part.view(own[name].shape) for name, part in parts}
         generator = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(b"fisher labels")]))
         trainable = {name: p.requires_grad for name, p in own.items()}
         count = 0
         try:
-            self.model.requires_grad_(False)
+            for p in own.values():
+                p.requires_grad_(False)
             for batch in batches:
                 inputs, given = batch if isinstance(batch, tuple | list) else (batch, None)
                 kinds = self._sorted(inputs)
@@ -220,11 +223,10 @@ class Scorer:
                 p.requires_grad_(trainable[name])
         if count == 0:
             raise ValueError("the calibration set is empty")
-        torch._foreach_div_(list(sums.values()), count)
-        finite = torch.stack([total.isfinite().all() for total in sums.values()])
-        for name, fine in zip(sums, finite.tolist(), strict=True):  # a GPU is waited for once
-            if not fine:
-                raise ValueError(f"the sensitivity of {name} is not finite")
+        flat /= count
+        if not torch.isfinite(flat).all():
+            name = next(n for n, total in sums.items() if not torch.isfinite(total).all())
+            raise ValueError(f"the sensitivity of {name} is not finite")
         return sums
 
     def _sorted(self, inputs: Tensor) -> _Kinds:
@@ -234,11 +236,7 @@ class Scorer:
             return self._kinds[shape]
         probe = torch.cat([inputs[:1], inputs[:1]])
         hooked, out = _modules_called_once(self.model, probe)
-        covered = {
-            f"{prefix}.{kind}".lstrip(".")
-            for prefix, module in hooked.items()
-            for kind, _ in module.named_parameters()
-        }
+        covered = {name for names in hooked.values() for name in names.values()}
         rest = [name for name in self.names if name not in covered]
         broadcast = self._broadcasting(rest, probe, out)
         kinds = _Kinds(hooked, broadcast, [name for name in rest if name not in broadcast])
@@ -284,8 +282,7 @@ class Scorer:
     def _hooked(self, sums: dict[str, Tensor], kinds: _Kinds) -> Iterator[None]:
         """Let the batched modules add their squares to `sums` in the block's backward pass."""
         handles = []
-        for prefix, module in kinds.hooked.items():
-            names = {kind: f"{prefix}.{kind}".lstrip(".") for kind, _ in module.named_parameters()}
+        for module, names in kinds.hooked.items():
             if mine := {kind: sums[name] for kind, name in names.items() if name in sums}:
                 handles.append(module.register_forward_hook(_recorder(mine)))
         try:
@@ -311,7 +308,7 @@ class Scorer:
 class _Kinds(NamedTuple):
     """The ways to per-sample gradients: modules in a batch, copies, the other names one by one."""
 
-    hooked: dict[str, nn.Module]
+    hooked: dict[nn.Module, dict[str, str]]  # weight or bias -> its name in the model
     broadcast: list[str]
     single: list[str]
 
@@ -327,8 +324,11 @@ def _summed_score(logits: Tensor, labels: Tensor, score: str) -> Tensor:
     return values.gather(1, labels[:, None]).sum()
 
 
-def _modules_called_once(model: nn.Module, probe: Tensor) -> tuple[dict[str, nn.Module], Tensor]:
-    """Return the modules whose per-sample gradients can be had in a batch, and the logits."""
+def _modules_called_once(
+    model: nn.Module, probe: Tensor
+) -> tuple[dict[nn.Module, dict[str, str]], Tensor]:
+    """Return the modules whose per-sample gradients can be had in a batch, with the names of their
+    parameters, and the logits."""
     owners: dict[nn.Parameter, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -351,7 +351,10 @@ def _modules_called_once(model: nn.Module, probe: Tensor) -> tuple[dict[str, nn.
     finally:
         for handle in handles:
             handle.remove()
-    return {known[module]: module for module, times in calls.items() if times == 1}, out
+    once = [module for module, times in calls.items() if times == 1]
+    return {
+        m: {k: f"{known[m]}.{k}".lstrip(".") for k, _ in m.named_parameters()} for m in once
+    }, out
 
 
 def _is_known(module: nn.Module) -> bool:
