@@ -50,7 +50,7 @@ BY_DATA = {
 }
 # --lr on CIFAR-100, chosen on validation (README, Results), by what trains: (N_c at most, lr). The
 # fewer classes a client holds, the further it drifts in a step.
-LR_OF_BACKBONE = ((4, 1e-4), (9, 1e-3), (math.inf, 1e-2))
+LR_OF_BACKBONE = ((9, 1e-3), (math.inf, 1e-2))
 LR_OF_FITTED_HEAD = ((4, 3e-4), (math.inf, 3e-3))
 LR_OF_SYNTHETIC = 0.2, 0.01  # from a linear head, under a fitted one
 SEARCH_WEIGHT_DECAY = 0.0, 5e-4

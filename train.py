@@ -37,8 +37,8 @@ from options import BY_DATA, MASK_DEFAULTS, OWNED, SEARCH_WEIGHT_DECAY, resolve
 from ranks import LostProcess, ToldByFirst
 
 LR_HELP = (
-    "0.01, with --nc below 10: 0.001, below 5: 0.0001; a fitted head alone: 0.003, with --nc "
-    "below 5: 0.0003; synthetic: 0.2, with a fitted head 0.01"
+    "0.01, with --nc below 10: 0.001; a fitted head alone: 0.003, with --nc below 5: 0.0003; "
+    "synthetic: 0.2, with a fitted head 0.01"
 )
 AGGREGATES = ("mean", "fednova", "ties", "dare", "sign", "fisher")
 OUT_OF_MEMORY = "the device is out of memory: try a lower --eval-batch, --micro-batch or --fraction"
