@@ -107,7 +107,8 @@ def square_accumulate_(
     Args:
         total: (O, I) contiguous.
         grads: (N, T, O) gradients by a linear layer's outputs.
-        inputs: (N, T, I) its inputs.
+        inputs: (N, T, I) its inputs, in the same dtype; a half one rounds each product before the
+            square.
         backend: "auto" takes Triton for fp32 sums on CUDA devices and PyTorch elsewhere;
             "reference" and "triton" force one of them.
 
@@ -162,7 +163,7 @@ def fisher_diagonal(
         dtype: of the sums.
 
     Returns:
-        name -> tensor of the parameter's shape, in `dtype`.
+        name -> tensor of the parameter's shape, in `dtype`; all are views of one vector.
 
     Raises:
         ValueError: nothing to score, no samples, an unknown option, or a score that is not finite.

@@ -432,7 +432,7 @@ class FlatView:
 
         On a GPU all parameters' gradients move at once, where backward() adds one after the other.
         """
-        grads = torch.autograd.grad(loss, self.parameters)
+        grads = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
         with torch.no_grad():
             (torch._foreach_add_ if add else torch._foreach_copy_)(
                 [p.grad for p in self.parameters], grads

@@ -1,4 +1,5 @@
-"""The report's tables, figures and quoted numbers, from the logs of one scale's runs.
+"""The report's tables, figures and quoted numbers, from the logs of one scale's runs, and of those
+that a GPU made beside the scales.
 
     python train.py report --scale cpu      # report/build.sh calls this, and then LaTeX
 

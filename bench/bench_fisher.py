@@ -31,7 +31,6 @@ from sparse_sgdm import sparse_sgdm_
 def methods(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
     """Return each method as a callable that works through all batches."""
     device = options.device
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as in runs
     model = build_vit(options.model, 100, seed=0).to(device)
     names = trained_names(model, "all", freeze_head=True)
     with torch.no_grad():
@@ -45,10 +44,11 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
     batches = list(zip(images, labels, strict=True))
 
     def training() -> None:
+        torch.backends.cuda.matmul.allow_tf32 = True  # as in runs, which score without
         for x, y in batches:
-            flat.grad.zero_()
-            torch.nn.functional.cross_entropy(model(x), y).backward()
+            flat.fill_grad(torch.nn.functional.cross_entropy(model(x), y))
             sparse_sgdm_(flat.theta, flat.grad, momentum, lr=1e-6, momentum=0.9)
+        torch.backends.cuda.matmul.allow_tf32 = False
 
     def scoring() -> None:
         fisher_diagonal(model, batches, parameters=names, labels="true")

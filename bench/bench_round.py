@@ -3,15 +3,15 @@
     python bench/bench_round.py [--settings vit_ti16 vit_demo vit_s16] [--device cuda] [--csv FILE]
 
 round   all sampled clients through FedAvg.advance: draws, pixels, local steps, the average
-floor   forward and backward of the same batches, made beforehand, no gradient added up or zeroed;
+floor   forward and backward of the same batches, made beforehand, the gradients dropped;
         plus bytes / copy bandwidth: 5 P fp32 a step (read gradient, parameter, momentum; write
         two), 1 copy a client, and a client's sum (read two P fp32, read and write P int64)
 Clients take turns, one of the round, then the floor of its batches; a ratio is one round's sum over
-the other. On CUDA a setting is measured with --cuda-graph off and on, with --compile also compiled
-and on. The bandwidth is that of
-copies around a ring as large as the round's own buffers. vit_s16 is the default command's round,
-for a GPU. A share of the matrix units is one of the rate that a product of two 8,192 x 8,192
-matrices has in the same precision.
+the other. On CUDA a setting is measured with --cuda-graph off and on, and with --compile once more,
+compiled and in a graph; the floor is always launched kernel by kernel. The bandwidth is that of
+copies around a ring as large as the round's own buffers. vit_s16 has the sizes of the headline job,
+for a GPU, whose rate is compared with that of a product of two 8,192 x 8,192 matrices in the same
+precision.
 """
 
 from __future__ import annotations
@@ -144,7 +144,9 @@ def measure(name: str, graph: str, options: argparse.Namespace) -> list[dict]:
     if device != "cpu":
         peak = product_rate(workspace.dtype, device)
         rows.append({"figure": "matrix product, TFLOP/s", "median": float(f"{peak / 1e12:.4g}")})
-        rows.append({"figure": "share of it", **quantiles(operations / rounds / peak)})
+        rows.append(
+            {"figure": "share of the product's rate", **quantiles(operations / rounds / peak)}
+        )
     ratio = rows[4]
     print(
         f"{name}, {precision}: P = {learner.entries.size:,}, CUDA graph {graph}; a round "
@@ -170,7 +172,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default="results/bench/round.csv")
     options = parser.parse_args()
     graphs = ("off",) if options.device == "cpu" else ("off", "on")
-    graphs += ("on --compile",) if options.compile else ()
+    if options.compile and options.device != "cpu":
+        graphs += ("on --compile",)
     pairs = itertools.product(options.settings, graphs)
     rows = [row for name, graph in pairs for row in measure(name, graph, options)]
     write_csv(options.csv, rows, options.device)

@@ -306,7 +306,7 @@ names = ["MOMENTUM", "MASK", "COPY", "ANCHOR", "CORRECTION", "LR", "SCALE", "FOU
 flags = {f"HAS_{name}": True for name in names} | dict(NESTEROV=False, FIRST=False)
 for capability, half in ((75, "fp16"), (80, "bf16"), (90, "bf16")):
     types = pointers | scalars | dict(grad_ptr="*" + half, copy_ptr="*" + half, count="i32")
-    constants = flags | dict(BLOCK=512)
+    constants = flags | dict(BLOCK=sparse_sgdm.TRITON_BLOCK)
     signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
