@@ -403,3 +403,20 @@ def test_features_can_be_had_from_any_block_on():
 )
 def test_the_first_trained_block(names, first):
     assert first_trained_block(names, 12) == first
+
+
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+def test_a_filled_gradient_is_that_of_backward_and_zero_where_the_loss_does_not_reach(half):
+    model = build_vit("vit_demo", 10, seed=0)
+    flat = FlatView(model.named_parameters(), compute_dtype=half)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(half)
+    with torch.no_grad():
+        model.head.weight.fill_(0.1)
+    model(images).square().sum().backward()
+    once = flat.grad.clone()
+    flat.fill_grad(model(images).square().sum())
+    assert once.any() and torch.equal(flat.grad, once)
+    flat.fill_grad(model(images).square().sum(), add=True)
+    assert torch.equal(flat.grad, 2 * once)
+    flat.fill_grad(model.features(images).sum())
+    assert not flat.view(flat.grad, "head.weight").any() and flat.grad.any()
