@@ -24,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from timing import interleaved, keep_memory, quantiles, write_csv
 
+from cuda_graph import record
 from sparse_sgdm import sparse_sgdm_
 
 DENSITIES = (1.0, 0.5, 0.1)
@@ -73,24 +74,14 @@ def methods(density: float, size: int, device: str) -> dict[str, Callable[[], ob
     return found
 
 
-def replayed(method: Callable[[], object], steps: int) -> Callable[[], None]:
-    """Return a replay of a CUDA graph of so many calls."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        method()  # compiles
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        for _ in range(steps):
-            method()
-    return graph.replay
-
-
 def measure(density: float, options: argparse.Namespace) -> list[dict]:
     """Return one row per method."""
     found = methods(density, options.size, options.device)
     steps = 1
     if options.device != "cpu":
-        steps, found = 20, {name: replayed(method, 20) for name, method in found.items()}
+        steps, device = 20, torch.device(options.device)
+        several = {name: lambda m=m: [m() for _ in range(steps)] for name, m in found.items()}
+        found = {name: record(run, device)[0].replay for name, run in several.items()}
     seconds = interleaved(found, options.repetitions, options.device)
     seconds = {name: values / steps for name, values in seconds.items()}
     rows, moved = [], options.size * (20 if density == 1 else 21)
