@@ -378,6 +378,12 @@ def _recorder(sums: dict[str, Tensor]) -> Callable:
     return forward
 
 
+def _patches(images: Tensor, height: int, width: int) -> Tensor:
+    """Return the patches (N, T, C height width) of images (N, C, H, W), by rows."""
+    rows = images.unfold(2, height, height).unfold(3, width, width)  # (N, C, rows, columns, h, w)
+    return rows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+
 def _add_squares(module: nn.Module, sums: dict[str, Tensor], x: Tensor, grad: Tensor) -> None:
     if isinstance(module, nn.LayerNorm):
         shape = module.normalized_shape
@@ -388,7 +394,7 @@ def _add_squares(module: nn.Module, sums: dict[str, Tensor], x: Tensor, grad: Te
                 sums[name] += per_sample.square_().sum(dim=0)
         return
     if isinstance(module, nn.Conv2d):
-        x = F.unfold(x, module.kernel_size, stride=module.stride).transpose(1, 2)  # (N, T, I)
+        x = _patches(x, *module.kernel_size)
         grad = grad.flatten(2).transpose(1, 2)
     x, grad = (v.reshape(len(v), -1, v.shape[-1]) for v in (x, grad))
     if "weight" in sums:

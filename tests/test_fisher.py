@@ -27,7 +27,7 @@ class Odd(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.patch = nn.Conv2d(2, 6, 3, 3)
+        self.patch = nn.Conv2d(2, 6, (2, 3), (2, 3))
         self.token = nn.Parameter(torch.randn(1, 1, 6))
         self.grid = nn.Parameter(torch.randn(1, 5, 6))
         self.norm = nn.LayerNorm(6)
@@ -59,7 +59,7 @@ def reference(model, inputs, labels, logit=False):
 @pytest.fixture
 def odd():
     torch.manual_seed(0)
-    return Odd(), torch.randn(7, 2, 6, 6), torch.randint(4, (7,))
+    return Odd(), torch.randn(7, 2, 5, 8), torch.randint(4, (7,))
 
 
 @pytest.mark.parametrize("score", ["log-prob", "logit"])
@@ -102,7 +102,7 @@ def test_a_scorer_that_is_used_again_sees_the_model_as_it_is(odd):
         model.head.weight.fill_(math.nan)
         with pytest.raises(ValueError, match="is not finite"):
             scorer.diagonal([x])
-        for factor, inputs in ((1, x), (2, x), (3, torch.randn(3, 2, 6, 6))):
+        for factor, inputs in ((1, x), (2, x), (3, torch.randn(3, 2, 5, 8))):
             model.head.weight.copy_(factor * weight)
             found, fresh = scorer.diagonal([inputs], 5), fisher_diagonal(model, [inputs], seed=5)
             assert all(torch.equal(found[name], scores) for name, scores in fresh.items())
