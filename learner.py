@@ -202,7 +202,7 @@ class Learner:
         return result
 
     def _evaluate_part(self, part: str, index: Tensor, start: dict[str, Tensor]) -> list[float]:
-        chunks, group = list(data.in_chunks(len(index), self.options.eval_batch)), self.group
+        chunks, group = list(data.in_chunks(len(index), self.workspace.eval_batch)), self.group
         totals = torch.zeros(len(chunks), 2, dtype=torch.float64, device=index.device)
         for i in range(group.rank, len(chunks), group.size):
             at = index[chunks[i]]

@@ -125,7 +125,7 @@ class Outcome:
 def correct_on(learner: Learner, index: np.ndarray) -> np.ndarray:
     """Return which of these training-file images the model gets right: (n,) bool."""
     at, found = torch.from_numpy(index).to(learner.labels["train"].device), []
-    for chunk in data.in_chunks(len(at), learner.options.eval_batch):
+    for chunk in data.in_chunks(len(at), learner.workspace.eval_batch):
         logits = learner.logits_of(learner.gather("train", at[chunk]), None)
         found.append(logits.argmax(1) == learner.labels["train"][at[chunk]])
     return torch.cat(found).cpu().numpy()

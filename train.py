@@ -429,8 +429,7 @@ def add_run_options(parser: argparse.ArgumentParser, unit: str | None = None) ->
     add(
         "--eval-batch",
         type=number(int, 1),
-        default=256,
-        help="images per forward pass [%(default)s]",
+        help="images per forward pass [256; on a CPU fewer where images or model are large]",
     )
     if unit is not None:
         add("--name", help="the run's folder below --runs-dir [made from the options]")
@@ -743,7 +742,7 @@ def build_parser() -> Parser:
     sub.add_argument(
         "--data-dir", type=path, default="data", help="folder of data and weights [%(default)s]"
     )
-    sub.set_defaults(device="cpu", threads=None, eval_batch=256, precision="fp32")
+    sub.set_defaults(device="cpu", threads=None, eval_batch=None, precision="fp32")
 
     sub = command("plot", commands.run_plot)
     sub.add_argument(

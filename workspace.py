@@ -28,6 +28,8 @@ from ranks import OneProcess
 from status import Status
 
 HEAD = ("head.weight", "head.bias")
+EVAL_BATCH = 256
+CPU_ACTIVATIONS = 2_000_000  # elements of a batch between two layers: beyond, a pass slows down
 
 
 class Workspace:
@@ -38,6 +40,7 @@ class Workspace:
         self.keeps_activations: bool | None = None  # None: none could be kept
         self.device = choose_device(options.device, self.group)
         self.dtype = choose_precision(options.precision, self.device)
+        self.eval_batch = options.eval_batch or self._default_eval_batch()
         if getattr(options, "cuda_graph", "auto") == "on" and self.device.type != "cuda":
             raise ValueError(
                 f"--cuda-graph on: it needs a CUDA device, and this is a {self.device}"
@@ -71,6 +74,14 @@ class Workspace:
         self.train_labels = labels[self.train_index]
         if getattr(options, "head_images", None) is not None:
             self.head_splits()  # refuses before anything is written
+
+    def _default_eval_batch(self) -> int:
+        """Return how many images a forward pass takes where --eval-batch does not say."""
+        if self.device.type != "cpu":
+            return EVAL_BATCH
+        shape = vit.MODELS[self.options.model]
+        tokens = 1 + (self.options.image_size // shape.patch) ** 2
+        return min(EVAL_BATCH, max(8, CPU_ACTIVATIONS // (tokens * shape.width)))
 
     def shards(self) -> list[np.ndarray]:
         """Return each client's indices into the training images."""
@@ -147,7 +158,7 @@ class Workspace:
             kept: where a computation that is cut short is gone on with.
         """
         preprocess, images = self.preprocess(), self.sets[part].images
-        backbone, batch = cast_copy(model, self.dtype), self.options.eval_batch
+        backbone, batch = cast_copy(model, self.dtype), self.eval_batch
         count = len(images) if index is None else len(index)
         begun = kept.load_begun(batch) if kept else None
         rows = [] if begun is None else [begun.to(self.device)]
@@ -188,7 +199,7 @@ class Workspace:
         status, done = Status("activations of the images", count), 0
         for part, pixels in images.items():
             result[part] = torch.empty(len(pixels), *shape, dtype=self.dtype, device=place)
-            for chunk in data.in_chunks(len(pixels), self.options.eval_batch):
+            for chunk in data.in_chunks(len(pixels), self.eval_batch):
                 with self.fitting("activations", len(pixels[chunk]), "--eval-batch"):
                     tokens = backbone.tokens(preprocess(pixels[chunk]), first)
                 result[part][chunk] = tokens[:, :read]
@@ -260,7 +271,7 @@ class Workspace:
             "threads": None if cuda else torch.get_num_threads(),
             "precision": str(self.dtype).removeprefix("torch."),
             "activations_kept": self.keeps_activations,
-            "eval_batch": self.options.eval_batch,
+            "eval_batch": self.eval_batch,
             "micro_batch": getattr(self.options, "micro_batch", None),
             "torch": str(torch.__version__),
             "numpy": np.__version__,

@@ -69,6 +69,8 @@ SETTINGS = {
     "ridge of 5,000, 96 px, a quarter of the tokens": (
         f"--image-size 96 {RIDGE} --lr 0.01 --rounds 8 --keep-tokens 0.25"
     ),
+    "ridge of 1,000, 224 px": "--image-size 224 --head ridge --head-images 1000 --rounds 1",
+    "ridge of 5,000, 224 px": f"--image-size 224 {RIDGE} --rounds 1",
 }
 PACED = SETTINGS | {  # of no accuracy here: 60,000 images' activations pay over more rounds
     "blocks 8 to 11": f"--image-size 64 {LINEAR} --train blocks.8",

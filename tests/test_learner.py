@@ -93,7 +93,7 @@ def test_an_fp16_overflow_is_redone_at_a_lower_scale(small_data):
 def test_evaluation_does_not_depend_on_its_batch(small_data):
     learner, _ = build(small_data, "--head", "ridge")
     whole = learner.evaluate()
-    learner.options.eval_batch = 37
+    learner.workspace.eval_batch = 37
     parts = learner.evaluate()
     assert whole["test_acc"] == parts["test_acc"]
     assert whole["test_loss"] == pytest.approx(parts["test_loss"], rel=1e-6)
