@@ -48,7 +48,7 @@ SETUP = (
     *("prox", "dp_clip", "dare_drop", "ties_keep", "straggler_fraction", "server_lr", "threads"),
 )
 ENVIRONMENT = ("device", "precision", "torch")
-ON_A_GPU = {  # beside the scales, in h100/; some were cut short
+ON_A_GPU = {  # beside the scales, in gpu/
     "iid": "iid-linear-lr0.03",
     "nc10": "nc10-ridge-lr0.01",
     "nc5": "nc5-ridge-lr0.003",
@@ -104,7 +104,7 @@ def write(scale: str, results: Path, out: Path) -> list[str]:
     for name, draw in FIGURES.items():
         pieces[f"figure/{name}"] = drawn(draw, rows, out / f"{name}.pdf")
     numbers = dict.fromkeys(declared()) | quotable(found) | {"scale": scale}
-    numbers |= gpu_numbers(results / "h100")
+    numbers |= gpu_numbers(results / "gpu")
     (out / "numbers.tex").write_text(numbers_tex(numbers, pieces), encoding="utf-8")
     safe_files.write_json(out / "numbers.json", numbers)
     return [name for name, made in pieces.items() if made]

@@ -258,7 +258,8 @@ def draw(curves: dict[str, list[dict]], paces: dict[str, dict], path: Path) -> N
     """Draw accuracy against seconds."""
     plt = plots.pyplot()
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for i, (setting, curve) in enumerate(curves.items()):
+    timed = {setting: curve for setting, curve in curves.items() if setting in paces}
+    for i, (setting, curve) in enumerate(timed.items()):
         x = [curve[0]["start_s"] + p["round"] * paces[setting]["round_s"] for p in curve]
         style = dict(color=plots.PALETTE[i % 7], linestyle=("-", "--", ":")[i // 7 % 3])
         axes.plot(x, [100 * p["val_acc"] for p in curve], marker=".", label=setting, **style)
