@@ -104,7 +104,7 @@ class Progress:
 def validation_accuracy(workspace: Workspace, model: torch.nn.Module) -> float:
     """Return a model's accuracy on all validation images."""
     (images, labels), preprocess = workspace.sets["train"], workspace.preprocess()
-    parts = torch.from_numpy(workspace.val_index).split(256)
+    parts = torch.from_numpy(workspace.val_index).split(workspace.eval_batch)
     right = sum((model(preprocess(images[i])).argmax(1) == labels[i]).sum().item() for i in parts)
     return right / len(workspace.val_index)
 
