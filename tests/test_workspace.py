@@ -62,3 +62,12 @@ def test_features_of_something_else_are_computed_again_and_named(small_data, dam
     assert torch.equal(work.features(model, "test"), whole)
     assert path.name in capsys.readouterr().err
     assert torch.equal(work.features(model, "test"), whole) and not capsys.readouterr().err
+
+
+def test_a_forward_pass_takes_fewer_images_where_they_are_large(small_data):
+    def batch(size):
+        command = f"fedavg --data synthetic --data-dir data --model vit_ti16 --image-size {size}"
+        return Workspace(train.resolve(train.build_parser().parse_args(command.split()))).eval_batch
+
+    assert batch(64) == 256 > batch(224) > 8
+    assert batch(1600) == 8
