@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator
@@ -40,7 +41,6 @@ class Workspace:
         self.keeps_activations: bool | None = None  # None: none could be kept
         self.device = choose_device(options.device, self.group)
         self.dtype = choose_precision(options.precision, self.device)
-        self.eval_batch = options.eval_batch or self._default_eval_batch()
         if getattr(options, "cuda_graph", "auto") == "on" and self.device.type != "cuda":
             raise ValueError(
                 f"--cuda-graph on: it needs a CUDA device, and this is a {self.device}"
@@ -75,10 +75,11 @@ class Workspace:
         if getattr(options, "head_images", None) is not None:
             self.head_splits()  # refuses before anything is written
 
-    def _default_eval_batch(self) -> int:
-        """Return how many images a forward pass takes where --eval-batch does not say."""
-        if self.device.type != "cpu":
-            return EVAL_BATCH
+    @functools.cached_property
+    def eval_batch(self) -> int:
+        """Images that a forward pass takes."""
+        if self.options.eval_batch or self.device.type != "cpu":
+            return self.options.eval_batch or EVAL_BATCH
         shape = vit.MODELS[self.options.model]
         tokens = 1 + (self.options.image_size // shape.patch) ** 2
         return min(EVAL_BATCH, max(8, CPU_ACTIVATIONS // (tokens * shape.width)))
