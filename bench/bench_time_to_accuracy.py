@@ -9,7 +9,8 @@ they leave out. The target is plain's last validation accuracy, the best of its 
 
 Accuracies and times are measured apart: other work on the machine changes only the times.
 First each setting runs, and its validation accuracy (all 5,000 images) goes to NAME_curves.csv;
-what is there already is not run again.
+what is there already is not run again. With --to-target a setting ends where it has the target: the
+ridge heads at 224 px do before their one round.
 Then the settings take turns, one client each, on generated images. NAME.csv has one row a setting:
 seconds = start_s + rounds * round_s. start_s is what precedes round 1 once images and weights are
 in memory, fitting a head and the features for it; round_s is ten times the median client. A picture
