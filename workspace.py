@@ -78,8 +78,10 @@ class Workspace:
     @functools.cached_property
     def eval_batch(self) -> int:
         """Images that a forward pass takes."""
-        if self.options.eval_batch or self.device.type != "cpu":
-            return self.options.eval_batch or EVAL_BATCH
+        if self.options.eval_batch:
+            return self.options.eval_batch
+        if self.device.type != "cpu":
+            return EVAL_BATCH
         shape = vit.MODELS[self.options.model]
         tokens = 1 + (self.options.image_size // shape.patch) ** 2
         return min(EVAL_BATCH, max(8, CPU_ACTIVATIONS // (tokens * shape.width)))
