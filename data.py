@@ -13,14 +13,10 @@ arXiv:1909.06335).
 
 from __future__ import annotations
 
-import functools
 import math
-import os
 import pickle
-import shutil
-import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,12 +60,10 @@ def random(seed: int, purpose: str, *counters: int) -> np.random.Generator:
 # ---------------------------------------------------------------------------- data sets
 
 
-def load_cifar100(folder: str | Path, fetch: Callable | None = None) -> Dataset:
-    """Load CIFAR-100 through torchvision from `folder`; no file is read before its MD5 is checked.
+def load_cifar100(folder: str | Path) -> Dataset:
+    """Load CIFAR-100 from `folder`; torchvision downloads it where it is missing or damaged.
 
-    Args:
-        fetch: (url, path, check) that downloads the archive to `path` once check(file) has passed,
-            where neither it nor what it unpacks to is there.
+    No file is read before torchvision has checked its MD5.
 
     Raises:
         ValueError: no network, a damaged folder, or no torchvision; the message says what to do.
@@ -78,32 +72,17 @@ def load_cifar100(folder: str | Path, fetch: Callable | None = None) -> Dataset:
         from torchvision.datasets import CIFAR100
     except (ImportError, RuntimeError) as error:
         raise ValueError(f"CIFAR-100 needs a torchvision that matches torch: {error}") from None
-    base, archive = Path(folder) / CIFAR100.base_folder, Path(folder) / CIFAR100.filename
-    files = dict([*CIFAR100.train_list, *CIFAR100.test_list])
-    files[CIFAR100.meta["filename"]] = CIFAR100.meta["md5"]
-    if not base.exists():
-        check = functools.partial(_check_md5, md5=CIFAR100.tgz_md5)
-        try:
-            if archive.exists() or fetch is None:
-                check(archive)
-            else:
-                fetch(CIFAR100.url, archive, check)
-            _unpack(archive, base, files)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"no CIFAR-100 in {folder}: {error}. Put a whole {archive.name} there, from "
-                f"{CIFAR100.url}, or unpack it so that {base} exists, or take --data synthetic, "
-                "which needs no files"
-            ) from None
-    for name, md5 in files.items():
-        try:
-            _check_md5(base / name, md5)
-        except ValueError as error:
-            raise ValueError(
-                f"{error}: delete {base} and run again to have it made anew, or take --data "
-                "synthetic, which needs no files"
-            ) from None
-    train, test = (CIFAR100(str(folder), train=part) for part in (True, False))
+    base = Path(folder) / CIFAR100.base_folder
+    try:
+        train = CIFAR100(str(folder), train=True, download=True)
+        test = CIFAR100(str(folder), train=False)
+    except Exception as error:  # the network, torchvision and the file system raise many types
+        reason = str(error).partition("\n")[0].partition(". You can use download=True")[0]
+        raise ValueError(
+            f"no whole CIFAR-100 in {folder} ({reason}): delete {base} if it is there and run "
+            f"again. Without a network, first put {CIFAR100.filename} into {folder}, from "
+            f"{CIFAR100.url}, or take --data synthetic, which needs no files"
+        ) from None
     fine_to_coarse, superclasses = _cifar_superclasses(base)
     sets = (
         ImageSet(
@@ -113,35 +92,6 @@ def load_cifar100(folder: str | Path, fetch: Callable | None = None) -> Dataset:
         for part in (train, test)
     )
     return Dataset(*sets, list(train.classes), superclasses, fine_to_coarse)
-
-
-def _check_md5(path: Path, md5: str) -> None:
-    """Raise ValueError unless the file is there and has this MD5."""
-    from torchvision.datasets.utils import check_integrity
-
-    if not check_integrity(path, md5):
-        state = "damaged (MD5 differs)" if path.exists() else "missing"
-        raise ValueError(f"{path} is {state}")
-
-
-def _unpack(archive: Path, base: Path, names: Iterable[str]) -> None:
-    """Unpack these files of an archive into the folder `base`, which is there whole or not at all.
-
-    Of several processes that do so at once, one is first.
-    """
-    aside = base.with_name(f"{base.name}.{os.getpid()}.tmp")
-    aside.mkdir(exist_ok=True)
-    try:
-        with tarfile.open(archive) as tar:
-            for name in names:
-                (aside / name).write_bytes(tar.extractfile(f"{base.name}/{name}").read())
-        try:
-            os.replace(aside, base)
-        except OSError:
-            if not base.exists():
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _cifar_superclasses(base: Path) -> tuple[list[int], list[str]]:

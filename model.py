@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import http.client
 import math
 import os
 import pickle
+import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,15 +232,12 @@ def default_normalisation(weights: str) -> tuple[tuple, tuple]:
     return HALF if name == "none" or name.startswith("vit_tiny_patch16") else IMAGENET
 
 
-def download_dino(folder: str | Path, fetch: Callable | None = None) -> Path:
+def download_dino(folder: str | Path) -> Path:
     """Return DINO's ViT-S/16 checkpoint in `folder`, downloading it first where it is missing.
 
     No checksum of it is published. So its size, keys, shapes and the CRC of every tensor are
     checked, and its first use pins its SHA-256 in a side file: a file that no longer matches is
     refused.
-
-    Args:
-        fetch: (url, path, check) that downloads the file to `path` once check(file) has passed.
 
     Raises:
         ValueError: no network, or a file that is damaged.
@@ -246,15 +245,20 @@ def download_dino(folder: str | Path, fetch: Callable | None = None) -> Path:
     path = Path(folder) / DINO_FILE
     pin = path.with_name(DINO_FILE + ".sha256")
     if not path.exists():
+        aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        print(f"downloading {DINO_URL} to {path}", flush=True)
         try:
-            if fetch is None:
-                raise FileNotFoundError("nothing here downloads")
-            fetch(DINO_URL, path, check_dino)
-        except OSError as error:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(DINO_URL, str(aside), progress=sys.stderr.isatty())
+            check_dino(aside)
+            os.replace(aside, path)
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise ValueError(
                 f"--weights dino: cannot download {DINO_URL} ({error}). Without a network, put "
                 f"that file at {path}, or take --data synthetic, which needs no weights"
             ) from None
+        finally:
+            aside.unlink(missing_ok=True)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not pin.exists():
         check_dino(path)

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 import data
-import download
 import head
 import model as vit
 import safe_files
@@ -55,9 +54,7 @@ class Workspace:
         synthetic = options.data == "synthetic"
         with self.group.first_then_others():  # one of them downloads
             self.dataset = (
-                data.synthetic_dataset()
-                if synthetic
-                else data.load_cifar100(options.data_dir, fetch)
+                data.synthetic_dataset() if synthetic else data.load_cifar100(options.data_dir)
             )
         self.classes = len(self.dataset.classes)
         self.sets = {
@@ -107,7 +104,7 @@ class Workspace:
         options = self.options
         model = vit.build_vit(options.model, self.classes, options.seed)
         if options.weights == "dino":
-            vit.load_weights(model, vit.download_dino(options.data_dir, fetch))
+            vit.load_weights(model, vit.download_dino(options.data_dir))
         elif options.weights != "none":
             vit.load_weights(model, options.weights)
         return model.to(self.device)
@@ -279,19 +276,6 @@ class Workspace:
             "torch": str(torch.__version__),
             "numpy": np.__version__,
         }
-
-
-def fetch(url: str, path: Path, check: Callable[[Path], object]) -> None:
-    """Download a file as `download.fetch` does, saying so."""
-    print(f"downloading {url} to {path}", flush=True)
-    status = Status(f"{path.name}, MB", 0)
-
-    def show(done: int, total: int) -> None:
-        status.total = total // 10**6
-        status.show(done // 10**6)
-
-    download.fetch(url, path, check, show=show)
-    status.close()
 
 
 def fingerprint(model: vit.VisionTransformer) -> str:

@@ -1,8 +1,10 @@
 """Splits, shards and batches: every sample counted, every draw a function of its counters."""
 
 import hashlib
+import io
 import pickle
 import tarfile
+import urllib.request
 from pathlib import Path
 from urllib.error import URLError
 
@@ -232,31 +234,41 @@ def test_real_cifar100_has_its_classes_and_superclasses(real_data):
     assert cifar.superclasses[apple] == "fruit_and_vegetables"
 
 
-def test_a_corrupt_cifar_folder_is_named_and_left_alone(tmp_path):
+class Answer(io.BytesIO):
+    """What a server sends: torchvision asks for a redirection and a length, and there are none."""
+
+    url = length = None
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """What the network answers by a URL's last part, nothing at first; and what was asked for."""
     pytest.importorskip("torchvision")
+    files, asked = {}, []
+
+    def urlopen(request):
+        asked.append(request.full_url)
+        if (name := request.full_url.rpartition("/")[2]) not in files:
+            raise URLError("no network")
+        return Answer(files[name])
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    return files, asked
+
+
+def test_offline_the_folder_and_the_way_out_are_named(tmp_path, served):
     folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    for name in ("train", "test", "meta"):
-        (folder / name).write_bytes(b"garbage")
-    with pytest.raises(ValueError, match="cifar-100-python/train is damaged"):
-        data.load_cifar100(tmp_path)
-    (folder / "train").unlink()
-    with pytest.raises(ValueError, match="cifar-100-python/train is missing"):
-        data.load_cifar100(tmp_path)
+    for damaged in (False, True):
+        if damaged:
+            folder.mkdir()
+            for name in ("train", "test", "meta"):
+                (folder / name).write_bytes(b"garbage")
+        with pytest.raises(ValueError, match="no network.*--data synthetic") as error:
+            data.load_cifar100(tmp_path)
+        message = str(error.value)
+        assert f"delete {folder}" in message and "\n" not in message
+        assert f"put cifar-100-python.tar.gz into {tmp_path}, from https://" in message
     assert {p.read_bytes() for p in folder.iterdir()} == {b"garbage"}
-
-
-def test_offline_the_folder_and_the_way_out_are_named(tmp_path):
-    pytest.importorskip("torchvision")
-
-    def offline(url, path, check):
-        raise URLError("no network")
-
-    for fetch in (offline, None):
-        message = r"whole cifar-100-python.tar.gz there, from https.*--data synthetic"
-        with pytest.raises(ValueError, match=message) as error:
-            data.load_cifar100(tmp_path, fetch)
-        assert str(tmp_path) in str(error.value)
 
 
 @pytest.fixture
@@ -282,44 +294,48 @@ def small_cifar(tmp_path, monkeypatch):
     return home.parent / cifar.filename
 
 
-def test_cifar_is_fetched_checked_and_unpacked_once(tmp_path, small_cifar):
-    fetched = []
-
-    def fetch(url, path, check):
-        fetched.append(url)
-        path.write_bytes(small_cifar.read_bytes())
-        check(path)
-
+def test_cifar_is_downloaded_checked_and_unpacked_once(tmp_path, small_cifar, served):
+    files, asked = served
+    files[small_cifar.name] = small_cifar.read_bytes()
     for _ in range(2):
-        loaded = data.load_cifar100(tmp_path, fetch)
-    assert fetched == ["https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"]
+        loaded = data.load_cifar100(tmp_path)
+        assert set(asked) == {"https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"}
+        assert len(asked) == 2  # where it is, and the file
     assert loaded.classes[7] == "class 7" and loaded.superclass_of[7] == 1
-    assert {p.name for p in tmp_path.iterdir()} == {
-        *("served", "cifar-100-python", "cifar-100-python.tar.gz"),
-    }
 
 
-def test_an_archive_put_there_by_hand_is_checked_and_unpacked(tmp_path, small_cifar):
-    archive = tmp_path / small_cifar.name
-    archive.write_bytes(small_cifar.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="tar.gz is damaged .*Put a whole cifar-100-python.tar.gz"):
+def test_a_download_that_was_cut_short_is_not_unpacked_and_made_good(tmp_path, small_cifar, served):
+    files, _ = served
+    whole = small_cifar.read_bytes()
+    files[small_cifar.name] = whole[:-9]
+    with pytest.raises(ValueError, match="no whole CIFAR-100 in .*corrupted"):
         data.load_cifar100(tmp_path)
-    archive.write_bytes(small_cifar.read_bytes())
+    assert not (tmp_path / "cifar-100-python").exists()
+    files[small_cifar.name] = whole
     assert len(data.load_cifar100(tmp_path).train.labels) == 100
 
 
-def test_no_pickle_is_read_whose_md5_differs(tmp_path, small_cifar):
+def test_an_archive_put_there_by_hand_needs_no_network(tmp_path, small_cifar, served):
+    (tmp_path / small_cifar.name).write_bytes(small_cifar.read_bytes())
+    data.load_cifar100(tmp_path)
+    (tmp_path / "cifar-100-python" / "train").write_bytes(b"garbage")
+    assert len(data.load_cifar100(tmp_path).train.labels) == 100 and not served[1]
+
+
+def test_no_pickle_is_read_whose_md5_differs(tmp_path, small_cifar, served):
     class Evil:
         def __reduce__(self):
             return Path.mkdir, (tmp_path / "owned",)
 
-    (tmp_path / small_cifar.name).write_bytes(small_cifar.read_bytes())
+    archive = tmp_path / small_cifar.name
+    archive.write_bytes(small_cifar.read_bytes())
     data.load_cifar100(tmp_path)
+    archive.unlink()
     for name in ("train", "test", "meta"):
         path = tmp_path / "cifar-100-python" / name
         good = path.read_bytes()
         path.write_bytes(pickle.dumps(Evil()))
-        with pytest.raises(ValueError, match=f"cifar-100-python/{name} is damaged"):
+        with pytest.raises(ValueError, match=f"(corrupted|no network).*delete {path.parent}"):
             data.load_cifar100(tmp_path)
         path.write_bytes(good)
     assert not (tmp_path / "owned").exists()

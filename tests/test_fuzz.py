@@ -152,6 +152,7 @@ def place(tmp_path_factory):
             raise URLError("no network")
 
         patch.setattr(urllib.request, "urlopen", offline)
+        patch.setattr(torch.hub, "download_url_to_file", offline)
         Path("occupied").write_text("a file")
         torch.save(vit.build_vit("vit_demo", 100, seed=1).state_dict(), "good.pth")
         torch.save({"norm.weight": os.getcwd}, "evil.pth")

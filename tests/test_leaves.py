@@ -11,7 +11,6 @@ from conftest import ROOT
 LEAVES = (
     *(
         "data",
-        "download",
         "model",
         "head",
         "sparse_sgdm",

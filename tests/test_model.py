@@ -6,6 +6,7 @@ import io
 import math
 import os
 import threading
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -216,47 +217,61 @@ def test_what_holds_other_than_names_and_dense_tensors_is_refused(state, tmp_pat
         load_weights(build_vit("vit_demo", 5), tmp_path / "x.pth")
 
 
-def test_dino_offline_says_where_the_file_goes(tmp_path):
-    def offline(url, path, check):
+def test_dino_offline_says_where_the_file_goes(tmp_path, monkeypatch):
+    def offline(url, path, progress):
         raise URLError("no network")
 
-    for fetch in (offline, None):
-        with pytest.raises(ValueError, match="--data synthetic") as error:
-            vit.download_dino(tmp_path, fetch)
-        assert str(tmp_path / vit.DINO_FILE) in str(error.value)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(
+        ValueError, match="^--weights dino: cannot download .*--data synth"
+    ) as error:
+        vit.download_dino(tmp_path)
+    assert str(tmp_path / vit.DINO_FILE) in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
 def small_dino(monkeypatch):
-    """DINO's model is a small one; returns what fetches its weights, after `change`."""
+    """DINO's model is a small one; returns what serves its weights, after `change`."""
     torch.save(demo_state(), saved := io.BytesIO())
     saved = saved.getvalue()
     monkeypatch.setitem(vit.MODELS, "vit_s16", vit.MODELS["vit_demo"])
     monkeypatch.setattr(vit, "DINO_BYTES", len(saved) - 100)
 
-    def fetching(change=lambda content: content):
-        def fetch(url, path, check):
-            path.write_bytes(change(saved))
-            try:
-                check(path)
-            except ValueError:
-                path.unlink()
-                raise
+    def serve(change=lambda content: content):
+        def download(url, path, progress):
+            asked.append(url)
+            Path(path).write_bytes(change(saved))
 
-        return fetch
+        asked = []
+        monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+        return asked
 
-    return fetching
+    return serve
 
 
 def test_dinos_first_use_is_pinned_and_a_changed_file_refused(tmp_path, small_dino, capsys):
-    path = vit.download_dino(tmp_path, small_dino())
-    assert "pinned" in capsys.readouterr().out and vit.download_dino(tmp_path) == path
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert path.with_name(path.name + ".sha256").read_text() == digest + "\n"
+    asked = small_dino()
+    path = vit.download_dino(tmp_path / "new")
+    assert "pinned" in capsys.readouterr().out and vit.download_dino(tmp_path / "new") == path
+    assert asked == [vit.DINO_URL]
+    pin = path.with_name(path.name + ".sha256")
+    assert set(path.parent.iterdir()) == {path, pin}
+    assert pin.read_text() == hashlib.sha256(path.read_bytes()).hexdigest() + "\n"
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(ValueError, match="is damaged: its SHA-256 differs"):
+        vit.download_dino(tmp_path / "new")
+
+
+def test_a_download_that_is_stopped_leaves_nothing(tmp_path, monkeypatch):
+    def stopped(url, path, progress):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", stopped)
+    with pytest.raises(KeyboardInterrupt):
         vit.download_dino(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def flipped(content):
@@ -269,21 +284,24 @@ def flipped(content):
     ("change", "message"),
     [
         (lambda content: b"<html>", "it has 6 bytes"),
+        (lambda content: content[:-200], "another file: it has"),
         (lambda content: content + bytes(len(content)), "another file: it has"),
         (lambda content: bytes(len(content)), "damaged or no PyTorch checkpoint"),
         (flipped, "the CRC of .* differs"),
     ],
 )
 def test_what_is_not_dinos_checkpoint_is_not_kept(change, message, tmp_path, small_dino):
-    with pytest.raises(ValueError, match=message):
-        vit.download_dino(tmp_path, small_dino(change))
+    small_dino(change)
+    with pytest.raises(ValueError, match=f"^--weights dino: cannot download .*{message}"):
+        vit.download_dino(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_dinos_checkpoint_has_dinos_keys_and_shapes(tmp_path, small_dino, monkeypatch):
     monkeypatch.setitem(vit.MODELS, "vit_s16", vit.ViTShape(48, 1, 3, patch=8, grid=4))
+    small_dino()
     with pytest.raises(ValueError, match="another architecture, blocks.1"):
-        vit.download_dino(tmp_path, small_dino())
+        vit.download_dino(tmp_path)
 
 
 # ---------------------------------------------------------------------------- building, flat view
