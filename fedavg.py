@@ -32,7 +32,7 @@ from torch import Tensor
 FIXED_POINT = 2.0**48  # units per 1.0 of the int64 totals
 LIMIT = 2.0**14  # largest weighted change of a parameter in one round: far above sense
 CHUNK = 262_144  # elements; keeps the temporaries of a CPU in cache
-NO_CLIENT, EVERYONE_SKIPPED = "no client took part", "every client was skipped"  # in the log
+NO_CLIENT = "no client took part"  # in the log
 
 
 class ClientError(ValueError):
@@ -159,8 +159,7 @@ class FedAvg:
             uniform draw.
         answering: optional (clients, round) -> (m,) those of them that take part; where there are
             none the round changes nothing, unless `step_empty`.
-        weigh: optional (clients, round) -> (m,) the weights p_k, in place of shares of samples;
-            without some of the clients, those of the others must stay in proportion.
+        weigh: optional (clients, round) -> (m,) the weights p_k, in place of shares of samples.
         server_lr: factor on the averaged change, where there is no server_step.
         server_step: optional (theta, total (P,) int64, unit) that moves theta in place by a rule of
             its own; total * unit is the averaged change.
@@ -171,9 +170,6 @@ class FedAvg:
             clients that are trained together; replaces `train_client`.
         keep: optional (client, round, theta_k, theta_global), called once a client's result is
             good: what stays with the client may change now. Raises ClientError where it cannot.
-        skip: what would raise ClientError is dropped in place of that: the client's change counts
-            as zero, and its weight leaves the average. Where all are skipped the round changes
-            nothing, unless `step_empty`.
         clip: optional (theta_k, theta_global) -> factor on a client's change, in [0, 1].
         step_empty: the server takes its step, of no change, in a round without clients too.
         edit: optional (contribution (P,) int64, client, clients, round) that changes a client's
@@ -183,8 +179,8 @@ class FedAvg:
         apart: optional (round) -> whether the round keeps its contributions apart, (m, P) int64 by
             place in the sample, in place of their sum (1, P).
         combine: optional (contributions, weights (m,), clients, round) -> (P,) int64 that takes the
-            place of their sum; must not depend on their order. The weight of a skipped client is
-            zero. A round that was saved in the middle is combined as it was begun.
+            place of their sum; must not depend on their order. A round that was saved in the
+            middle is combined as it was begun.
         companions: by name, what else changes over the rounds; merged, saved and restored.
         group: the processes that share the work, with rank, size, sum_(tensor) in place and
             gather(plain value) -> list by rank; None is this process alone.
@@ -193,8 +189,7 @@ class FedAvg:
 
     Raises:
         ValueError: an option outside its range.
-        ClientError: a client's loss or update is not finite, or beyond the fixed-point range, and
-            `skip` is not set.
+        ClientError: a client's loss or update is not finite, or beyond the fixed-point range.
     """
 
     def __init__(
@@ -214,7 +209,6 @@ class FedAvg:
         on_reset: Callable[[], None] = lambda: None,
         train_clients: Callable | None = None,
         keep: Callable[[int, int, Tensor, Tensor], None] | None = None,
-        skip: bool = False,
         clip: Callable[[Tensor, Tensor], float] | None = None,
         step_empty: bool = False,
         edit: Callable[[Tensor, int, np.ndarray, int], int | None] | None = None,
@@ -237,7 +231,7 @@ class FedAvg:
         self.server_step = server_step or functools.partial(apply_total_, server_lr=server_lr)
         self.train_client, self.edit = train_client, edit
         self.apart, self.combine = apart, combine or (lambda rows, *_: add_up(rows))
-        self.keep, self.skip = keep or (lambda *result: None), skip
+        self.keep = keep or (lambda *result: None)
         self.clip, self.step_empty = clip, step_empty
         self.companions = companions or {}
         self.train_clients = train_clients or self._one_by_one
@@ -245,7 +239,7 @@ class FedAvg:
         self.round, self.seconds = 0, 0.0
         self.quick, self._meet_once = quick, False
         self._sampled = self._clients = np.empty(0, np.int64)  # for the round in hand
-        self.losses: dict[int, float | str] = {}  # by place among them; of the skipped: why
+        self.losses: dict[int, float] = {}  # by place among them
         self._sent: dict[int, int] = {}  # bytes, of those whose edit says so
         self._queue: list[list[int]] | None = None  # places still to train: one a process, a call
 
@@ -313,25 +307,17 @@ class FedAvg:
         """Let the next client train, and add what it changed to this process's total."""
         theta_k, losses = next(self._results)
         client, row = int(clients[place]), self.total[place % len(self.total)]
-        apart = self.skip or self.edit is not None
-        target = torch.zeros_like(row) if apart else row
+        target = row if self.edit is None else torch.zeros_like(row)
         weight = float(self._weights[place])
         weight *= self.clip(theta_k, self.theta_global) if self.clip else 1.0
         largest = add_delta_(target, theta_k, self.theta_global, weight)
-        try:
-            check_client(round, client, losses, largest * max(1.0, float(sum(self._weights))))
-            self.keep(client, round, theta_k, self.theta_global)
-            self.losses[place] = losses.double().mean().item()
-        except ClientError as error:
-            if not self.skip:
-                raise
-            self.losses[place] = str(error)
-            target.zero_()
+        check_client(round, client, losses, largest * max(1.0, float(sum(self._weights))))
+        self.keep(client, round, theta_k, self.theta_global)
+        self.losses[place] = losses.double().mean().item()
         if self.edit is not None:
             sent = self.edit(target, client, clients, round)
             if sent is not None:
                 self._sent[place] = sent
-        if apart:
             row += target  # mod 2^64
 
     def _merge(self) -> None:
@@ -339,28 +325,22 @@ class FedAvg:
             companion.merge(self.group)
 
     def _finish_round(
-        self, clients: np.ndarray, losses: dict[int, float | str], sent: dict[int, int]
+        self, clients: np.ndarray, losses: dict[int, float], sent: dict[int, int]
     ) -> dict:
         self.round += 1
         record = {"round": self.round}
-        good = [i for i in range(len(clients)) if not isinstance(losses[i], str)]
-        if good or self.step_empty:
+        if len(clients) or self.step_empty:
             self.group.sum_(self.total)
             self._merge()
             for companion in self.companions.values():
                 companion.next_round()
-            weights = self._weights if len(good) == len(clients) else self._reweigh(good)
-            total = self.combine(self.total, weights, clients, self.round)
+            total = self.combine(self.total, self._weights, clients, self.round)
             self.server_step(self.theta_global, total, 1 / FIXED_POINT)
-        if good:
-            weighted = [self._weights[i] * losses[i] for i in good]
-            record["train_loss"] = math.fsum(weighted) / math.fsum(self._weights[good])
+        if len(clients):
+            weighted = [weight * losses[i] for i, weight in enumerate(self._weights)]
+            record["train_loss"] = math.fsum(weighted) / math.fsum(self._weights)
         elif not self.step_empty:
-            record["unchanged"] = EVERYONE_SKIPPED if len(clients) else NO_CLIENT
-        if skipped := [i for i in range(len(clients)) if i not in good]:
-            record["skipped"] = [int(clients[i]) for i in skipped]
-            for i in skipped if self.group.rank == 0 else ():
-                print(f"skipped: {losses[i]}", flush=True)
+            record["unchanged"] = NO_CLIENT
         if dropped := [int(k) for k in self._sampled if k not in clients]:
             record["dropped_out"] = dropped
         self.theta.copy_(self.theta_global)
@@ -376,22 +356,6 @@ class FedAvg:
             "bytes_down": self.client_bytes[1] * len(self._sampled),
             "clients": [int(k) for k in clients],
         }
-
-    def _reweigh(self, good: list[int]) -> np.ndarray:
-        """Give the total the weights of a round of these places alone; the others' are zero."""
-        weights = np.zeros(len(self._clients))
-        weights[good] = self.weigh(self._clients[good], self.round)
-        factor = math.fsum(weights) / math.fsum(self._weights[good]) if good else 1.0
-        if factor != 1:
-            for row in self.total:
-                scaled = row.double().mul_(factor).round_()
-                if not scaled.abs().max().item() < LIMIT * FIXED_POINT:
-                    raise ClientError(
-                        f"round {self.round}: the change is beyond the fixed-point range of "
-                        f"{LIMIT:g} without the skipped clients; try a lower --lr"
-                    )
-                row.copy_(scaled)
-        return weights
 
     def state_dict(self) -> dict:
         """Return all that the rest of the run depends on, a round in hand included."""

@@ -81,7 +81,6 @@ def federate(
         training.one,
         train_clients=training.heads if train_together(options) else None,
         keep=keep,
-        skip=options.on_nonfinite == "skip",
         sample=functools.partial(sampled_clients, options, sizes),
         answering=functools.partial(answering_clients, options),
         weigh=functools.partial(client_weights, training, sizes),

@@ -95,7 +95,8 @@ class Run:
         Args:
             options: JSON values by name; all but those named in `free` must equal the folder's.
             extra: what else config.json records (versions, statistics); never compared.
-            defaults: what options are that config.json, being older than they, does not have.
+            defaults: what options are that config.json or `options` does not have, because one is
+                older than they, or the other newer.
 
         Raises:
             ValueError: the folder belongs to other options (they are named), is open in another
@@ -165,11 +166,11 @@ class Run:
 
     def _check_options(self, options: dict, free: set[str], defaults: dict) -> None:
         stored = self.config()["options"]
-        known = json.loads(json.dumps(defaults)) | stored
+        there, here = (json.loads(json.dumps(defaults | x)) for x in (stored, options))
         differ = [
-            f"{name} is {known.get(name)!r} there and {options.get(name)!r} here"
+            f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
             for name in sorted({*stored, *options} - free)
-            if known.get(name) != json.loads(json.dumps(options.get(name)))
+            if there.get(name) != here.get(name)
         ]
         if differ:
             raise ValueError(

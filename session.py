@@ -39,8 +39,9 @@ FREE = {
     *("name", "runs_dir", "data_dir", "device", "threads"),
     *("cuda_graph", "eval_every", "eval_batch", "diagnostics", "tensorboard"),
     "micro_batch",
-    *("early_stop", "on_nonfinite"),  # a run that stops is the beginning of one that does not
+    "early_stop",  # a run that stops is the beginning of one that does not
 }
+GONE = dict(on_nonfinite="stop")  # options that older runs hold, at the values that still apply
 NOT_STORED = {"run", "defaults", "left_away"}  # what a parsed command line holds beside options
 
 
@@ -172,12 +173,12 @@ def defining(options: argparse.Namespace) -> dict:
 
 
 def defaults_of_older_runs(options: argparse.Namespace) -> dict:
-    """Return what options are to a run that was made before they existed: their defaults.
+    """Return what options are where they do not exist, in an older run or here: their defaults.
 
     The default of one that follows other options is what it has come to, where it was left away.
     """
     resolved = {name: getattr(options, name) for name in options.left_away}
-    return options.defaults[options.command] | resolved
+    return options.defaults[options.command] | resolved | GONE
 
 
 def open_run(

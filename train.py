@@ -548,13 +548,6 @@ def build_parser() -> Parser:
         help="probability that a sampled client does not answer [%(default)g]",
     )
     add(
-        "--on-nonfinite",
-        choices=("stop", "skip"),
-        default="stop",
-        help="what a client's loss or update that is not finite, or beyond the fixed point's range "
-        "of 2^14, does: end the run, or drop out of the round [%(default)s]",
-    )
-    add(
         "--secure-aggregation",
         action="store_true",
         help="hide each client's update under pairwise masks that cancel in the sum",

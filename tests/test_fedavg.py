@@ -12,7 +12,6 @@ from fedavg import (
     FedAvg,
     add_delta_,
     apply_total_,
-    conceal_,
     sample_clients,
     step_weight_sum,
 )
@@ -185,7 +184,7 @@ def test_a_sample_and_weights_of_ones_own_take_the_place_of_the_usual_ones():
         torch.testing.assert_close(process.theta_global, theta, rtol=0, atol=1e-13)
 
 
-def test_a_round_without_clients_is_skipped_and_says_so():
+def test_a_round_without_clients_changes_nothing_and_says_so():
     def sample(round):
         return np.empty(0, np.int64) if round == 2 else np.array([3, 8])
 
@@ -249,119 +248,11 @@ def test_the_training_loss_has_the_weights_of_the_average():
     assert record["train_loss"] == pytest.approx(expected, rel=1e-14)
 
 
-# ---------------------------------------------------------------------------- skipped clients
-
-
-def diverging(bad=math.nan, clients=(7,), rounds=(2,), **options):
-    """A federation of all twelve clients, some of which have a bad entry or loss in some rounds."""
-    theta = torch.zeros(5, dtype=torch.float64)
-    good = quadratic(theta)
-
-    def train(client, round):
-        losses = good(client, round)
-        if client in clients and round in rounds:
-            if bad == "loss":
-                losses[1] = math.nan
-            else:
-                theta[3] = bad
-        return losses
-
-    return FedAvg(theta, SIZES, train, **dict(fraction=1.0, seed=3, skip=True) | options)
-
-
-@pytest.mark.parametrize("bad", ["loss", math.nan, -math.inf, 1e5])
-def test_a_skipped_client_leaves_the_round_as_if_it_had_not_answered(bad, capsys):
-    process = diverging(bad)
-    absent = federation(
-        fraction=1.0, answering=lambda clients, t: clients[clients != 7] if t == 2 else clients
-    )
-    records, expected = run(process, 3), run(absent, 3)
-    # the others' shares are scaled up after each is rounded to 2^-48
-    torch.testing.assert_close(process.theta_global, absent.theta_global, rtol=0, atol=1e-13)
-    for record, other in zip(records, expected, strict=True):
-        assert record["train_loss"] == pytest.approx(other["train_loss"], rel=1e-12)
-    assert [r.get("skipped") for r in records] == [None, [7], None]
-    assert 7 in records[1]["clients"] and len(records[1]["clients"]) == 12
-    said = capsys.readouterr().out
-    assert said.startswith("skipped: round 2, client 7") and said.count("\n") == 1
-    assert ("local step 2: the loss is nan" in said) == (bad == "loss")
-
-
-def test_where_nobody_is_skipped_no_bit_changes():
-    usual, skipping = federation(), federation(skip=True)
-    assert run(usual, 4) == run(skipping, 4)
-    assert torch.equal(usual.theta_global, skipping.theta_global)
-
-
-def test_a_round_of_skipped_clients_alone_changes_nothing():
-    process = diverging(clients=range(12))
-    run(process, 1)
-    before, steps = process.theta_global.clone(), []
-    (record,) = run(process, 2)
-    assert torch.equal(process.theta_global, before) and torch.equal(process.theta, before)
-    assert record["unchanged"] == "every client was skipped" and "train_loss" not in record
-    assert sorted(record["skipped"]) == list(range(12))
-    run(process, 3)
-    assert not torch.equal(process.theta_global, before)
-
-    def server_step(theta, total, unit):
-        steps.append(total.clone())
-
-    noisy = diverging(clients=range(12), rounds=(1,), step_empty=True, server_step=server_step)
-    (record,) = run(noisy, 1)
-    assert len(steps) == 1 and not steps[0].any() and "unchanged" not in record
-
-
-def test_a_skipped_clients_masks_cancel_all_the_same():
-    def conceal(contribution, client, clients, round):
-        conceal_(contribution, client, clients, round, seed=5)
-
-    plain, concealed = diverging(), diverging(edit=conceal)
-    assert run(plain, 3) == run(concealed, 3)
-    assert torch.equal(plain.theta_global, concealed.theta_global)
-
-
-def test_what_a_client_cannot_keep_skips_it_and_nothing_is_kept_of_a_skipped_one():
-    kept = []
-
+def test_what_a_client_cannot_keep_stops_the_round():
     def keep(client, round, theta_k, theta_global):
         assert not torch.equal(theta_k, theta_global)
         if client == 4:
             raise ClientError("round 1: the state of client 4")
-        kept.append(client)
 
-    (record,) = run(diverging(rounds=(1,), keep=keep), 1)
-    assert sorted(record["skipped"]) == [4, 7]
-    assert sorted(kept) == [0, 1, 2, 3, 5, 6, 8, 9, 10, 11]
     with pytest.raises(ClientError, match="the state of client 4"):
-        run(diverging(rounds=(), keep=keep, skip=False), 1)
-
-
-@pytest.mark.parametrize("stop", [1, 9, 15, 23])
-def test_a_skipped_client_is_remembered_in_a_saved_round(stop):
-    whole = diverging(clients=(2, 7))
-    records = run(whole, 3)
-    first = diverging(clients=(2, 7))
-    found = [r for r in (first.advance() for _ in range(stop)) if r is not None]
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    file.seek(0)
-    second = diverging(clients=(2, 7))
-    second.load_state_dict(torch.load(file, weights_only=True))
-    found = [{k: v for k, v in r.items() if k != "seconds"} for r in found] + run(second, 3)
-    assert torch.equal(second.theta_global, whole.theta_global) and found == records
-
-
-def test_weights_without_the_skipped_cannot_leave_the_range_unseen():
-    theta = torch.zeros(3)
-
-    def train(client, round):
-        theta.fill_(9000.0)  # within 2^14
-        return torch.full((1,), math.nan if client == 0 else 1.0)
-
-    def weigh(clients, round):  # not even weights that grow where they should not
-        return np.full(len(clients), 1 / 12 if len(clients) == 12 else 0.5)
-
-    process = FedAvg(theta, SIZES, train, fraction=1.0, weigh=weigh, skip=True)
-    with pytest.raises(ClientError, match="beyond the fixed-point range"):
-        run(process, 1)
+        run(federation(fraction=1.0, keep=keep), 1)

@@ -76,7 +76,7 @@ def test_methods_train_and_differ_from_fedavg(outcome, method):
     assert records[-1]["train_loss"] < 1.2 * records[0]["train_loss"]
 
 
-def test_rounds_in_which_all_clients_drop_out_are_skipped_and_logged(cli, learners):
+def test_rounds_in_which_all_clients_drop_out_are_empty_and_logged(cli, learners):
     status, out, err = cli(*COMMAND, "--dropout", 1, "--name", "none")
     assert status == 0, err
     run = runs.Run("runs/none")
@@ -346,93 +346,6 @@ def test_heads_trained_together_take_scaffolds_steps(small_data):
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(theta, again.flat.theta, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(alone.scaffold.get(int(client)), variate, rtol=1e-3, atol=1e-4)
-
-
-# ---------------------------------------------------------------------------- skipped clients
-
-
-@pytest.fixture
-def two_rounds(small_data, monkeypatch):
-    """Run two rounds in which one client fails, "skip", or does not answer, "absent", in the
-    second; returns theta, the clients' states, the second record."""
-    one = ClientTraining.one
-
-    def run(way, *arguments):
-        clients = ("--dirichlet", "1", "--on-nonfinite", "skip")
-        learner, training = build(small_data, *TINY, *clients, *map(str, arguments))
-        sampled = [federation.sampled_clients(learner.options, [180] * 20, t) for t in (1, 2)]
-        failing = int(next(k for k in sampled[1] if k in sampled[0]))
-
-        def fails(self, client, round):
-            losses = one(self, client, round)
-            if (client, round) == (failing, 2):
-                self.learner.entries.theta[5] = float("nan")
-                if self.local is not None:
-                    self.own_entries.fill_(99.0)
-            return losses
-
-        def answers(options, clients, round):
-            return clients[clients != failing] if round == 2 else clients
-
-        with monkeypatch.context() as patch:
-            if way == "skip":
-                patch.setattr(ClientTraining, "one", fails)
-            else:
-                patch.setattr(federation, "answering_clients", answers)
-            process, records = federation.federate(learner, training.shards), []
-            while process.round < 2:
-                if (record := process.advance()) is not None:
-                    records.append(record)
-        states = {n: s for n, s in process.companions.items() if hasattr(s, "get")}
-        return process.theta_global, states, records[1], failing
-
-    return run
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        ("--scaffold", "--seed", 1),
-        ("--local-norm", "--seed", 1),
-        ("--straggler-fraction", 0.7, "--aggregate", "fednova", "--seed", 1),
-        ("--aggregate", "ties", "--seed", 1),
-        ("--aggregate", "sign", "--seed", 1),
-        ("--aggregate", "dare", "--secure-aggregation", "--seed", 1),
-        ("--fedvc", "--seed", 1),
-        ("--precision", "fp16", "--seed", 1),
-    ],
-    ids=lambda m: " ".join(map(str, m[:-2])),
-)
-def test_under_every_method_a_skipped_client_is_one_that_did_not_answer(two_rounds, method):
-    more = ("--fraction", 0.4)  # eight of twenty: some take part in both rounds
-    theta, states, record, failing = two_rounds("skip", *method, *more)
-    expected, others, absent, _ = two_rounds("absent", *method, *more)
-    assert record["skipped"] == [failing] and absent["dropped_out"] == [failing]
-    assert record["train_loss"] == pytest.approx(absent["train_loss"], rel=1e-12)
-    torch.testing.assert_close(theta, expected, rtol=1e-6, atol=1e-9)
-    for name, state in states.items():
-        assert torch.equal(state.mean, others[name].mean)
-        for k in range(20):
-            assert torch.equal(state.get(k), others[name].get(k)), (name, k)
-
-
-def test_a_private_rounds_other_clients_do_not_see_one_that_is_skipped(two_rounds):
-    """Their weights stay: what one client does may move the sum by its own clipped change alone."""
-    private = ("--dp-noise", 0, "--dp-clip", 0.5, "--fraction", 0.4)
-    theta, _, record, failing = two_rounds("skip", *private, "--seed", 1)
-    expected, *_ = two_rounds("absent", *private, "--seed", 1)
-    if failing in record["clients"]:
-        assert record["skipped"] == [failing] and torch.equal(theta, expected)
-
-
-def test_a_run_goes_on_past_clients_that_diverge_where_it_is_told_to(cli):
-    status, _, err = cli(*COMMAND, "--lr", 1e30, "--name", "x")
-    assert status == 2 and "round 1, client" in err, err
-    status, out, err = cli(*COMMAND, "--lr", 1e30, "--name", "x", "--on-nonfinite", "skip")
-    assert status == 0 and out.count("skipped: round") == 12, err
-    records = runs.Run("runs/x").records()[1:]
-    assert all(r["unchanged"] == "every client was skipped" for r in records)
-    assert all(r["skipped"] == r["clients"] for r in records)
 
 
 def damage_file(path, how):

@@ -359,6 +359,14 @@ def test_an_option_that_the_folder_is_older_than_counts_as_its_default(run):
     assert run.config()["options"] == {"rounds": 9, "scale": 1.5}
 
 
+def test_an_option_that_is_gone_counts_as_its_default(run):
+    Run(run.folder).open({"rounds": 9, "way": "stop"}, defaults={"way": "stop"})
+    with pytest.raises(ValueError, match="way is 'stop' there and 'skip' here"):
+        Run(run.folder).open({"rounds": 9}, defaults={"way": "skip"})
+    Run(run.folder).open({"rounds": 9}, defaults={"way": "stop"})
+    assert run.config()["options"] == {"rounds": 9}
+
+
 def test_a_checkpoint_that_refers_to_a_damaged_file_gives_way_to_its_predecessor(run, capsys):
     drive(run, Walk(), "round", 5)
     drive(run, Walk(), "round", 7)

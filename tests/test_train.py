@@ -626,6 +626,7 @@ def test_a_run_that_is_older_than_an_option_is_resumed_at_its_default(cli, small
     del config["sha256"]
     for name in ("clip_norm", "server_lr", "prox", "micro_batch"):
         del config["options"][name]
+    config["options"]["on_nonfinite"] = "stop"  # an option that is gone
     path.write_text(json.dumps(config))
     for option, said in (
         (("--clip-norm", 2), "clip_norm is None there and 2.0 here"),
