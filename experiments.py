@@ -393,7 +393,6 @@ METHODS = {
     "fedavg-stragglers": ("--straggler-fraction", "0.5"),
     "fednova-stragglers": ("--straggler-fraction", "0.5", "--aggregate", "fednova"),
     "fedsgd": ("--J", "1", "--batch-size", "full"),
-    "fisher": ("--aggregate", "fisher"),
 }
 
 

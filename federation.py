@@ -20,7 +20,6 @@ import masks
 import participation
 import privacy
 import runs
-from client_fisher import ClientFisher
 from device import free_memory
 from diagnostics import Diagnostics
 from learner import Learner
@@ -29,7 +28,7 @@ from mask_file import Mask
 from server import Server
 
 SHARE = {"cuda": 0.5, "cpu": 0.8}  # of the free memory, for what clients keep
-APART = ("ties", "sign", "fisher")  # values of --aggregate that need each client's change by itself
+APART = ("ties", "sign")  # values of --aggregate that need each client's change by itself
 
 
 def federate(
@@ -41,13 +40,11 @@ def federate(
     """Return the federated loop over a learner's entries; clients' states are kept with `run`."""
     options, entries, scale = learner.options, learner.entries, learner.loss_scale
     sizes = [len(shard) for shard in shards]
-    fisher = ClientFisher(learner, shards) if options.aggregate == "fisher" else None
-    told = {"after_steps": fisher.score} if fisher else {}
     store = functools.partial(client_store, learner, sizes, run)
-    training = ClientTraining(learner, shards, store, **told)
+    training = ClientTraining(learner, shards, store)
     settings = dict(lr=options.server_lr, momentum=options.server_momentum, tau=options.server_tau)
     server = Server(options.server, entries.theta, **settings)
-    companions = {"loss_scale": scale, "server": server} | ({"fisher": fisher} if fisher else {})
+    companions = {"loss_scale": scale, "server": server}
     local, private = training.local, options.dp_clip is not None
     trains = None if entries.index is not None else learner.flat.marked()
     check_apart(learner, sizes)
@@ -67,20 +64,14 @@ def federate(
     def combine(rows: Tensor, weights: np.ndarray, clients: np.ndarray, round: int) -> Tensor:
         if diagnostics is not None and len(rows) == len(clients) and diagnostics.due(round):
             diagnostics.watch(federation.theta_global, rows, weights, clients)
-        scores = fisher.take(clients) if fisher else None
-        return combined(options, rows, weights, entries.size, scores)
-
-    def keep(client: int, round: int, theta_k: torch.Tensor, theta_global: torch.Tensor) -> None:
-        if fisher is not None:
-            fisher.check()
-        training.keep(client, round, theta_k, theta_global)
+        return combined(options, rows, weights, entries.size)
 
     federation = fedavg.FedAvg(
         entries.theta,
         sizes,
         training.one,
         train_clients=training.heads if train_together(options) else None,
-        keep=keep,
+        keep=training.keep,
         sample=functools.partial(sampled_clients, options, sizes),
         answering=functools.partial(answering_clients, options),
         weigh=functools.partial(client_weights, training, sizes),
@@ -121,25 +112,16 @@ def contribution_edit(learner: Learner, training: ClientTraining) -> Callable | 
     return edit if dropping or concealing else None
 
 
-def combined(
-    options: argparse.Namespace,
-    rows: Tensor,
-    weights: np.ndarray,
-    size: int,
-    scores: Tensor | None = None,
-) -> Tensor:
+def combined(options: argparse.Namespace, rows: Tensor, weights: np.ndarray, size: int) -> Tensor:
     """Return what --aggregate makes of contributions (m, P), or of their sum (1, P).
 
     Args:
         size: entries of P that are not padding.
-        scores: (m, P) the clients' Fisher diagonals, for --aggregate fisher.
     """
     if options.aggregate == "ties":
         return editing.ties(rows, weights, keep=options.ties_keep, size=size)
     if options.aggregate == "sign":
         return editing.sign_elected(rows, weights)
-    if options.aggregate == "fisher":
-        return editing.fisher_mean(rows, weights, scores)
     return fedavg.add_up(rows)
 
 
@@ -190,7 +172,6 @@ def client_bytes(learner: Learner, training: ClientTraining) -> tuple[int, int]:
     sent = int(shared_entries(learner, training).sum())
     up = sent * (8 if learner.options.secure_aggregation else 4)
     variates = 4 * sent if training.scaffold else 0  # the change of c_k, and c
-    up += 4 * sent if learner.options.aggregate == "fisher" else 0
     return up + variates, 4 * sent + variates
 
 
@@ -211,7 +192,7 @@ def check_apart(learner: Learner, sizes: list[int]) -> None:
     options, device = learner.options, learner.workspace.device
     if options.aggregate not in APART and not options.diagnostics:
         return
-    each = 24 if options.aggregate == "fisher" else 16  # bytes of a change, a score, their copies
+    each = 16  # bytes of a change's entry and its copy
     needed = each * len(learner.entries.theta) * max(1, round(options.fraction * len(sizes)))
     room = memory_room(learner)[device]
     if room and needed > room:

@@ -35,8 +35,6 @@ class ClientTraining:
     Args:
         store: (name, bytes of one client's state) -> keyword arguments of ClientStates: where the
             clients' states lie.
-        after_steps: called with (client, round, losses) when a client that trains alone has taken
-            its steps, and the model is still its own.
     """
 
     def __init__(
@@ -44,9 +42,7 @@ class ClientTraining:
         learner: Learner,
         shards: list[np.ndarray],
         store: Callable[[str, int], dict] = lambda name, each: {},
-        after_steps: Callable[[int, int, Tensor], None] = lambda client, round, losses: None,
     ):
-        self.after_steps = after_steps
         self.learner, self.shards, self.options = learner, shards, learner.options
         entries, options = learner.entries, self.options
         self.graphed = learner.graphed(learner.local_step)
@@ -112,7 +108,6 @@ class ClientTraining:
 
         losses, _ = learner.loss_scale.attempt(attempt, learner.overflowed)
         entries.gather()
-        self.after_steps(client, round, losses)
         if self.local is not None:
             self.own_entries = self.local.leave_(entries.theta)
         return losses

@@ -71,7 +71,7 @@ OWNED = dict(
     ties_keep=Owned(0.2, "aggregate", ("ties",)),
     dare_drop=Owned(0.9, "aggregate", ("dare",)),
     clients_evaluated=Owned(10, "personalised"),
-    fisher_images=Owned(256, "aggregate", ("fisher",)),
+    fisher_images=Owned(256, "rule", ("fisher",)),  # of merge
     seed=Owned(0, "rule", ("dare",)),  # of merge
 )
 # What client-level privacy does not go with: client state, other samples, other
@@ -188,7 +188,7 @@ def resolve_owned(o: argparse.Namespace) -> None:
             continue
         chosen = getattr(o, owner) in values
         if getattr(o, name) is None:
-            # without its rule it stays None, as in runs from before there was such a rule
+            # without its rule nothing is scored
             setattr(o, name, default if chosen or name != "fisher_images" else None)
         elif not chosen:
             named = f"--{owner} {'|'.join(values)}" if values != (True,) else f"--{owner}"
@@ -233,11 +233,6 @@ def refuse_combinations(o: argparse.Namespace) -> None:
         (
             o.local_norm and o.train == "head",
             "--local-norm with --train head: the head has no LayerNorm",
-        ),
-        (
-            o.aggregate == "fisher" and o.train == "head",
-            "--aggregate fisher with --train head: a client scores a model on images, and heads "
-            "train on features; --train blocks.N",
         ),
         (
             o.secure_aggregation and o.aggregate in federation.APART,

@@ -40,7 +40,7 @@ LR_HELP = (
     "0.01, with --nc below 10: 0.001; a fitted head alone: 0.003, with --nc below 5: 0.0003; "
     "synthetic: 0.2, with a fitted head 0.01"
 )
-AGGREGATES = ("mean", "fednova", "ties", "dare", "sign", "fisher")
+AGGREGATES = ("mean", "fednova", "ties", "dare", "sign")
 OUT_OF_MEMORY = "the device is out of memory: try a lower --eval-batch, --micro-batch or --fraction"
 TOLD_ONCE = (ToldByFirst, fedavg.ClientError)  # errors that all processes of a group share
 
@@ -400,13 +400,6 @@ def add_merging_options(add: Callable) -> None:
         help="dare: probability that an entry of a change is dropped, below 1 "
         + owned("dare_drop"),
     )
-    add(
-        "--fisher-images",
-        type=number(int, 1),
-        metavar="N",
-        help="fisher: training images, a client's of its own, on which each model's sensitivities "
-        "are taken " + owned("fisher_images"),
-    )
 
 
 def add_run_options(parser: argparse.ArgumentParser, unit: str | None = None) -> None:
@@ -531,8 +524,8 @@ def build_parser() -> Parser:
         "--aggregate",
         choices=AGGREGATES,
         default="mean",
-        help="how clients' changes become one; fednova: per unit of local work; ties, dare, sign, "
-        "fisher: merging rules of model editing [%(default)s]",
+        help="how clients' changes become one; fednova: per unit of local work; ties, dare, sign: "
+        "merging rules of model editing [%(default)s]",
     )
     add_merging_options(add)
     add(
@@ -716,6 +709,13 @@ def build_parser() -> Parser:
     )
     add("--scale", type=number(float, -math.inf), default=1.0, help="factor on it [%(default)g]")
     add_merging_options(add)
+    add(
+        "--fisher-images",
+        type=number(int, 1),
+        metavar="N",
+        help="fisher: training images on which each model's sensitivities are taken "
+        + owned("fisher_images"),
+    )
     add("--seed", type=number(int, 0, 2**63 - 1), help="dare: of what drops " + owned("seed"))
     add("--out", type=path, metavar="FILE", help="where the merged weights go [nowhere]")
     add("--data-dir", type=path, default="data", help="folder of data and weights [%(default)s]")

@@ -6,17 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import in_threads
 from test_learner import build
 
-import client_fisher
-import data
 import federation
-import fisher
 import runs
-from diagnostics import some_images
-from local_training import ClientTraining, local_entries
-from workspace import cast_copy
+from local_training import local_entries
 
 TINY = ("--clients", "20", "--J", "3", "--batch-size", "8", "--fraction", "0.2", "--lr", "0.05")
 COMMAND = ("fedavg", "--data", "synthetic", "--rounds", 3, "--eval-every", 3, *TINY)
@@ -42,19 +36,6 @@ def outcome(small_data):
 def test_degenerate_methods_are_fedavg_to_the_bit(outcome, degenerate):
     theta, _ = outcome()
     assert torch.equal(theta, outcome(*degenerate)[0])
-
-
-@pytest.mark.parametrize("extra", [(), ("--head", "ridge", "--mask-rule", "random")])
-def test_under_equal_fishers_fisher_is_fedavg_to_the_bit(outcome, monkeypatch, extra):
-    def equal(scorer, batches):
-        return {name: torch.full(scorer.parameters[name].shape, 0.7) for name in scorer.names}
-
-    theta, plain = outcome(*extra)
-    weighed, records = outcome(*extra, "--aggregate", "fisher", "--fisher-images", 4)
-    assert not torch.equal(theta, weighed)
-    assert [r["bytes_up"] for r in records] == [2 * r["bytes_up"] for r in plain]
-    monkeypatch.setattr(client_fisher.fisher.Scorer, "diagonal", equal)
-    assert torch.equal(theta, outcome(*extra, "--aggregate", "fisher")[0])
 
 
 @pytest.mark.parametrize(
@@ -144,11 +125,9 @@ def test_eight_client_states_and_their_parity_need_room_for_nine(cli, monkeypatc
         (("--aggregate", "fednova", "--prox", 0.1), "--aggregate fednova with --prox"),
         (("--cuda-graph", "on", "--batch-size", "full"), "clients' batches differ in size"),
         (("--dare-drop", 0.5), "--dare-drop belongs to --aggregate dare"),
-        (("--fisher-images", 9), "--fisher-images belongs to --aggregate fisher"),
-        (("--aggregate", "fisher", "--train", "head"), "--aggregate fisher with --train head"),
-        (("--aggregate", "fisher", "--secure-aggregation"), "--aggregate fisher with --secure-agg"),
+        (("--aggregate", "sign", "--secure-aggregation"), "--aggregate sign with --secure-agg"),
         (
-            ("--aggregate", "fisher", "--dp-noise", 1, "--dp-clip", 1),
+            ("--aggregate", "sign", "--dp-noise", 1, "--dp-clip", 1),
             "--aggregate with --dp-noise: privacy needs",
         ),
         (("--local-norm", "--train", "head"), "--local-norm with --train head"),
@@ -165,7 +144,7 @@ def test_what_cannot_work_is_refused_in_one_line(cli, options, message):
     assert status == 2 and message in err and err.count("\n") == 1, err
 
 
-@pytest.mark.parametrize("method", ["--scaffold", "--local-norm", "--aggregate fisher"])
+@pytest.mark.parametrize("method", ["--scaffold", "--local-norm"])
 def test_a_client_that_diverges_is_named_before_it_is_kept(cli, small_data, method):
     status, _, err = cli(*COMMAND, *method.split(), "--lr", 1e30)
     assert status == 2 and "round 1, client" in err and "try a lower --lr" in err, err
@@ -195,77 +174,6 @@ def test_fedsgd_is_one_step_along_the_gradient_of_the_whole_shard(small_data):
     losses = training.one(7, round=1)
     torch.testing.assert_close(learner.entries.theta, expected, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(losses, loss.detach()[None], rtol=1e-5, atol=0)
-
-
-def fisher_rounds(small_data, size, calls, state=None):
-    """Advance rounds of four clients in `size` threads; return what the first then has."""
-    options = ("--aggregate", "fisher", "--fisher-images", "4", "--local-norm", "--dirichlet", "1")
-
-    def work(group):
-        learner, training = build(small_data, *TINY, *options)
-        learner.group = group
-        process = federation.federate(learner, training.shards)
-        process.quick = 0
-        if state is not None:
-            process.load_state_dict(state)
-        for _ in range(calls):
-            process.advance()
-        return process.state_dict()
-
-    return in_threads(size, work)[0]
-
-
-def test_fishers_go_through_processes_and_a_save_to_the_same_bits(small_data):
-    expected = fisher_rounds(small_data, 1, 8)
-    assert expected["round"] == 2 and not expected["companions"]["fisher"]["scores"]
-    middle = fisher_rounds(small_data, 2, 3)
-    assert len(middle["losses"]) == len(middle["companions"]["fisher"]["scores"]) == 2
-    for size, calls, state in ((2, 4, None), (1, 2, middle), (3, 1, middle)):
-        found = fisher_rounds(small_data, size, calls, state)
-        assert found["round"] == 2 and torch.equal(found["theta"], expected["theta"])
-
-
-@pytest.mark.parametrize(
-    "extra",
-    [("--local-norm",), ("--head", "ridge", "--mask-rule", "random", "--precision", "bf16")],
-)
-def test_a_client_scores_its_own_model_on_its_own_images(small_data, monkeypatch, extra):
-    where = ("--aggregate", "fisher", "--fisher-images", "70", "--nc", "3", "--clients", "40")
-    learner, _ = build(small_data, *where, *extra)
-    shards, workspace, seen = learner.workspace.shards(), learner.workspace, []
-    scores = client_fisher.ClientFisher(learner, shards)
-
-    def images(workspace, shard, *what):
-        seen.append(some_images(workspace, shard, *what))
-        return seen[-1]
-
-    monkeypatch.setattr(client_fisher, "some_images", images)
-    start = learner.entries.theta.clone()
-    training = ClientTraining(learner, shards, after_steps=scores.score)
-    training.one(4, round=1)
-    # the local model, with its own LayerNorms; in place of the scorer's draws the same ones
-    model = cast_copy(learner.model, torch.float32)
-    own = learner.flat.theta.clone()
-    if training.local is not None:
-        own[training.local.at] = training.own_entries
-    for name, parameter in model.named_parameters():
-        if name in learner.flat.shapes:
-            parameter.data = learner.flat.view(own, name).clone()
-    (at,) = seen
-    assert len(set(at.tolist())) == 70 and np.isin(at.numpy(), shards[4]).all()
-    pixels = workspace.preprocess(torch.float32)(learner.workspace.sets["train"].images[at])
-    given = torch.from_numpy(data.random(0, "fisher labels", 1, 4).random(70))
-    expected = fisher.fisher_diagonal(model, [(pixels, given)])
-    vector = torch.zeros_like(own)
-    for name in learner.flat.shapes:
-        learner.flat.view(vector, name).copy_(expected[name])
-    vector = vector if learner.entries.index is None else vector[learner.entries.index]
-    found = scores.take(np.array([4]))[0]
-    assert found.any() and not torch.equal(learner.entries.theta, start)
-    torch.testing.assert_close(found, vector, rtol=1e-4, atol=1e-9)  # in two batches, here in one
-    learner.entries.load(start)
-    training.one(4, round=2)
-    assert not torch.equal(seen[0], seen[1])
 
 
 def test_fedir_weighs_samples_by_class(small_data):
