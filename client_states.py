@@ -9,8 +9,7 @@
                  Source: FedBN, Li 2021, arXiv:2102.07623
 
 A client that never took part has the initial value, and no memory. The average is kept in int64, in
-units of 2^-48, so that it does not depend on the order of clients; it changes between rounds. In
-files, the parity of all vectors (the XOR of their bits) makes up for any one that is lost.
+units of 2^-48, so that it does not depend on the order of clients; it changes between rounds.
 
     import torch; from client_states import Scaffold
     variates = Scaffold(torch.zeros(3), clients=100)
@@ -22,8 +21,7 @@ files, the parity of all vectors (the XOR of their bits) makes up for any one th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import reduce
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +78,6 @@ class ClientStates:
         self.total = torch.zeros_like(initial, dtype=torch.int64)  # of the changes, over clients
         self._own = torch.zeros_like(self.total)  # this process's, not merged yet
         self._vectors: dict[int, Tensor] = {}
-        self._parity = torch.zeros_like(_bits(self.initial), device=self.place)
         self._changes: dict[int, int] = {}  # how often each vector has changed
         self._unmerged: set[int] = set()
         self._unwritten: set[int] = set()
@@ -102,9 +99,6 @@ class ClientStates:
         self._unmerged.add(client)
 
     def _keep(self, client: int, vector: Tensor, times: int) -> None:
-        if (before := self._vectors.get(client)) is not None:
-            self._parity ^= _bits(before)
-        self._parity ^= _bits(vector)
         self._vectors[client], self._changes[client] = vector, times
         self._unwritten.add(client)
 
@@ -148,7 +142,7 @@ class ClientStates:
                 self.write(self._file(client, self._changes[client]), self._vectors[client].cpu())
             self._forget_old_files()
         self._unwritten.clear()
-        return state | {"parity": self._parity}
+        return state
 
     def _file(self, client: int, times: int) -> Path:
         return self.folder / f"client{client}-{times}.pt"
@@ -164,43 +158,22 @@ class ClientStates:
                     path.unlink(missing_ok=True)
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from `state_dict`'s answer."""
+        """Continue from `state_dict`'s answer.
+
+        Raises:
+            FileNotFoundError, ValueError: a client's file is gone, or damaged.
+        """
         self.mean.copy_(state["mean"])
         self.total.copy_(state["total"])
         self._changes = dict(state["changes"])
         self._own.zero_()
         self._unmerged, self._unwritten = set(), set()
         self._states = [self._files()]
-        vectors = state.get("vectors")
-        if vectors is None:
-            vectors = self._read_vectors(state.get("parity"))
+        if self.folder is None:
+            vectors = state["vectors"]
+        else:
+            vectors = {k: self.read(self._file(k, n)) for k, n in self._changes.items()}
         self._vectors = {k: vector.to(self.place) for k, vector in vectors.items()}
-        self._parity = _parity(self.initial.to(self.place), self._vectors.values())
-
-    def _read_vectors(self, parity: Tensor | None) -> dict[int, Tensor]:
-        """Read the clients' files; one that is gone or damaged is made up from the others.
-
-        Args:
-            parity: None in a state from before there was one.
-        """
-        vectors, lost = {}, {}
-        for client, times in self._changes.items():
-            try:
-                vectors[client] = self.read(self._file(client, times))
-            except (FileNotFoundError, ValueError) as error:
-                lost[client] = error
-        if len(lost) > 1 or lost and parity is None:
-            raise next(iter(lost.values()))
-        for client, error in lost.items():
-            print(f"warning: {error}; made up from the others")
-            bits = parity ^ _parity(self.initial.cpu(), vectors.values())
-            vectors[client] = bits.view(self.initial.dtype)
-            self._unwritten.add(client)
-        return vectors
-
-
-def _parity(like: Tensor, vectors: Iterable[Tensor]) -> Tensor:
-    return reduce(torch.bitwise_xor, map(_bits, vectors), torch.zeros_like(_bits(like)))
 
 
 class Scaffold(ClientStates):

@@ -213,7 +213,7 @@ def client_store(
     """
     options = learner.options
     taking_part = max(1, round(options.fraction * len(sizes))) * options.rounds
-    needed = each * (min(len(sizes), taking_part) + 1)  # their parity is as large as one
+    needed = each * min(len(sizes), taking_part)
     host, room = torch.device("cpu"), memory_room(learner)
     place = next((place for place in room if needed <= room[place]), None)
     if place is None and room[host]:  # a host that does not say is trusted

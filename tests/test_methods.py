@@ -107,8 +107,8 @@ def test_client_states_that_do_not_fit_are_refused_with_figures(cli, monkeypatch
     assert "fewer --clients" in err
 
 
-@pytest.mark.parametrize(("vectors", "fits"), [(8.9, False), (9.1, True)])
-def test_eight_client_states_and_their_parity_need_room_for_nine(cli, monkeypatch, vectors, fits):
+@pytest.mark.parametrize(("vectors", "fits"), [(7.9, False), (8.1, True)])
+def test_eight_client_states_need_room_for_eight(cli, monkeypatch, vectors, fits):
     room = {torch.device("cpu"): vectors * 4 * 71_668}
     monkeypatch.setattr(federation, "memory_room", lambda learner: room)
     status, _, err = cli(*COMMAND, "--rounds", 2, "--scaffold")  # 4 clients a round
@@ -263,21 +263,17 @@ def damage_file(path, how):
 
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "gone"])
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_run_goes_on_past_damaged_client_states(cli, small_data, how, count):
-    """One is made up from the others; with two, the checkpoint before takes over."""
+def test_a_damaged_client_state_is_trained_again_from_the_checkpoint_before(cli, small_data, how):
     command = ("fedavg", "--data", "synthetic", *TINY, "--scaffold", "--eval-every", 1)
     for name, rounds in (("whole", 3), ("x", 1), ("x", 2)):
         assert cli(*command, "--rounds", rounds, "--name", name)[0] == 0
     whole, folder = (small_data / "runs" / name for name in ("whole", "x"))
     first, second = (set(r["clients"]) for r in runs.Run(folder).records()[1:])
-    damaged = [folder / "scaffold" / f"client{k}-1.pt" for k in sorted(second - first)[:count]]
-    for path in damaged:
-        damage_file(path, how)
+    damaged = folder / "scaffold" / f"client{min(second - first)}-1.pt"
+    damage_file(damaged, how)
     status, out, err = cli(*command, "--rounds", 3, "--name", "x")
     assert status == 0 and out.count("warning: ") == 1, err
-    expected = "made up from the others" if count == 1 else "going on from checkpoint.prev.pt"
-    assert damaged[0].name in out and expected in out
+    assert damaged.name in out and "going on from checkpoint.prev.pt" in out
     ends = [runs.Run(f).load()["state"]["process"] for f in (whole, folder)]
     assert torch.equal(ends[0]["theta"], ends[1]["theta"])
     logs = [[r | {"seconds": 0} for r in runs.Run(f).records()] for f in (whole, folder)]
