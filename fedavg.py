@@ -380,7 +380,7 @@ class FedAvg:
         self.round, self.seconds = state["round"], state.get("seconds", 0.0)
         self.losses, self._sent = (dict(state.get(key, {})) for key in ("losses", "sent"))
         self._queue = None
-        total = state["total"].reshape(-1, *self.theta.shape) if self.losses else self.total[:1]
+        total = state["total"] if self.losses else self.total[:1]
         self.total = self._zeros(len(total))
         if self.losses and self.group.rank == 0:
             self.total.copy_(total)

@@ -106,8 +106,7 @@ def resolve(options: argparse.Namespace) -> argparse.Namespace:
     Raises:
         ValueError: the message names the options.
     """
-    o, defaults = options, options.defaults.get(options.command, {})
-    o.left_away = [name for name, value in defaults.items() if getattr(o, name) == value]
+    o = options
     if getattr(o, "augment", False) is None and o.train not in ("all", "blocks.0"):
         o.augment = False
     if getattr(o, "head", "") is None and (o.mask or o.mask_rule):
@@ -188,7 +187,6 @@ def resolve_owned(o: argparse.Namespace) -> None:
             continue
         chosen = getattr(o, owner) in values
         if getattr(o, name) is None:
-            # without its rule nothing is scored
             setattr(o, name, default if chosen or name != "fisher_images" else None)
         elif not chosen:
             named = f"--{owner} {'|'.join(values)}" if values != (True,) else f"--{owner}"

@@ -46,8 +46,6 @@ class Outcome:
         self.run = runs.Run(folder)
         self.config = self.run.config()
         self.options = stored = argparse.Namespace(**self.config["options"])
-        for name, value in options.defaults.get(stored.command, {}).items():
-            vars(stored).setdefault(name, value)  # the run may be older than the option
         for name in HERE:
             setattr(stored, name, getattr(options, name))
         stored.best = options.best

@@ -27,7 +27,6 @@ file takes along).
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import signal
@@ -88,22 +87,19 @@ class Run:
         options: dict,
         extra: dict | None = None,
         free: Iterable[str] = (),
-        defaults: dict | None = None,
     ) -> None:
         """Create the folder, or check that it was made by the same options.
 
         Args:
             options: JSON values by name; all but those named in `free` must equal the folder's.
             extra: what else config.json records (versions, statistics); never compared.
-            defaults: what options are that config.json or `options` does not have, because one is
-                older than they, or the other newer.
 
         Raises:
             ValueError: the folder belongs to other options (they are named), is open in another
                 process, or cannot be written.
         """
         if self.config_path.exists():
-            self._check_options(options, set(free), defaults or {})
+            self._check_options(options, set(free))
         if not self.writes:
             return
         try:
@@ -117,9 +113,9 @@ class Run:
             if self._made_here:
                 defining = {name: options[name] for name in set(options) - set(free)}
                 config["id"] = seal(json.loads(json.dumps(defining)))
-            elif known_id := (known := self.config()).get("id"):
-                config["id"] = known_id
-            if self._made_here or known["options"] != options:
+            else:
+                config["id"] = self.id()
+            if self._made_here or self.config()["options"] != options:
                 write_json(self.config_path, config, sealed=True)
         except OSError as error:
             raise ValueError(f"cannot write the run folder {self.folder}: {error}") from None
@@ -164,13 +160,12 @@ class Run:
             raise DamagedFile(f"{self.config_path} is damaged: it holds no options")
         return config
 
-    def _check_options(self, options: dict, free: set[str], defaults: dict) -> None:
+    def _check_options(self, options: dict, free: set[str]) -> None:
         stored = self.config()["options"]
-        there, here = (json.loads(json.dumps(defaults | x)) for x in (stored, options))
         differ = [
-            f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+            f"{name} is {stored.get(name)!r} there and {options.get(name)!r} here"
             for name in sorted({*stored, *options} - free)
-            if there.get(name) != here.get(name)
+            if stored.get(name) != json.loads(json.dumps(options.get(name)))
         ]
         if differ:
             raise ValueError(
@@ -178,11 +173,17 @@ class Run:
                 "Take another --name, or delete the folder"
             )
 
-    def purpose(self, name: str) -> str | None:
-        """Return what a file of this run is for; None in a run from before files had a purpose."""
-        if self._id is None and self.config_path.exists():
+    def id(self) -> str:
+        """Return what binds a file to this run: the hash of the options that it was made by."""
+        if self._id is None:
             self._id = self.config().get("id")
-        return self._id and f"{name} of run {self._id}"
+        if not self._id:
+            raise ValueError(f"{self.config_path} holds no id, which this version needs")
+        return self._id
+
+    def purpose(self, name: str) -> str | None:
+        """Return what a file of this run is for; None in a folder that is no run's."""
+        return f"{name} of run {self.id()}" if self.config_path.exists() else None
 
     def keep(self, name: str, value: Any) -> None:
         """`save_checked` a file of this run, by its name in the folder."""
@@ -257,16 +258,15 @@ class Run:
         """
         damaged = []
         for path in (self.checkpoint_path, self.previous_path):
+            if not path.exists():
+                continue
             try:
                 checkpoint = load_checked(path, self.purpose("checkpoint"))
                 if not isinstance(checkpoint, dict) or not {"log", "state"} <= checkpoint.keys():
                     raise DamagedFile(f"{path} is no checkpoint of a run")
-                if "text" not in checkpoint["log"]:
-                    checkpoint["log"] = {"text": self._checked_log(path, checkpoint["log"])}
                 take(checkpoint["state"])
             except FileNotFoundError as error:
-                if path.exists():
-                    damaged.append(f"{error.filename} is gone")
+                damaged.append(f"{error.filename} is gone")
                 continue
             except DamagedFile as error:
                 damaged.append(str(error))
@@ -294,15 +294,6 @@ class Run:
             elif known != self._log:
                 os.truncate(self.log_path, len(self._log))
         return checkpoint["state"] if checkpoint else None
-
-    def _checked_log(self, path: Path, log: dict) -> str:
-        """Return the log of a checkpoint from before checkpoints held it."""
-        known = self.log_path.read_bytes()[: log["length"]] if self.log_path.exists() else b""
-        if len(known) < log["length"]:
-            raise DamagedFile(f"{self.log_path} is shorter than {path.name} says")
-        if hashlib.sha256(known).hexdigest() != log["sha256"]:
-            raise DamagedFile(f"{self.log_path} is damaged: it is not the log of {path.name}")
-        return known.decode()
 
     def keep_best(self, unit: str, value: Any) -> None:
         """Write `value` if the log's last record is its best by validation so far.

@@ -32,7 +32,6 @@ except ImportError:  # Windows has no flock: there nothing stops a second proces
 
 DIGEST = hashlib.sha256().digest_size
 BOUND = b"SHA-256\1"  # a footer: this, the hash of a purpose, and that of all before
-UNBOUND = b"SHA-256\0"  # of a file from before files had a purpose: this, the hash of all before
 SEAL = "sha256"  # key of the hash that a JSON object holds of its other keys
 RESERVED = '<>:"|?*\\'  # in the names of files on Windows
 DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{d}{i}" for d in ("COM", "LPT") for i in range(1, 10))}
@@ -140,16 +139,14 @@ def load_checked(path: Path, purpose: str | None = None) -> Any:
     Raises:
         DamagedFile: the file is shorter or other than what was written, or for something else.
     """
-    size, longest = path.stat().st_size, len(BOUND) + 2 * DIGEST
+    size, length = path.stat().st_size, len(BOUND) + 2 * DIGEST
     with open(path, "rb") as file:
-        file.seek(max(0, size - longest))
+        file.seek(max(0, size - length))
         footer = file.read()
-    bound = footer[:-DIGEST] if footer.startswith(BOUND) else b""
-    if not bound:
-        footer = footer[-len(UNBOUND) - DIGEST :]
-    if size < longest or not (bound or footer.startswith(UNBOUND)):
+    if size < length or not footer.startswith(BOUND):
         raise DamagedFile(f"{path} is damaged: it is truncated or has no checksum")
-    if footer[-DIGEST:] != _sha256(path, size - len(footer), bound):
+    bound, digest = footer[:-DIGEST], footer[-DIGEST:]
+    if digest != _sha256(path, size - length, bound):
         raise DamagedFile(f"{path} is damaged: its checksum does not match")
     if purpose is not None and bound != _bound(purpose):
         raise DamagedFile(f"{path} is whole, and belongs elsewhere: it was made for something else")

@@ -21,7 +21,6 @@ import centralized
 import data
 import event_files
 import fedavg
-import masks
 import model as vit
 import plots
 import runs
@@ -31,7 +30,6 @@ from diagnostics import Diagnostics
 from federation import federate, privacy_of_run, privacy_spent, uncovered
 from learner import Evaluated, Learner
 from mask_file import given_mask
-from options import SCORING
 from status import duration
 from workspace import Workspace, fingerprint
 
@@ -41,8 +39,7 @@ FREE = {
     "micro_batch",
     "early_stop",  # a run that stops is the beginning of one that does not
 }
-GONE = dict(on_nonfinite="stop")  # options that older runs hold, at the values that still apply
-NOT_STORED = {"run", "defaults", "left_away"}  # what a parsed command line holds beside options
+NOT_STORED = {"run", "defaults"}  # what a parsed command line holds beside options
 
 
 def train_federated(
@@ -172,15 +169,6 @@ def defining(options: argparse.Namespace) -> dict:
     return {name: value for name, value in sorted(vars(options).items()) if name not in free}
 
 
-def defaults_of_older_runs(options: argparse.Namespace) -> dict:
-    """Return what options are where they do not exist, in an older run or here: their defaults.
-
-    The default of one that follows other options is what it has come to, where it was left away.
-    """
-    resolved = {name: getattr(options, name) for name in options.left_away}
-    return options.defaults[options.command] | resolved | GONE
-
-
 def open_run(
     workspace: Workspace,
     model: vit.VisionTransformer,
@@ -209,10 +197,7 @@ def open_run(
     if shards:
         sizes = [len(shard) for shard in shards]
         extra["shards"] = {"clients": len(sizes), "smallest": min(sizes), "largest": max(sizes)}
-    free, older = set(stored) - {*defining(options), *made_from}, defaults_of_older_runs(options)
-    if (rule := getattr(options, "mask_rule", None)) and not masks.needs_scores(rule):
-        free |= set(SCORING)  # older runs may hold values of them, without effect
-    run.open(stored, extra, free=free, defaults=older)
+    run.open(stored, extra, free=set(stored) - {*defining(options), *made_from})
     if shards and run.writes:
         ends = np.cumsum([len(shard) for shard in shards])
         arrays = dict(validation=workspace.val_index, clients=np.concatenate(shards), ends=ends)

@@ -378,13 +378,3 @@ def test_a_kept_mask_of_something_else_is_named_and_made_again(cli, small_data, 
     assert status == 0 and f"{path.name}: damaged, or another mask" in err
     again = Mask.load(small_data / "runs" / "n" / "mask.pt", vit.build_vit("vit_demo", 100, 0))
     assert again.sha256 == whole.sha256
-
-
-def test_a_run_from_before_scoring_options_were_refused_goes_on(cli, small_data):
-    command = (*TINY, "--mask-rule", "random", "--name", "x")  # the head is fitted
-    assert cli(*command)[0] == 0
-    path = small_data / "runs" / "x" / "config.json"
-    config = safe_files.read_json(path)
-    config["options"]["calibration_images"] = 500
-    safe_files.write_json(path, config, sealed=True)
-    assert cli(*command, "--rounds", 3)[0] == 0

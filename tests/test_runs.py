@@ -1,8 +1,6 @@
 """A run's folder: what is written is what is read, and damage never passes for data."""
 
 import contextlib
-import hashlib
-import json
 import os
 import shutil
 import signal
@@ -12,7 +10,7 @@ import torch
 from walk import Walk
 
 from runs import Interrupted, Run, drive
-from safe_files import SEAL, UNBOUND, DamagedFile, fcntl, load_checked, save_checked, write_json
+from safe_files import SEAL, DamagedFile, fcntl, load_checked, save_checked, write_json
 
 
 @pytest.fixture
@@ -111,28 +109,12 @@ def test_a_damaged_log_is_written_anew_from_the_checkpoint(run, damage, capsys):
     assert "log.jsonl is not as the checkpoint knows it" in capsys.readouterr().out
 
 
-def as_before_purposes(path, content):
-    """Write a file as it was before files had a purpose: a footer of its own hash alone."""
-    torch.save(content, path)
-    raw = path.read_bytes()
-    path.write_bytes(raw + UNBOUND + hashlib.sha256(raw).digest())
-
-
-def test_a_folder_from_before_files_had_a_purpose_goes_on(run):
-    drive(run, Walk(), "round", 5)
-    config = json.loads(run.config_path.read_text())
-    write_json(run.config_path, {k: config[k] for k in ("format", "options")})
-    log = run.log_path.read_bytes()
-    known = {"length": len(log), "sha256": hashlib.sha256(log).hexdigest()}
-    as_before_purposes(run.checkpoint_path, run.load() | {"log": known})
-    again = Run(run.folder)
-    again.open({"rounds": 9})
-    drive(again, Walk(), "round", 7)
-    assert [r["round"] for r in again.records()] == list(range(8))
-    whole = Walk()
-    for _ in range(7):
-        whole.advance()
-    assert torch.equal(again.load()["state"]["process"]["value"], whole.value)
+def test_a_folder_without_an_id_is_read_and_never_gone_on_with(run):
+    run.log({"round": 0})
+    write_json(run.config_path, {k: run.config()[k] for k in ("format", "options")})
+    assert Run(run.folder).vouched_records() == [{"round": 0}]
+    with pytest.raises(ValueError, match="config.json holds no id, which this version needs"):
+        Run(run.folder).open({"rounds": 9})
 
 
 def test_another_runs_file_does_not_pass_for_ones_own(tmp_path, capsys):
@@ -151,7 +133,7 @@ def test_another_runs_file_does_not_pass_for_ones_own(tmp_path, capsys):
         with pytest.raises(DamagedFile, match="a.pt is whole, and belongs elsewhere"):
             ours.kept("a.pt")
     assert ours.kept("b.pt") == 1
-    as_before_purposes(ours.folder / "b.pt", torch.zeros(1))
+    save_checked(ours.folder / "b.pt", torch.zeros(1))
     with pytest.raises(DamagedFile, match="b.pt is whole, and belongs elsewhere"):
         ours.kept("b.pt")
     ours.config_path.unlink()  # typed again, the command makes the same; another does not
@@ -346,25 +328,6 @@ def test_a_damaged_checkpoints_predecessor_has_its_best(tmp_path):
     run = Run(tmp_path / "run")
     run.checkpoint_path.write_bytes(b"damaged")
     assert run.load_best("round", run.load()["log"])[0] == 3
-
-
-def test_an_option_that_the_folder_is_older_than_counts_as_its_default(run):
-    before = run.config_path.read_bytes()
-    with pytest.raises(ValueError, match="clip is None there and 2 here"):
-        Run(run.folder).open({"rounds": 9, "clip": 2}, defaults={"clip": None, "rounds": 7})
-    with pytest.raises(ValueError, match="scale is 1.5 there and 2 here"):
-        Run(run.folder).open({"rounds": 9, "scale": 2}, defaults={"scale": 1.5})
-    assert run.config_path.read_bytes() == before
-    Run(run.folder).open({"rounds": 9, "scale": 1.5}, defaults={"scale": 1.5, "rounds": 7})
-    assert run.config()["options"] == {"rounds": 9, "scale": 1.5}
-
-
-def test_an_option_that_is_gone_counts_as_its_default(run):
-    Run(run.folder).open({"rounds": 9, "way": "stop"}, defaults={"way": "stop"})
-    with pytest.raises(ValueError, match="way is 'stop' there and 'skip' here"):
-        Run(run.folder).open({"rounds": 9}, defaults={"way": "skip"})
-    Run(run.folder).open({"rounds": 9}, defaults={"way": "stop"})
-    assert run.config()["options"] == {"rounds": 9}
 
 
 def test_a_checkpoint_that_refers_to_a_damaged_file_gives_way_to_its_predecessor(run, capsys):

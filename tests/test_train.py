@@ -618,29 +618,6 @@ def test_an_evaluation_that_does_not_fit_says_so(cli, monkeypatch):
     assert status == 2 and "the device is out of memory" in err and err.count("\n") == 1, err
 
 
-def test_a_run_that_is_older_than_an_option_is_resumed_at_its_default(cli, small_data):
-    """clip_norm has a default of its own, server_lr one that follows another option."""
-    assert cli(*TINY, "--name", "x", "--rounds", 1)[0] == 0
-    path = small_data / "runs" / "x" / "config.json"
-    config = json.loads(path.read_text())
-    del config["sha256"]
-    for name in ("clip_norm", "server_lr", "prox", "micro_batch"):
-        del config["options"][name]
-    config["options"]["on_nonfinite"] = "stop"  # an option that is gone
-    path.write_text(json.dumps(config))
-    for option, said in (
-        (("--clip-norm", 2), "clip_norm is None there and 2.0 here"),
-        (("--server-lr", 0.5), "server_lr is None there and 0.5 here"),
-        (("--prox", 0.1), "prox is 0.0 there and 0.1 here"),
-    ):
-        status, _, err = cli(*TINY, "--name", "x", *option)
-        assert status == 2 and said in err and err.count("\n") == 1, err
-    assert cli("eval", small_data / "runs" / "x")[0] == 0
-    assert cli(*TINY, "--name", "x")[0] == 0
-    assert cli(*TINY, "--name", "whole")[0] == 0
-    assert torch.equal(theta(small_data / "runs" / "x"), theta(small_data / "runs" / "whole"))
-
-
 def test_options_at_their_defaults_do_not_enter_a_runs_name():
     def name(*arguments):
         options = train.resolve(train.build_parser().parse_args([*FEDAVG, *arguments]))

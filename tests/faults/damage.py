@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import io
-import json
 import random
 import shutil
 import signal
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +24,6 @@ from world import Tally, fresh, reference, run
 
 import model as vit
 import runs
-import safe_files
 import session
 from mask_file import Mask
 
@@ -66,20 +62,6 @@ def empty(raw: bytes, at: float) -> bytes:
 
 
 WAYS = {"cut": cut, "flip": flip, "lengthen": lengthen, "empty": empty}
-
-
-def of_an_earlier_version(path: Path) -> bytes:
-    """Return a file as it was written before files knew what they were for."""
-    if path.suffix == ".json":
-        value = json.loads(path.read_bytes())
-        unsealed = {k: v for k, v in value.items() if k not in (safe_files.SEAL, "id")}
-        return json.dumps(unsealed).encode()
-    if path.suffix != ".pt":
-        return path.read_bytes()
-    with tempfile.NamedTemporaryFile() as file:
-        torch.save(torch.load(path, weights_only=True), file.name)
-        raw = Path(file.name).read_bytes()
-    return raw + safe_files.UNBOUND + hashlib.sha256(raw).digest()
 
 
 # ---------------------------------------------------------------------------- functions
@@ -243,7 +225,6 @@ def damaged_commands(tally: Tally, where: Path, ways: int, seed: int) -> None:
                 way = ("flip", "cut")[number % 2]
                 tries[f"{way} {number}"] = WAYS[way](path.read_bytes(), moments.random())
             tries["another run's"] = other.read_bytes()
-            tries["an earlier version's, another run's"] = of_an_earlier_version(other)
             tries["deleted"] = None
             if len(paths) > 1:
                 tries["its neighbour"] = paths[index - 1].read_bytes()
