@@ -11,8 +11,8 @@ log is cut back to it, or written anew where it is another. Killed at any moment
 most what came after its last checkpoint, and repeats that to the same bits when its process is
 deterministic.
 
-Every file holds a SHA-256 of itself and of what it is for, in which run (safe_files.py, which this
-file takes along).
+Every file that a run reads holds a SHA-256 of itself and of what it is for, in which run
+(safe_files.py, which this file takes along).
 
     from runs import Run, drive
     run = Run("runs/example"); run.open({"rounds": 3})

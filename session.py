@@ -198,35 +198,22 @@ def open_run(
         sizes = [len(shard) for shard in shards]
         extra["shards"] = {"clients": len(sizes), "smallest": min(sizes), "largest": max(sizes)}
     run.open(stored, extra, free=set(stored) - {*defining(options), *made_from})
-    if shards and run.writes:
+    path = run.folder / "shards.npz"
+    if shards and run.writes and not path.exists():  # a record for others: no run reads it
         ends = np.cumsum([len(shard) for shard in shards])
         arrays = dict(validation=workspace.val_index, clients=np.concatenate(shards), ends=ends)
-        keep_arrays(run.folder / "shards.npz", arrays)
+        save_arrays(path, arrays)
     return run
 
 
-def keep_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """np.savez_compressed to exactly this path, unless it holds just that; damage is told."""
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """np.savez_compressed to exactly this path, atomically."""
 
     def write(aside: Path) -> None:
         with open(aside, "wb") as file:
             np.savez_compressed(file, **arrays)
 
-    if path.exists():
-        if holds_arrays(path, arrays):
-            return
-        print(f"warning: {path} is damaged, or of another run; written anew", file=sys.stderr)
     safe_files.write_atomically(path, write)
-
-
-def holds_arrays(path: Path, arrays: dict[str, np.ndarray]) -> bool:
-    """Tell whether np.load finds these arrays, and no others, at a path."""
-    try:
-        with np.load(path) as found:
-            same = [np.array_equal(found[name], array) for name, array in arrays.items()]
-            return all(same) and set(found) == set(arrays)
-    except Exception:  # a damaged archive fails in many ways
-        return False
 
 
 def git_commit() -> str | None:

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
-import numpy as np
 import torch
 from hypothesis import strategies as st
 from kills import SMALL
@@ -24,7 +23,6 @@ from world import Tally, fresh, reference, run
 
 import model as vit
 import runs
-import session
 from mask_file import Mask
 
 COMMAND = (
@@ -36,7 +34,7 @@ OTHER = f"{COMMAND} --lr 0.02 --seed 1"
 STOP = 5  # the round after which the run to be damaged was stopped
 OF_A_RUN = (
     *("config.json", "log.jsonl", "checkpoint.pt", "checkpoint.prev.pt", "head.pt", "mask.pt"),
-    *("shards.npz", "scaffold/client*.pt"),
+    "scaffold/client*.pt",
 )
 
 
@@ -110,8 +108,6 @@ class Properties:
         kept = torch.rand(self.model.cls_token.numel()) < 0.5
         self.mask = Mask(shapes, kept, {"seed": 0})
         self.mask.save(self.mask_path, "this one")
-        self.arrays = dict(a=np.arange(50), b=np.arange(3))
-        session.keep_arrays(where / "shards.npz", self.arrays)
 
     def victim(self) -> runs.Run:
         return runs.Run(fresh(self.where / "victim", self.run.folder))
@@ -153,18 +149,8 @@ class Properties:
                 continue
             assert not changed and mask.sha256 == self.mask.sha256
 
-    def array_file(self, damage) -> None:
-        """Damaged arrays: found, or the same."""
-        path = self.where / "victim.npz"
-        shutil.copy(self.where / "shards.npz", path)
-        damaged(path, damage)
-        with contextlib.redirect_stderr(io.StringIO()):
-            session.keep_arrays(path, self.arrays)
-        with np.load(path) as found:
-            assert all(np.array_equal(found[k], v) for k, v in self.arrays.items())
 
-
-PROPERTIES = ("checkpoint", "log", "json", "mask_file", "array_file")
+PROPERTIES = ("checkpoint", "log", "json", "mask_file")
 
 
 def check_property(tally: Tally, where: Path, name: str, examples: int) -> None:
@@ -286,7 +272,7 @@ def damaged_evaluations(tally: Tally, where: Path, ways: int, seed: int) -> None
 
 def planned(full: bool) -> list[tuple[str, Callable, tuple]]:
     """Return what to try: name, function, arguments."""
-    examples = {"checkpoint": 300, "log": 300, "json": 1000, "mask_file": 2000, "array_file": 500}
+    examples = {"checkpoint": 300, "log": 300, "json": 1000, "mask_file": 2000}
     tries = [
         (f"damaged {name}, functions", check_property, (name, examples[name] if full else 20))
         for name in PROPERTIES
