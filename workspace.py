@@ -20,10 +20,10 @@ from torch import Tensor
 
 import data
 import head
+import kept_features
 import model as vit
 import safe_files
 from device import choose_device, choose_precision, free_memory
-from kept_features import KeptFeatures
 from ranks import OneProcess
 from status import Status
 
@@ -137,42 +137,27 @@ class Workspace:
         settings += [str(self.dtype), self.device.type, fingerprint(model), self.options.data]
         key = hashlib.sha256(repr([*settings, part, safe_files.BOUND]).encode()).hexdigest()
         name = f"{self.options.data}-{part}-{key[:16]}.pt"
-        kept = KeptFeatures(Path(self.options.data_dir) / "features" / name, key)
-        if (features := kept.load()) is not None:
+        path = Path(self.options.data_dir) / "features" / name
+        if (features := kept_features.load(path, key)) is not None:
             return features.to(self.device)
-        features = self.compute_features(model, part, kept=kept)
-        kept.save(features)
+        features = self.compute_features(model, part)
+        kept_features.save(path, key, features)
         return features
 
     @torch.no_grad()
     def compute_features(
-        self,
-        model: vit.VisionTransformer,
-        part: str,
-        index: Tensor | None = None,
-        kept: KeptFeatures | None = None,
+        self, model: vit.VisionTransformer, part: str, index: Tensor | None = None
     ) -> Tensor:
-        """Return the features (N, D) of a part's images, or of those in `index` (N,) alone.
-
-        Args:
-            kept: where a computation that is cut short is gone on with.
-        """
+        """Return the features (N, D) of a part's images, or of those in `index` (N,) alone."""
         preprocess, images = self.preprocess(), self.sets[part].images
         backbone, batch = cast_copy(model, self.dtype), self.eval_batch
         count = len(images) if index is None else len(index)
-        begun = kept.load_begun(batch) if kept else None
-        rows = [] if begun is None else [begun.to(self.device)]
-        done = sum(map(len, rows))
-        status = Status(f"features of the {part} images", count, done)
+        status, rows = Status(f"features of the {part} images", count), []
         for chunk in data.in_chunks(count, batch):
-            if chunk.start < done:
-                continue
             pixels = images[chunk if index is None else index[chunk]]
             with self.fitting("features", len(pixels), "--eval-batch"):
                 rows.append(backbone.features(preprocess(pixels)).float())
             status.show(chunk.stop)
-            if kept and chunk.stop < count:
-                kept.save_begun(rows, batch)
         status.close()
         return torch.cat(rows)
 
