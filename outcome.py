@@ -68,7 +68,10 @@ class Outcome:
         except (KeyError, TypeError):
             raise DamagedFile(f"{self.run.checkpoint_path} holds no trained weights") from None
         if options.best:
-            self.reached[unit], self.theta = self.run.load_best(unit, checkpoint["log"])
+            best = checkpoint["state"].get("best")
+            if not best:  # or begun without --early-stop, and never better since
+                raise ValueError(f"{folder} has kept no best weights: --early-stop keeps them")
+            self.reached[unit], self.theta = best["at"], best["weights"]
 
     @functools.cached_property
     def workspace(self) -> Workspace:

@@ -3,7 +3,6 @@
     config.json      the options that define the run, and what it ran with
     log.jsonl        one JSON object per round or epoch
     checkpoint.pt    torch.save plus a footer; checkpoint.prev.pt is the one before
-    best-N.pt        where that is asked for: what validated best, in round or epoch N (or 0.5)
     summary.json     final and best-by-validation figures, wall time
 
 A checkpoint is written aside, fsynced and renamed, and holds the log of that moment; on resume the
@@ -34,6 +33,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from safe_files import (
     DamagedFile,
@@ -295,35 +296,6 @@ class Run:
                 os.truncate(self.log_path, len(self._log))
         return checkpoint["state"] if checkpoint else None
 
-    def keep_best(self, unit: str, value: Any) -> None:
-        """Write `value` if the log's last record is its best by validation so far.
-
-        The file is named by the record, before any checkpoint knows of it: a checkpoint's best is
-        the one that its own part of the log names, whatever moment a kill takes.
-        """
-        records = self.records()
-        if best_record(records) is records[-1]:
-            self.keep(f"best-{records[-1][unit]}.pt", value)
-
-    def load_best(self, unit: str, log: dict) -> tuple[float, Any]:
-        """Return round or epoch, and what was kept of it, of the best record of a checkpoint's log.
-
-        Raises:
-            ValueError: nothing was kept.
-        """
-        best = best_record(_parsed(log["text"].encode()))
-        name = f"best-{best[unit]}.pt" if best else None
-        if name is None or not (self.folder / name).exists():
-            raise ValueError(f"{self.folder} has kept no best weights: --early-stop keeps them")
-        return best[unit], self.kept(name)
-
-    def forget_worse(self, needed: Iterable[float | None]) -> None:
-        """Delete what `keep_best` wrote of all but these rounds or epochs."""
-        for path in set(self.folder.glob("best-*.pt")) - {
-            self.folder / f"best-{at}.pt" for at in needed
-        }:
-            path.unlink()
-
     def summarise(self, **figures: Any) -> dict:
         """Write and return summary.json: `figures`, the last and the best-by-validation record."""
         evaluated = [r for r in self.records() if "val_acc" in r or "test_acc" in r]
@@ -393,7 +365,7 @@ def drive(
     environment: dict | None = None,
     save_seconds: float = 60.0,
     patience: int | None = None,
-    weights: Callable[[], Any] | None = None,
+    weights: Callable[[], Tensor] | None = None,
     gather: Callable[[Any], list] = lambda value: [value],
 ) -> float:
     """Advance `process` to `total` rounds or epochs, logging its records and saving its state.
@@ -407,7 +379,8 @@ def drive(
         environment: what may change the last bits; a resume under another one is noted in the log.
         save_seconds: the most work, in seconds, that a kill may cost.
         patience: stop after so many evaluations without a better "val_acc"; None: never.
-        weights: returns what `Run.load_best` finds of the best evaluation; needed with patience.
+        weights: returns the tensor that was evaluated; needed with patience. The first of the best
+            is in the state as "best": {"at": round or epoch, "weights": a copy on the CPU}.
         gather: returns the plain value of every process that shares the run, the writing one's
             first; all of them advance, stop and take their state together.
 
@@ -419,39 +392,31 @@ def drive(
         Interrupted: SIGINT or SIGTERM came; the state at the end of the advance in hand is saved.
     """
     with caught_signals() as caught:
-        started = time.monotonic()
+        started, judges = time.monotonic(), bool(patience) and run.writes
+        best: dict[str, Any] = {}
 
         def note(record: dict) -> None:
             complete(record)
             run.log(record)
-            if patience and run.writes and "val_acc" in record:
-                run.keep_best(unit, weights())
-
-        def best_at() -> float | None:
-            best = best_record(run.records()) if patience and run.writes else None
-            return best and best[unit]
+            if judges and "val_acc" in record and not evaluations_since_best(run.records()):
+                best.update(at=record[unit], weights=weights().to("cpu", copy=True))
 
         def stale() -> bool:  # a function of the log: a resumed run knows it too
-            count = evaluations_since_best(run.records()) if patience and run.writes else 0
-            return gather(bool(patience) and count >= patience)[0]
+            return gather(judges and evaluations_since_best(run.records()) >= patience)[0]
 
-        before = _begin(run, process, unit, note, environment)
+        before = _begin(run, process, unit, note, environment, best)
         if (reached := getattr(process, unit)) > total:
             raise ValueError(
                 f"{run.folder} is at {unit} {reached} already, beyond {total}: "
                 f"--{unit}s {reached} or more, or another --name"
             )
-        best_saved = best_at() if run.saved() else None
         saved, stopped = time.monotonic(), stale()
 
         def save() -> None:
-            nonlocal saved, best_saved
+            nonlocal saved
             wall = before + time.monotonic() - started
             state = {"process": process.state_dict(), "wall_seconds": wall}
-            run.save(state | {"environment": environment})
-            if patience and run.writes:  # the checkpoint before needs its own best
-                before_that, best_saved = best_saved, best_at()
-                run.forget_worse({before_that, best_saved})
+            run.save(state | {"environment": environment} | ({"best": best} if patience else {}))
             saved = time.monotonic()
 
         while getattr(process, unit) < total and not stopped:
@@ -471,12 +436,15 @@ def drive(
     return before + time.monotonic() - started
 
 
-def _begin(run: Run, process: Any, unit: str, note: Callable, environment: dict | None) -> float:
-    """Restore the process, or log the start; returns the wall time of earlier sessions."""
+def _begin(
+    run: Run, process: Any, unit: str, note: Callable, environment: dict | None, best: dict
+) -> float:
+    """Restore the process and `best`, or log the start; returns earlier sessions' wall time."""
     state = run.restore(lambda state: process.load_state_dict(state["process"]))
     if state is None:
         note({unit: 0})
         return 0.0
+    best.update(state.get("best", {}))
     if run.writes:
         print(f"{run.folder} goes on from {unit} {getattr(process, unit)}", flush=True)
     if changes := _differences(state["environment"], environment):

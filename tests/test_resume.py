@@ -77,7 +77,10 @@ def test_a_run_killed_ten_times_ends_in_the_same_bits(name, tmp_path):
 
 
 def theta_and_log(folder):
-    process = torch.load(folder / "checkpoint.pt", weights_only=True)["state"]["process"]
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)["state"]
+    process, best = state["process"], state.get("best", {})
     theta = process["theta"] if "theta" in process else process["tensors"]["theta"]
+    if best:
+        theta = torch.cat([theta, best["weights"], torch.tensor([best["at"]])])
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return theta.numpy().tobytes(), [{**record, "seconds": None} for record in records]

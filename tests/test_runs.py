@@ -252,9 +252,10 @@ def test_a_signal_during_the_first_evaluation_is_not_lost(tmp_path):
 
 
 class Judged(Walk):
-    """A walk that is validated at every round, by a table."""
+    """A walk that is validated at every round, by a table; its weights are one tensor."""
 
     CURVE = (0.1, 0.3, 0.2, 0.5, 0.5, 0.4, 0.45, 0.9)
+    weights = torch.zeros(3, dtype=torch.float64)
 
     def run(self, folder, patience=3, total=7, complete=lambda record: None, **options):
         run = Run(folder)
@@ -262,6 +263,7 @@ class Judged(Walk):
 
         def judge(record):
             complete(record)
+            self.weights.copy_(self.value)
             record["val_acc"] = self.CURVE[record["round"]]
 
         drive(
@@ -271,10 +273,15 @@ class Judged(Walk):
             total,
             complete=judge,
             patience=patience,
-            weights=lambda: self.value,
+            weights=lambda: self.weights,
             **options,
         )
         return run
+
+
+def best_of(run):
+    best = run.load()["state"]["best"]
+    return best["at"], best["weights"]
 
 
 def test_a_run_stops_when_validation_has_not_improved(tmp_path):
@@ -284,9 +291,8 @@ def test_a_run_stops_when_validation_has_not_improved(tmp_path):
     reference = Judged()
     for _ in range(3):
         reference.advance()
-    at, value = run.load_best("round", run.load()["log"])
+    at, value = best_of(run)
     assert at == 3 and torch.equal(value, reference.value)
-    assert [p.name for p in run.folder.glob("best-*")] == ["best-3.pt"]
     again = Judged()
     again.run(tmp_path / "run")
     assert again.round == 6
@@ -307,14 +313,13 @@ def test_a_kill_leaves_no_best_that_the_log_does_not_know(tmp_path, stop, save_s
 
     with pytest.raises(Killed):
         Judged().run(tmp_path / "run", complete=kill, save_seconds=save_seconds)
-    if checkpoint := Run(tmp_path / "run").load():
-        at, _ = Run(tmp_path / "run").load_best("round", checkpoint["log"])
-        assert at == (0, 1, 1, 3, 3)[stop - 1]  # of the rounds before
+    if (run := Run(tmp_path / "run")).load():
+        assert best_of(run)[0] == (0, 1, 1, 3, 3)[stop - 1]  # of the rounds before
     walk, whole = Judged(), Judged()
     ends = [w.run(tmp_path / name) for w, name in ((walk, "run"), (whole, "whole"))]
     assert walk.round == whole.round == 6
     assert ends[0].records() == ends[1].records()
-    best = [run.load_best("round", run.load()["log"]) for run in ends]
+    best = [best_of(run) for run in ends]
     assert best[0][0] == best[1][0] == 3 and torch.equal(best[0][1], best[1][1])
 
 
@@ -327,7 +332,14 @@ def test_a_damaged_checkpoints_predecessor_has_its_best(tmp_path):
         Judged().run(tmp_path / "run", complete=damage, save_seconds=0.0)
     run = Run(tmp_path / "run")
     run.checkpoint_path.write_bytes(b"damaged")
-    assert run.load_best("round", run.load()["log"])[0] == 3
+    assert best_of(run)[0] == 3
+
+
+def test_what_validated_best_before_patience_was_asked_for_is_not_there(tmp_path):
+    Judged().run(tmp_path / "run", patience=None, total=4)
+    assert "best" not in Run(tmp_path / "run").load()["state"]
+    assert not Judged().run(tmp_path / "run", patience=4, total=6).load()["state"]["best"]
+    assert best_of(Judged().run(tmp_path / "run", patience=4))[0] == 7
 
 
 def test_a_checkpoint_that_refers_to_a_damaged_file_gives_way_to_its_predecessor(run, capsys):

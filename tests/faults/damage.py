@@ -253,7 +253,7 @@ def damaged_evaluations(tally: Tally, where: Path, ways: int, seed: int) -> None
     expected = run(where / "whole", command)
     if expected.code:
         raise RuntimeError(expected)
-    for pattern in ("config.json", "checkpoint.pt", "head.pt", "mask.pt", "log.jsonl", "best-*.pt"):
+    for pattern in ("config.json", "checkpoint.pt", "head.pt", "mask.pt", "log.jsonl"):
         path = next(iter((where / "whole" / "runs" / "x").glob(pattern)))
         name = path.relative_to(where / "whole")
         for number in range(ways):
