@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +45,30 @@ def learning_rate(schedule: str, at: float, *, total: float, lr: float, warmup: 
     if schedule == "cosine":
         return lr * 0.5 * (1 + math.cos(math.pi * min(p, 1.0)))
     return lr
+
+
+class Schedule(NamedTuple):
+    """How the learning rate goes on over rounds or epochs."""
+
+    schedule: Annotated[str, "learning rate over rounds or epochs", SCHEDULES] = "constant"
+    warmup: Annotated[float, "rounds or epochs of linear warm-up", ">= 0"] = 0
+
+    def at(self, at: float, *, total: float, lr: float) -> float:
+        """Return the learning rate at a time, as `learning_rate` does."""
+        return learning_rate(self.schedule, at, total=total, lr=lr, warmup=self.warmup)
+
+
+class Epochs(NamedTuple):
+    """How long central training goes on."""
+
+    epochs: Annotated[int | None, "passes over the data", ">= 1"] = None
+    batch_size: Annotated[int | None, "images a step", ">= 1", "--batch-size --B"] = None
+    eval_every: Annotated[
+        int | float | None,
+        "epochs between evaluations; below 1 a share: 0.1 evaluates ten times an epoch [a 20th of "
+        "the run]",
+        ">= 1 or share",
+    ] = None
 
 
 class Diverged(ValueError):

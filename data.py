@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import pickle
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,6 +144,61 @@ def _synthetic_images(patterns: Tensor, count: int, generator: np.random.Generat
     return ImageSet(pixels, torch.from_numpy(labels))
 
 
+class Entry(NamedTuple):
+    """What --data can name: how it is loaded, and the options that follow it.
+
+    load: folder -> Dataset. defaults: of options by name, where a command line leaves them away.
+    lr: (what trains, head, classes per client) -> learning rate, chosen on validation.
+    """
+
+    load: Callable[[str], Dataset]
+    defaults: dict[str, object]
+    lr: Callable[[str, str, float], float]
+    lr_help: str
+
+
+def _lr_cifar(train: str, head: str, classes: float) -> float:
+    """Return a step's length: the fewer classes a client holds, the further it drifts in one."""
+    if train == "head" and head != "linear":
+        return 3e-4 if classes < 5 else 3e-3
+    return 1e-3 if classes < 10 else 1e-2
+
+
+DATASETS = {
+    "cifar100": Entry(
+        load=lambda folder: load_cifar100(folder),
+        defaults=dict(
+            model="vit_s16",
+            weights="dino",
+            image_size=224,
+            head="ridge",
+            augment=True,
+            batch_size=64,
+            rounds=200,
+            epochs=15,
+        ),
+        lr=_lr_cifar,
+        lr_help="0.01, with --nc below 10: 0.001; a fitted head alone: 0.003, with --nc below 5: "
+        "0.0003",
+    ),
+    "synthetic": Entry(
+        load=lambda folder: synthetic_dataset(),
+        defaults=dict(
+            model="vit_demo",
+            weights="none",
+            image_size=32,
+            head="linear",
+            augment=False,
+            batch_size=32,
+            rounds=100,
+            epochs=5,
+        ),
+        lr=lambda train, head, classes: 0.2 if head == "linear" else 0.01,
+        lr_help="0.2, with a fitted head 0.01",
+    ),
+}
+
+
 # ---------------------------------------------------------------------------- splits and shards
 
 
@@ -185,6 +240,31 @@ def _ranked_by_class(
     counts = np.bincount(labels)
     rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     return by_class, rank, np.repeat(counts, counts)
+
+
+def shard(
+    labels: np.ndarray,
+    clients: int,
+    *,
+    nc: int | None = None,
+    dirichlet: float | None = None,
+    seed: int = 0,
+) -> list[np.ndarray]:
+    """Deal the samples to clients: by classes, by a Dirichlet mixture, or at random.
+
+    Args:
+        labels: (N,) integer classes.
+        nc: classes per client.
+        dirichlet: concentration of the clients' mixtures.
+
+    Returns:
+        One int64 index array per client.
+    """
+    if nc is not None:
+        return shard_by_class(labels, clients, nc, seed)
+    if dirichlet is not None:
+        return shard_dirichlet(labels, clients, dirichlet, seed)
+    return shard_iid(labels, clients, seed)
 
 
 def shard_iid(labels: np.ndarray, clients: int, seed: int) -> list[np.ndarray]:

@@ -1,29 +1,30 @@
-"""FedAvg over flat tensors: sample clients, let each take local steps, add up what they changed.
+"""FedAvg over flat tensors: a cohort of clients takes local steps, the server adds up the changes.
 
-    theta <- theta + server_lr * sum over sampled k of p_k (theta_k - theta),   p_k = n_k / sum of n
+    theta <- server(theta, sum over the cohort of p_k (theta_k - theta)),   p_k = n_k / sum of n
 Source: McMahan 2017, arXiv:1602.05629, algorithm 1, with J local steps in place of epochs.
 
 The sum is kept in int64, in units of 2^-48: integer addition is associative, so the result does not
 depend, to the bit, on the order of clients or on how they are spread over processes. It may even be
-taken of vectors hidden by pairwise masks that cancel mod 2^64 (Bonawitz 2017, doi
-10.1145/3133956.3133982).
+taken of vectors hidden by pairwise masks that cancel mod 2^64.
 
-    import torch; from fedavg import FedAvg
-    theta, targets = torch.zeros(3), torch.eye(3)
-    def train(client, round):  # one local step on |theta - target|^2 / 2
-        theta.add_(targets[client] - theta, alpha=0.5); return torch.zeros(1)
-    federation = FedAvg(theta, [10, 20, 30], train, fraction=1.0)
-    while (record := federation.advance()) is None: pass  # one client a call, the record at the end
+A run is six things that are handed to the loop: theta, how clients train, who takes part, what the
+server does with the change, what a method changes in that, what else is remembered.
+
+    import numpy as np; import torch; from fedavg import Cohort, FedAvg
+    targets = torch.eye(3)
+    def train(theta, clients, round):  # one local step each on |theta - target|^2 / 2
+        for k in clients: yield theta + 0.5 * (targets[k] - theta), torch.zeros(1)
+    everyone = Cohort(np.arange(3), np.arange(3), np.array([10, 20, 30]) / 60)
+    federation = FedAvg(torch.zeros(3), train, cohort=lambda round: everyone)
+    while (record := federation.advance()) is None: pass  # a client a call, the record at the end
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import time
-import zlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,18 +33,14 @@ from torch import Tensor
 FIXED_POINT = 2.0**48  # units per 1.0 of the int64 totals
 LIMIT = 2.0**14  # largest weighted change of a parameter in one round: far above sense
 CHUNK = 262_144  # elements; keeps the temporaries of a CPU in cache
-NO_CLIENT = "no client took part"  # in the log
+NO_CLIENT, NO_WEIGHT = "no client took part", "the round's clients weigh nothing"  # in the log
 
 
 class ClientError(ValueError):
     """A client's result cannot be used; the message names round, client and what is wrong."""
 
 
-def sample_clients(clients: int, fraction: float, *, seed: int, round: int) -> np.ndarray:
-    """Draw the round's max(1, round(fraction * clients)) distinct clients: (m,) int64."""
-    key = [seed, zlib.crc32(b"clients")]
-    generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, round, 0]))
-    return generator.choice(clients, max(1, int(fraction * clients + 0.5)), replace=False)
+# ---------------------------------------------------------------------------- the sum
 
 
 @torch.no_grad()
@@ -81,24 +78,68 @@ def apply_total_(
         part.copy_(units.double().mul_(server_lr * unit).add_(part))
 
 
-def step_weight_sum(steps: int, momentum: float = 0.0, nesterov: bool = False) -> float:
-    """Return ||a||_1, the sum over local steps of how often a step's gradient enters the change.
+def add_up(parts: Tensor) -> Tensor:
+    """Return the sum (P,) of parts (m, P)."""
+    return parts[0] if len(parts) == 1 else parts.sum(dim=0)
 
-    theta moves by -lr * sum over j of a_j g_j; without momentum every a_j is 1. Source: FedNova,
-    arXiv:2007.07481, section 4.
+
+def check_losses(round: int, client: int, losses: Tensor) -> None:
+    """Raise ClientError unless a client's losses (J,) are finite."""
+    finite = torch.isfinite(losses).tolist()
+    if not all(finite):
+        step = finite.index(False)
+        raise ClientError(
+            f"round {round}, client {client}, local step {step + 1}: the loss is "
+            f"{losses[step].item()}; try a lower --lr"
+        )
+
+
+def check_change(round: int, client: int, largest: float) -> None:
+    """Raise ClientError unless the fixed point holds a client's largest change."""
+    if not largest < LIMIT:
+        raise ClientError(
+            f"round {round}, client {client}: its update is {largest} at its largest, "
+            f"beyond the fixed-point range of {LIMIT:g}; try a lower --lr"
+        )
+
+
+# ---------------------------------------------------------------------------- what it is given
+
+
+class Cohort(NamedTuple):
+    """Who a round sends the model to, who answers, and with what weight p_k."""
+
+    sent: np.ndarray  # (s,) int64
+    clients: np.ndarray  # (m,) int64, some of them
+    weights: np.ndarray  # (m,) at least 0
+
+
+class Method(NamedTuple):
+    """What a federated method changes in a round; the defaults are the weighted mean.
+
+    A method that builds on another replaces fields of it: `mean._replace(factor=...)`.
     """
-    total = 0.0
-    for left in range(1, steps + 1):
-        geometric = sum(momentum**i for i in range(left))
-        total += 1 + momentum * geometric if nesterov else geometric
-    return total
+
+    factor: Callable[[Tensor, Tensor], float] = lambda theta_k, theta: 1.0
+    """(theta_k, theta) -> factor on a client's change: clipping"""
+    send_: Callable[[Tensor, int, Cohort, int], int] | None = None
+    """(part (P,) int64, client, cohort, round) -> bytes sent; changes what the client sends in
+    place, which must not make an entry larger unless the round's sum stays what it is"""
+    apart: Callable[[int], bool] = lambda round: False
+    """round -> keep its parts, (m, P) by place in the cohort, in place of their sum (1, P)?"""
+    combine: Callable[[Tensor, Cohort, int], Tensor] = lambda parts, cohort, round: add_up(parts)
+    """(parts (m or 1, P) int64, cohort, round) -> their one change (P,); knows no order of them"""
+    after_: Callable[[Tensor], None] = lambda theta: None
+    """(theta), in place, once the server has stepped"""
+    steps_empty: bool = False  # does the server step in a round without clients?
+    bytes_up: int = 0  # what a client that takes part sends
+    bytes_down: int = 0  # what one that is sent the model receives
 
 
-class Companion(Protocol):
-    """What lives beside theta through a federated run: a loss scale, server or client state.
+class State:
+    """What lives beside theta through a run, with nothing in it: a base for those that have."""
 
-    One that has `bytes` is counted in the rounds' records, under state_bytes.
-    """
+    bytes = 0  # counted in the rounds' records, under state_bytes
 
     def merge(self, group: Any) -> None:
         """Bring a group's processes to one value; called before `state_dict` and `next_round`."""
@@ -108,307 +149,203 @@ class Companion(Protocol):
 
     def state_dict(self) -> dict:
         """Return all that the rest of the run depends on."""
+        return {}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict`'s answer."""
 
 
-class _Alone:
+class MeanServer(State):
+    """The server of plain FedAvg: theta moves by the averaged change."""
+
+    def step_(self, theta: Tensor, change: Tensor, unit: float) -> None:
+        """Move `theta` (P,) in place by the averaged change (P,) int64 * unit."""
+        apply_total_(theta, change, unit)
+
+
+class Alone:
+    """A process that shares its work with no other."""
+
     rank, size = 0, 1
 
     def sum_(self, tensor: Tensor) -> None:
-        pass
+        """Add up a tensor over all processes, in place."""
 
     def gather(self, value: Any) -> list:
+        """Return every process's plain value, by rank."""
         return [value]
 
 
-def conceal_(
-    contribution: Tensor, client: int, clients: Sequence[int], round: int, *, seed: int = 0
-) -> None:
-    """Hide a client's contribution, in place, under masks that cancel in the sum over `clients`.
-
-    Every pair of clients shares a stream of uniform 64-bit numbers, which one adds and the other
-    subtracts mod 2^64: a single contribution looks uniform, and the sum is exact. Here a pair's
-    stream comes from `seed`; a deployment derives it from a key agreement that the server is not
-    part of, and needs secret sharing to unmask clients that drop out.
-
-    Args:
-        contribution: (P,) int64.
-    """
-    for other in map(int, clients):
-        if other != client:
-            pair = [0, min(client, other), max(client, other), round]
-            stream = np.random.Philox(key=[seed, zlib.crc32(b"pairwise masks")], counter=pair)
-            mask = torch.from_numpy(stream.random_raw(contribution.numel()).view(np.int64))
-            contribution.add_(mask.to(contribution.device), alpha=1 if client < other else -1)
+# ---------------------------------------------------------------------------- the loop
 
 
 class FedAvg:
-    """The federated loop, one client per call of `advance`, so that it can stop and save anywhere.
+    """theta <- server(theta, sum of p_k (theta_k - theta)), a client per call of `advance`.
 
-    Several processes share the sampled clients: each calls everything here at the same times, and
-    trains one client of its own in each call of `advance`, or all of a quick round.
+    A process that is alone can so stop, and save, after any client. Several processes share a
+    round's clients: each calls everything here at the same times, trains its own in one call of
+    `advance`, and meets the others at the end of the round.
 
     Args:
-        theta: (P,) the live parameters that local training mutates; holds the start on entry.
-        shard_sizes: samples per client; the weights of the average.
-        train_client: (client, round) -> (J,) losses; trains `theta` in place from where it stands.
-        fraction: share C of the clients that take part in a round, in (0, 1].
-        sample: optional (round) -> the distinct clients that are sent the model, in place of the
-            uniform draw.
-        answering: optional (clients, round) -> (m,) those of them that take part; where there are
-            none the round changes nothing, unless `step_empty`.
-        weigh: optional (clients, round) -> (m,) the weights p_k, in place of shares of samples.
-        server_lr: factor on the averaged change, where there is no server_step.
-        server_step: optional (theta, total (P,) int64, unit) that moves theta in place by a rule of
-            its own; total * unit is the averaged change.
-        client_bytes: what a client that takes part sends in a round, and what one that is sent the
-            model receives.
-        on_reset: called after `theta` was overwritten, to bring copies of it up to date.
-        train_clients: optional (theta_global, clients, round) -> iterable of (theta_k, losses), for
-            clients that are trained together; replaces `train_client`.
-        keep: optional (client, round, theta_k, theta_global), called once a client's result is
-            good: what stays with the client may change now. Raises ClientError where it cannot.
-        clip: optional (theta_k, theta_global) -> factor on a client's change, in [0, 1].
-        step_empty: the server takes its step, of no change, in a round without clients too.
-        edit: optional (contribution (P,) int64, client, clients, round) that changes a client's
-            contribution in place, before it is added; must not make an entry larger, unless it
-            hides them all such that the round's sum stays what it is. May return what the client
-            then sends, in place of client_bytes[0].
-        apart: optional (round) -> whether the round keeps its contributions apart, (m, P) int64 by
-            place in the sample, in place of their sum (1, P).
-        combine: optional (contributions, weights (m,), clients, round) -> (P,) int64 that takes the
-            place of their sum; must not depend on their order. A round that was saved in the
-            middle is combined as it was begun.
-        companions: by name, what else changes over the rounds; merged, saved and restored.
+        theta: (P,) the global parameters, moved in place once a round.
+        train: (theta, clients, round) -> iterator of (theta_k (P,), losses (J,)), in the order of
+            the clients; a theta_k is read before the next is asked for.
+        cohort: round (from 1) -> Cohort, a pure function.
+        server: has step_(theta, change, unit), and is a State.
+        method: what it changes in a round.
+        states: by name, what else changes over the rounds; merged, saved and restored.
         group: the processes that share the work, with rank, size, sum_(tensor) in place and
-            gather(plain value) -> list by rank; None is this process alone.
-        quick: a group's processes meet once a round, in place of after every client, where the
-            round before took fewer seconds than this.
+            gather(plain value) -> list by rank.
 
     Raises:
-        ValueError: an option outside its range.
         ClientError: a client's loss or update is not finite, or beyond the fixed-point range.
+        ValueError: weights that are negative or not finite.
     """
 
     def __init__(
         self,
         theta: Tensor,
-        shard_sizes: Sequence[int],
-        train_client: Callable[[int, int], Tensor] | None = None,
-        *,
-        fraction: float = 0.1,
-        seed: int = 0,
-        sample: Callable[[int], np.ndarray] | None = None,
-        answering: Callable[[np.ndarray, int], np.ndarray] | None = None,
-        weigh: Callable[[np.ndarray, int], Sequence[float]] | None = None,
-        server_lr: float = 1.0,
-        server_step: Callable[[Tensor, Tensor, float], None] | None = None,
-        client_bytes: tuple[int, int] = (0, 0),
-        on_reset: Callable[[], None] = lambda: None,
-        train_clients: Callable | None = None,
-        keep: Callable[[int, int, Tensor, Tensor], None] | None = None,
-        clip: Callable[[Tensor, Tensor], float] | None = None,
-        step_empty: bool = False,
-        edit: Callable[[Tensor, int, np.ndarray, int], int | None] | None = None,
-        apart: Callable[[int], bool] = lambda round: False,
-        combine: Callable[[Tensor, np.ndarray, np.ndarray, int], Tensor] | None = None,
-        companions: dict[str, Companion] | None = None,
+        train: Callable[[Tensor, np.ndarray, int], Iterator[tuple[Tensor, Tensor]]],
+        cohort: Callable[[int], Cohort],
+        server: Any = None,
+        method: Method = Method(),  # noqa: B008  (immutable)
+        states: Mapping[str, State] | None = None,
         group: Any = None,
-        quick: float = 5.0,
     ):
-        if not 0 < fraction <= 1:
-            raise ValueError(f"the client fraction must lie in (0, 1], not {fraction}")
-        self.theta, self.theta_global = theta, theta.clone()
-        self.total = self._zeros(1)  # or a row for each sampled client
-        self.shard_sizes = shard_sizes
-        drawn = functools.partial(sample_clients, len(shard_sizes), fraction, seed=seed)
-        self.sample = sample or (lambda round: drawn(round=round))
-        self.answering = answering or (lambda clients, round: clients)
-        self.weigh = weigh or self._shares
-        self.client_bytes, self.on_reset = client_bytes, on_reset
-        self.server_step = server_step or functools.partial(apply_total_, server_lr=server_lr)
-        self.train_client, self.edit = train_client, edit
-        self.apart, self.combine = apart, combine or (lambda rows, *_: add_up(rows))
-        self.keep = keep or (lambda *result: None)
-        self.clip, self.step_empty = clip, step_empty
-        self.companions = companions or {}
-        self.train_clients = train_clients or self._one_by_one
-        self.group = group or _Alone()
+        self.theta, self.train, self.cohort, self.method = theta, train, cohort, method
+        self.server, self.group = server or MeanServer(), group or Alone()
+        self.states = {**(states or {}), "server": self.server}
         self.round, self.seconds = 0, 0.0
-        self.quick, self._meet_once = quick, False
-        self._sampled = self._clients = np.empty(0, np.int64)  # for the round in hand
-        self.losses: dict[int, float] = {}  # by place among them
-        self._sent: dict[int, int] = {}  # bytes, of those whose edit says so
-        self._queue: list[list[int]] | None = None  # places still to train: one a process, a call
-
-    def _shares(self, clients: np.ndarray, round: int) -> np.ndarray:
-        held = np.array([self.shard_sizes[k] for k in clients], np.int64)
-        return held / held.sum()
-
-    def _zeros(self, rows: int) -> Tensor:
-        return torch.zeros(rows, *self.theta.shape, dtype=torch.int64, device=self.theta.device)
-
-    def _one_by_one(self, theta_global: Tensor, clients: Sequence[int], round: int):
-        for client in clients:
-            self.theta.copy_(theta_global)
-            self.on_reset()
-            yield self.theta, self.train_client(int(client), round)
-
-    def _start_round(self) -> None:
-        """Sample the round's clients, and deal out those that have not trained yet."""
-        round, size, rank = self.round + 1, self.group.size, self.group.rank
-        self._sampled = self.sample(round)
-        self._clients = self.answering(self._sampled, round)
-        self._weights = np.asarray(self.weigh(self._clients, round), np.float64)
-        rows = len(self._clients) if self.apart(round) and len(self._clients) else 1
-        if not self.losses and rows != len(self.total):
-            self.total = self._zeros(rows)
-        left = [i for i in range(len(self._clients)) if i not in self.losses]
-        stride = len(left) if self._meet_once else size
-        self._queue = [left[i : i + stride] for i in range(0, len(left), stride)] if left else []
-        mine = self._clients[left[rank::size]]
-        self._results = iter(self.train_clients(self.theta_global, mine, round))
+        self.done: dict[int, tuple[float, int]] = {}  # place in the cohort -> (loss, bytes sent)
+        self.total: Tensor | None = None  # (1 or m, P) int64, of this process's clients
+        self._loop = self._rounds()
 
     def advance(self) -> dict | None:
-        """Train the next client, of several processes one each, or all of a quick round.
+        """Train the next client, of several processes the whole round.
 
         Returns:
             the round's record after its last client, else None.
         """
         started = time.perf_counter()
-        if self._queue is None:
-            self._start_round()
-        round, rank, clients = self.round + 1, self.group.rank, self._clients
-        places, problem = self._queue.pop(0) if self._queue else [], None
-        try:
-            for place in places[rank :: self.group.size]:
-                self._take_in(place, clients, round)
-        except ClientError as error:
-            problem = str(error)
-        taken = self.seconds + time.perf_counter() - started
-        known = ({}, {}) if self._queue else (self.losses, self._sent)
-        told = self.group.gather((problem, taken, *known))
-        problems, seconds, losses, sent = zip(*told, strict=True)
-        if any(problems):
-            raise ClientError(next(filter(None, problems)))
-        record = None
-        if not self._queue:
-            record = self._finish_round(clients, _united(losses), _united(sent))
-            self._meet_once = self.group.size > 1 and max(seconds) < self.quick
+        record = next(self._loop)
         self.seconds += time.perf_counter() - started
         if record is not None:
-            record["seconds"] = round_seconds(self.seconds)
-            self.seconds = 0.0
+            record["seconds"], self.seconds = round_seconds(self.seconds), 0.0
         return record
 
-    def _take_in(self, place: int, clients: np.ndarray, round: int) -> None:
-        """Let the next client train, and add what it changed to this process's total."""
-        theta_k, losses = next(self._results)
-        client, row = int(clients[place]), self.total[place % len(self.total)]
-        target = row if self.edit is None else torch.zeros_like(row)
-        weight = float(self._weights[place])
-        weight *= self.clip(theta_k, self.theta_global) if self.clip else 1.0
-        largest = add_delta_(target, theta_k, self.theta_global, weight)
-        check_client(round, client, losses, largest * max(1.0, float(sum(self._weights))))
-        self.keep(client, round, theta_k, self.theta_global)
-        self.losses[place] = losses.double().mean().item()
-        if self.edit is not None:
-            sent = self.edit(target, client, clients, round)
-            if sent is not None:
-                self._sent[place] = sent
-            row += target  # mod 2^64
+    def _rounds(self) -> Iterator[dict | None]:
+        """Yield None after every client but a round's last, and its record after that."""
+        while True:
+            t, group = self.round + 1, self.group
+            cohort = checked(self.cohort(t))
+            if not self.done:
+                self._clear(len(cohort.clients) if self.method.apart(t) else 1)
+            left = [place for place in range(len(cohort.clients)) if place not in self.done]
+            places, problem = left[group.rank :: group.size], None
+            results = self.train(self.theta, cohort.clients[places], t)
+            try:
+                for place, (theta_k, losses) in zip(places, results, strict=True):
+                    self._take_in(t, cohort, place, theta_k, losses)
+                    if group.size == 1 and place != places[-1]:
+                        yield None
+            except ClientError as error:
+                problem = str(error)
+            self._meet(problem)
+            record = self._close(t, cohort)
+            self.round, self.done = t, {}
+            yield record
 
-    def _merge(self) -> None:
-        for companion in self.companions.values():
-            companion.merge(self.group)
-
-    def _finish_round(
-        self, clients: np.ndarray, losses: dict[int, float], sent: dict[int, int]
-    ) -> dict:
-        self.round += 1
-        record = {"round": self.round}
-        if len(clients) or self.step_empty:
-            self.group.sum_(self.total)
-            self._merge()
-            for companion in self.companions.values():
-                companion.next_round()
-            total = self.combine(self.total, self._weights, clients, self.round)
-            self.server_step(self.theta_global, total, 1 / FIXED_POINT)
-        if len(clients):
-            weighted = [weight * losses[i] for i, weight in enumerate(self._weights)]
-            record["train_loss"] = math.fsum(weighted) / math.fsum(self._weights)
-        elif not self.step_empty:
-            record["unchanged"] = NO_CLIENT
-        if dropped := [int(k) for k in self._sampled if k not in clients]:
-            record["dropped_out"] = dropped
-        self.theta.copy_(self.theta_global)
-        self.on_reset()
+    def _clear(self, rows: int) -> None:
+        """Let the total be zeros of so many rows, at least one."""
+        shape, device = (max(1, rows), *self.theta.shape), self.theta.device
+        if self.total is None or self.total.shape != shape:
+            self.total = torch.zeros(shape, dtype=torch.int64, device=device)
         self.total.zero_()
-        self.losses, self._sent, self._queue = {}, {}, None
-        kept = {name: getattr(one, "bytes", 0) for name, one in self.companions.items()}
-        if any(kept.values()):
-            record["state_bytes"] = {name: count for name, count in kept.items() if count}
+
+    def _take_in(self, t: int, cohort: Cohort, place: int, theta_k: Tensor, losses: Tensor) -> None:
+        """Add what a client changed to this process's total."""
+        client, method = int(cohort.clients[place]), self.method
+        row = self.total[place % len(self.total)]
+        part = row if method.send_ is None else torch.zeros_like(row)
+        weight = float(cohort.weights[place]) * method.factor(theta_k, self.theta)
+        largest = add_delta_(part, theta_k, self.theta, weight)
+        check_losses(t, client, losses)
+        check_change(t, client, largest.item() * max(1.0, float(sum(cohort.weights))))
+        sent = method.bytes_up
+        if method.send_ is not None:
+            sent = method.send_(part, client, cohort, t)
+            row += part  # mod 2^64
+        self.done[place] = losses.double().mean().item(), sent
+
+    def _meet(self, problem: str | None) -> None:
+        """Let every process know what the others' clients came to; all raise what one has met."""
+        problems, done = zip(*self.group.gather((problem, self.done)), strict=True)
+        if any(problems):
+            raise ClientError(next(filter(None, problems)))
+        self.done = {place: result for part in done for place, result in part.items()}
+
+    def _close(self, t: int, cohort: Cohort) -> dict:
+        """Let the server step, where anything counts; returns the round's record."""
+        counts = float(cohort.weights.sum()) > 0
+        if counts or self.method.steps_empty:
+            self.group.sum_(self.total)
+            self._merge_states()
+            for state in self.states.values():
+                state.next_round()
+            change = self.method.combine(self.total, cohort, t)
+            self.server.step_(self.theta, change, 1 / FIXED_POINT)
+            self.method.after_(self.theta)
+        record: dict = {"round": t}
+        if counts:
+            losses = [weight * self.done[i][0] for i, weight in enumerate(cohort.weights)]
+            record["train_loss"] = math.fsum(losses) / math.fsum(cohort.weights)
+        elif not self.method.steps_empty:
+            record["unchanged"] = NO_WEIGHT if len(cohort.clients) else NO_CLIENT
+        if dropped := [int(k) for k in cohort.sent if k not in cohort.clients]:
+            record["dropped_out"] = dropped
+        if held := {name: state.bytes for name, state in self.states.items() if state.bytes}:
+            record["state_bytes"] = held
         return record | {
             "seconds": 0.0,
-            "bytes_up": sum(sent.get(i, self.client_bytes[0]) for i in range(len(clients))),
-            "bytes_down": self.client_bytes[1] * len(self._sampled),
-            "clients": [int(k) for k in clients],
+            "bytes_up": sum(sent for _, sent in self.done.values()),
+            "bytes_down": self.method.bytes_down * len(cohort.sent),
+            "clients": [int(k) for k in cohort.clients],
         }
+
+    def _merge_states(self) -> None:
+        for state in self.states.values():
+            state.merge(self.group)
 
     def state_dict(self) -> dict:
         """Return all that the rest of the run depends on, a round in hand included."""
-        self._merge()
-        companions = {name: one.state_dict() for name, one in self.companions.items()}
-        state = {"theta": self.theta_global, "round": self.round, "companions": companions}
-        if self._queue is not None or self.losses:
-            total = self.total.clone()
-            self.group.sum_(total)
-            known = self.group.gather((self.losses, self._sent))
-            losses, sent = map(_united, zip(*known, strict=True))
-            state |= {"total": total, "losses": losses, "sent": sent, "seconds": self.seconds}
+        self._merge_states()
+        states = {name: state.state_dict() for name, state in self.states.items()}
+        state = {"theta": self.theta, "round": self.round, "states": states}
+        if self.done:
+            state |= {"done": dict(self.done), "total": self.total, "seconds": self.seconds}
         return state
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict`'s answer, to the same bits, in a group of any size."""
-        self.theta_global.copy_(state["theta"])
-        for name, companion in self.companions.items():
-            companion.load_state_dict(state["companions"][name])
-        self.theta.copy_(self.theta_global)
-        self.on_reset()
+        self.theta.copy_(state["theta"])
+        for name, part in self.states.items():
+            part.load_state_dict(state["states"][name])
         self.round, self.seconds = state["round"], state.get("seconds", 0.0)
-        self.losses, self._sent = (dict(state.get(key, {})) for key in ("losses", "sent"))
-        self._queue = None
-        total = state["total"] if self.losses else self.total[:1]
-        self.total = self._zeros(len(total))
-        if self.losses and self.group.rank == 0:
-            self.total.copy_(total)
+        self.done = dict(state.get("done", {}))
+        if self.done:
+            self._clear(len(state["total"]))
+            if self.group.rank == 0:
+                self.total.copy_(state["total"])
+        self._loop = self._rounds()
 
 
-def _united(parts: Iterable[dict]) -> dict:
-    return {key: value for part in parts for key, value in part.items()}
-
-
-def add_up(rows: Tensor) -> Tensor:
-    """Return the sum (P,) of rows (m, P)."""
-    return rows[0] if len(rows) == 1 else rows.sum(dim=0)
-
-
-def check_client(round: int, client: int, losses: Tensor, largest: Tensor) -> None:
-    """Raise ClientError if a client's losses or its largest change cannot be used."""
-    finite = torch.isfinite(losses).tolist()
-    if not all(finite):
-        step = finite.index(False)
-        raise ClientError(
-            f"round {round}, client {client}, local step {step + 1}: the loss is "
-            f"{losses[step].item()}; try a lower --lr"
-        )
-    if not largest.item() < LIMIT:
-        raise ClientError(
-            f"round {round}, client {client}: its update is {largest.item()} at its largest, "
-            f"beyond the fixed-point range of {LIMIT:g}; try a lower --lr"
-        )
+def checked(cohort: Cohort) -> Cohort:
+    """Return the cohort; raise ValueError for weights that cannot be averaged by."""
+    weights = np.asarray(cohort.weights, np.float64)
+    for client, weight in zip(cohort.clients, weights, strict=True):
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"client {int(client)} has weight {weight}: it must be at least 0")
+    return cohort._replace(weights=weights)
 
 
 def round_seconds(seconds: float) -> float:

@@ -37,6 +37,7 @@ except ImportError:  # macOS and Windows have no Triton; the reference serves th
 CPU_CHUNK = 1_000_000  # elements of per-sample gradients held at a time: they stay in cache
 GPU_CHUNK = 1 << 27  # the same on a GPU: half a gigabyte of fp32
 SQUARES_BLOCK = 1024
+BATCH = 64  # images to score at a time; changes no score
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 

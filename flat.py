@@ -1,20 +1,126 @@
-"""The entries that train, whether all of a flat view or those of a mask, and their step.
+"""Parameters as one vector: a flat view of them, the entries of it that train, and their step.
 
-`options` is the namespace of train.py's command line, its defaults resolved.
+    theta (P,) fp32, contiguous; every parameter a view of it, its gradient a view of grad (P,)
+    under a mask the entries that train are a vector of their own (P',): rounds, checkpoints and
+    messages know no others
+
+Takes sparse_sgdm.py along.
+
+    import torch; from flat import Entries, FlatView, Sgd
+    model = torch.nn.Linear(4, 3)
+    flat = FlatView(model.named_parameters())
+    mask = flat.marked(["weight"])  # (P,) bool: the bias is frozen
+    entries = Entries(flat, mask, Sgd(lr=0.1, momentum=0.9))
+    flat.fill_grad(model(torch.ones(2, 4)).square().sum())
+    entries.step(lr=0.1, first=True); entries.gather()  # (12,) parameters after the step
 """
 
 from __future__ import annotations
 
-import argparse
+import math
+from collections.abc import Iterable
+from typing import Annotated, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-import model as vit
 from sparse_sgdm import sparse_sgdm_
 
+ALIGNMENT = 64  # elements: 128 bytes in half precision, 256 in fp32
 CHUNK = 262_144  # elements whose norm a CPU takes at once
 COMPACT_BELOW = 0.7  # density below which a CPU steps the unmasked entries alone (bench_compact.py)
+
+
+class Sgd(NamedTuple):
+    """How a step follows its gradient."""
+
+    lr: Annotated[float | None, "learning rate of a step", ">= 0"] = None
+    momentum: Annotated[float, "momentum", "0 <= x <= 1"] = 0.9
+    nesterov: Annotated[bool, "Nesterov momentum"] = False
+    weight_decay: Annotated[float | None, "L2 factor [0]", ">= 0"] = None
+    clip_norm: Annotated[
+        float | None, "largest L2 norm of a step's gradient, of all that trains [none]", "> 0", "S"
+    ] = None
+
+
+class FlatView:
+    """Make parameters views of one contiguous vector `theta` (P,), their gradients of `grad` (P,).
+
+    Every parameter starts at a multiple of ALIGNMENT elements; `size` counts the parameters alone,
+    without the padding between them (which stays zero). With a half-precision `compute_dtype` the
+    model reads `compute` (P,), a cast of `theta`, and `grad` has that type too; otherwise `compute`
+    is None and the model reads `theta` itself.
+
+    Args:
+        parameters: (name, parameter) pairs; all are made trainable.
+        dtype: of theta, fp32 or fp64.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+    ):
+        parameters = dict(parameters)
+        if not parameters:
+            raise ValueError("a flat view needs at least one parameter")
+        self.shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+        self.offsets, end = {}, 0
+        for name, p in parameters.items():
+            self.offsets[name] = end
+            end += math.ceil(p.numel() / ALIGNMENT) * ALIGNMENT
+        self.size = sum(p.numel() for p in parameters.values())
+        device = next(iter(parameters.values())).device
+        half = compute_dtype not in (None, dtype)
+        self.theta = torch.zeros(end, dtype=dtype, device=device)
+        self.compute = torch.zeros(end, dtype=compute_dtype, device=device) if half else None
+        weights = self.theta if self.compute is None else self.compute
+        self.grad = torch.zeros_like(weights)
+        self.parameters = list(parameters.values())
+        for name, p in parameters.items():
+            self.view(self.theta, name).copy_(p.detach())
+            p.requires_grad_(True)
+            p.data = self.view(weights, name)
+            p.grad = self.view(self.grad, name)
+        self.refresh()
+
+    def fill_grad(self, loss: Tensor, add: bool = False) -> None:
+        """Set `grad` to the gradient of a scalar loss, or add that to it.
+
+        On a GPU all parameters' gradients move at once, where backward() adds one after the other.
+        """
+        grads = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+        with torch.no_grad():
+            (torch._foreach_add_ if add else torch._foreach_copy_)(
+                [p.grad for p in self.parameters], grads
+            )
+
+    def view(self, vector: Tensor, name: str) -> Tensor:
+        """Return the view of parameter `name` in a flat (..., P) tensor, as (..., *shape)."""
+        shape, start = self.shapes[name], self.offsets[name]
+        return vector[..., start : start + math.prod(shape)].unflatten(-1, shape)
+
+    def marked(self, names: Iterable[str] | None = None) -> Tensor:
+        """Return which entries of a flat vector belong to these parameters, or to any: (P,) bool.
+
+        The others are padding, or other parameters'.
+        """
+        marks = torch.zeros_like(self.theta, dtype=torch.bool)
+        for name in self.shapes if names is None else names:
+            self.view(marks, name).fill_(True)
+        return marks
+
+    @torch.no_grad()
+    def reset(self, theta: Tensor) -> None:
+        """Set all parameters to another flat vector (P,)."""
+        self.theta.copy_(theta)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Bring the compute copy up to date with theta."""
+        if self.compute is not None:
+            self.compute.copy_(self.theta)
 
 
 class Entries:
@@ -25,32 +131,34 @@ class Entries:
     mask. The bits are the same.
 
     Args:
-        kept: (P,) bool in the layout of the view, or None.
+        mask: (P,) bool in the layout of the view, True = trainable, or None.
+        prox: strength of each step's pull towards `pull_to`'s vector; 0: none.
+        corrected: each step adds `correct`'s vector to its gradient.
     """
 
-    def __init__(self, flat: vit.FlatView, kept: Tensor | None, options: argparse.Namespace):
-        self.flat, self.options = flat, options
-        self.index = None if kept is None else kept.nonzero()[:, 0]
-        self.theta = flat.theta if kept is None else flat.theta[self.index]
-        few = kept is not None and len(self.index) < COMPACT_BELOW * flat.size
+    def __init__(
+        self,
+        flat: FlatView,
+        mask: Tensor | None,
+        sgd: Sgd,
+        *,
+        prox: float = 0.0,
+        corrected: bool = False,
+    ):
+        self.flat, self.sgd, self.prox = flat, sgd, prox
+        self.index = None if mask is None else mask.nonzero()[:, 0]
+        self.theta = flat.theta if mask is None else flat.theta[self.index]
+        few = mask is not None and len(self.index) < COMPACT_BELOW * flat.size
         self.compact = few and flat.theta.is_cpu
-        self.kept = None if self.compact else kept
-        self.momentum = torch.zeros_like(self.theta) if options.momentum else None
+        self.mask = None if self.compact else mask
+        self.momentum = torch.zeros_like(self.theta) if sgd.momentum else None
         self.stepped = [self.theta, self.momentum]  # what the optimiser works on
         if not self.compact:
-            dense = self.momentum is not None and kept is not None
+            dense = self.momentum is not None and mask is not None
             self.stepped = [flat.theta, torch.zeros_like(flat.theta) if dense else self.momentum]
-        self.size = flat.size if kept is None else len(self.index)
-        prox = getattr(options, "prox", 0.0)
+        self.size = flat.size if mask is None else len(self.index)
         self.anchor = torch.empty_like(self.stepped[0]) if prox else None
-        scaffold = getattr(options, "scaffold", False)
-        self.correction = torch.zeros_like(self.stepped[0]) if scaffold else None
-
-    def clipped(self, grad: Tensor, loss_scale: float | Tensor = 1.0) -> float | Tensor:
-        """Return what a gradient (P',) of the entries that train is divided by: the loss scale,
-        with --clip-norm times what brings the norm down to that."""
-        bound = self.options.clip_norm
-        return loss_scale if bound is None else clip_divisor(grad, bound, loss_scale)
+        self.correction = torch.zeros_like(self.stepped[0]) if corrected else None
 
     @property
     def state(self) -> list[Tensor]:
@@ -58,17 +166,20 @@ class Entries:
         flat = self.flat
         return [x for x in (*self.stepped, flat.compute, flat.grad) if x is not None]
 
-    def start(self) -> None:
-        """Note where a client starts: the proximal term pulls back to it."""
-        if self.anchor is not None:
-            self.anchor.copy_(self.stepped[0])
+    def pull_to(self, theta: Tensor) -> None:
+        """Set what the proximal term of every step pulls towards (P',)."""
+        self._spread(self.anchor, theta)
 
     def correct(self, correction: Tensor) -> None:
-        """Set what every step adds to its gradient: one value per entry that trains."""
+        """Set what every step adds to its gradient (P',)."""
+        self._spread(self.correction, correction)
+
+    def _spread(self, stepped: Tensor, entries: Tensor) -> None:
+        """Bring a vector of the entries that train into the layout that the optimiser works on."""
         if self.stepped[0] is self.theta:
-            self.correction.copy_(correction)
+            stepped.copy_(entries)
         else:
-            self.correction[self.index] = correction
+            stepped[self.index] = entries
 
     def clear_momentum(self) -> None:
         """Zero the momentum: a step that reads it then does what a first step does."""
@@ -84,12 +195,13 @@ class Entries:
                 self.stepped[1][self.index] = self.momentum
         self.flat.refresh()
 
-    def gather(self) -> None:
-        """Bring theta and momentum up to date with what the optimiser worked on."""
+    def gather(self) -> Tensor:
+        """Bring theta and momentum up to date with what the optimiser worked on; returns theta."""
         if self.index is not None and not self.compact:
-            for own, stepped in zip((self.theta, self.momentum), self.stepped, strict=True):
-                if own is not None:
-                    torch.index_select(stepped, 0, self.index, out=own)
+            for entries, stepped in zip((self.theta, self.momentum), self.stepped, strict=True):
+                if entries is not None:
+                    torch.index_select(stepped, 0, self.index, out=entries)
+        return self.theta
 
     def load(self, theta: Tensor) -> None:
         """Set `theta`, and the model with it."""
@@ -97,39 +209,69 @@ class Entries:
         self.scatter()
 
     def step(
-        self, lr: float | Tensor, first: bool = False, loss_scale: float | Tensor = 1.0
+        self, lr: float | Tensor, first: bool = False, grad_scale: float | Tensor = 1.0
     ) -> None:
-        """Take one optimiser step from the flat gradient."""
+        """Take one optimiser step from the flat gradient, which still carries `grad_scale`."""
         flat, (theta, momentum) = self.flat, self.stepped
-        gathers = self.index is not None and (self.compact or self.options.clip_norm is not None)
+        gathers = self.index is not None and (self.compact or self.sgd.clip_norm is not None)
         grad = flat.grad[self.index] if gathers else flat.grad
-        changing = dict(lr=lr, first=first, grad_scale=self.clipped(grad, loss_scale))
+        grad_scale = self.clipped(grad, grad_scale)
         if self.compact:
-            terms = None, None, self.anchor, self.correction
-            self.step_flat(theta, grad, momentum, *terms, **changing)
+            self.step_flat(theta, grad, momentum, None, None, lr, first, grad_scale)
             self.scatter()
         else:
-            terms = self.kept, flat.compute, self.anchor, self.correction
-            self.step_flat(theta, flat.grad, momentum, *terms, **changing)
+            grad, mask, compute = flat.grad, self.mask, flat.compute
+            self.step_flat(theta, grad, momentum, mask, compute, lr, first, grad_scale)
 
-    def step_flat(self, *tensors: Tensor | None, **changing) -> None:
-        """Call `sparse_sgdm_` with the run's constants."""
-        options = self.options
-        constants = dict(momentum=options.momentum, weight_decay=options.weight_decay)
-        constants["prox"] = getattr(options, "prox", 0.0)  # of fedavg alone
-        sparse_sgdm_(*tensors, nesterov=options.nesterov, **constants, **changing)
+    def step_flat(
+        self,
+        theta: Tensor,
+        grad: Tensor,
+        momentum: Tensor | None,
+        mask: Tensor | None,
+        compute: Tensor | None,
+        lr: float | Tensor,
+        first: bool,
+        grad_scale: float | Tensor = 1.0,
+        *,
+        anchor: Tensor | None = None,
+        correction: Tensor | None = None,
+    ) -> None:
+        """Call `sparse_sgdm_` with the run's constants, on the view's terms or on these."""
+        sparse_sgdm_(
+            theta,
+            grad,
+            momentum,
+            mask,
+            compute,
+            self.anchor if anchor is None else anchor,
+            self.correction if correction is None else correction,
+            lr=lr,
+            momentum=self.sgd.momentum,
+            weight_decay=self.sgd.weight_decay or 0.0,
+            nesterov=self.sgd.nesterov,
+            first=first,
+            prox=self.prox,
+            grad_scale=grad_scale,
+        )
+
+    def clipped(self, grad: Tensor, grad_scale: float | Tensor = 1.0) -> float | Tensor:
+        """Return what a gradient (P',) is divided by: its scale, with a bound on the norm times
+        what brings the norm down to that."""
+        bound = self.sgd.clip_norm
+        return grad_scale if bound is None else clip_divisor(grad, bound, grad_scale)
 
 
 @torch.no_grad()
-def clip_divisor(grad: Tensor, bound: float, loss_scale: float | Tensor = 1.0) -> Tensor:
-    """Return the scalar that takes the loss scale off a gradient and its norm down to a bound.
+def clip_divisor(grad: Tensor, bound: float, grad_scale: float | Tensor = 1.0) -> Tensor:
+    """Return the scalar that takes the scale off a gradient and its norm down to a bound.
 
-    It is loss_scale / min(1, bound / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it, and
-    the loss scale itself, to the bit, where the norm is smaller. Nothing waits for the device. The
+    It is grad_scale / min(1, bound / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it, and
+    the scale itself, to the bit, where the norm is smaller. Nothing waits for the device. The
     norm is summed in fp64: in fp32 that of 21.7 million entries was 0.1 % short on a CPU.
 
     Args:
-        grad: (P,) in any floating dtype, times `loss_scale`.
+        grad: (P,) in any floating dtype, times `grad_scale`.
         bound: largest L2 norm.
 
     Returns:
@@ -137,5 +279,5 @@ def clip_divisor(grad: Tensor, bound: float, loss_scale: float | Tensor = 1.0) -
     """
     parts = grad.split(CHUNK if grad.is_cpu else max(1, grad.numel()))
     norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
-    norm = torch.linalg.vector_norm(torch.stack(norms)) / loss_scale
-    return (loss_scale * ((norm + 1e-6) / bound).clamp(min=1.0)).float()
+    norm = torch.linalg.vector_norm(torch.stack(norms)) / grad_scale
+    return (grad_scale * ((norm + 1e-6) / bound).clamp(min=1.0)).float()

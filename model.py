@@ -1,22 +1,24 @@
-"""Vision transformer by hand, in DINO's key layout, and the flat view of its parameters.
+"""Vision transformer by hand, in DINO's key layout, and the checkpoints that it loads.
 
     x = patches W + b + position;  x = x + attention(norm1(x));  x = x + mlp(norm2(x));  norm(x)[0]
 
 Pre-norm, exact GELU, LayerNorm eps 1e-6 (Dosovitskiy 2021, arXiv:2010.11929); position grids of
 other sizes by DINO's bicubic rule (Caron 2021, arXiv:2104.14294), kept as one constant matrix.
 
-    import torch; from model import build_vit, FlatView
+Another backbone is an entry of MODELS, or of WEIGHTS; or any module with this one's names in place
+of its four methods: features, tokens, features_from and classify.
+
+    import torch; from model import build_vit
     vit = build_vit("vit_demo", classes=10)
-    flat = FlatView(vit.named_parameters())
-    flat.fill_grad(vit(torch.zeros(2, 3, 32, 32)).sum()); flat.theta.sub_(0.1 * flat.grad)
+    vit(torch.zeros(2, 3, 32, 32))  # logits (2, 10)
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import http.client
-import math
 import os
 import pickle
 import sys
@@ -24,8 +26,9 @@ import warnings
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +36,7 @@ from torch import Tensor, nn
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-DINO_FILE = "dino_deitsmall16_pretrain.pth"
-DINO_URL = f"https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/{DINO_FILE}"
-DINO_BYTES = 86_662_656  # of its tensors
-ALIGNMENT = 64  # elements: 128 bytes in half precision, 256 in fp32
+HEAD = ("head.weight", "head.bias")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,30 @@ MODELS = {
     "vit_ti16": ViTShape(192, 12, 3),
     "vit_b16": ViTShape(768, 12, 12),
     "vit_demo": ViTShape(48, 2, 3, patch=8, grid=4),
+}
+
+
+class Weights(NamedTuple):
+    """A checkpoint that is downloaded: of which model, where it lies, bytes of its tensors."""
+
+    model: str
+    url: str
+    bytes: int
+    normalisation: tuple[tuple, tuple] = IMAGENET
+
+    @property
+    def file(self) -> str:
+        """The file's name."""
+        return self.url.rsplit("/", 1)[1]
+
+
+WEIGHTS = {
+    "dino": Weights(
+        "vit_s16",
+        "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/"
+        "dino_deitsmall16_pretrain.pth",
+        86_662_656,
+    ),
 }
 
 
@@ -228,12 +252,14 @@ def build_vit(name: str, classes: int, seed: int = 0) -> VisionTransformer:
 
 def default_normalisation(weights: str) -> tuple[tuple, tuple]:
     """Return (mean, std) of a checkpoint by its name: 0.5 for ViTs trained by Google's recipe."""
+    if weights in WEIGHTS:
+        return WEIGHTS[weights].normalisation
     name = Path(weights).name
     return HALF if name == "none" or name.startswith("vit_tiny_patch16") else IMAGENET
 
 
-def download_dino(folder: str | Path) -> Path:
-    """Return DINO's ViT-S/16 checkpoint in `folder`, downloading it first where it is missing.
+def download(name: str, folder: str | Path) -> Path:
+    """Return one of WEIGHTS in `folder`, downloading it first where it is missing.
 
     No checksum of it is published. So its size, keys, shapes and the CRC of every tensor are
     checked, and its first use pins its SHA-256 in a side file: a file that no longer matches is
@@ -242,26 +268,27 @@ def download_dino(folder: str | Path) -> Path:
     Raises:
         ValueError: no network, or a file that is damaged.
     """
-    path = Path(folder) / DINO_FILE
-    pin = path.with_name(DINO_FILE + ".sha256")
+    weights = WEIGHTS[name]
+    path = Path(folder) / weights.file
+    pin = path.with_name(weights.file + ".sha256")
     if not path.exists():
         aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        print(f"downloading {DINO_URL} to {path}", flush=True)
+        print(f"downloading {weights.url} to {path}", flush=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(DINO_URL, str(aside), progress=sys.stderr.isatty())
-            check_dino(aside)
+            torch.hub.download_url_to_file(weights.url, str(aside), progress=sys.stderr.isatty())
+            check_download(weights, aside)
             os.replace(aside, path)
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise ValueError(
-                f"--weights dino: cannot download {DINO_URL} ({error}). Without a network, put "
-                f"that file at {path}, or take --data synthetic, which needs no weights"
+                f"--weights {name}: cannot download {weights.url} ({error}). Without a network, "
+                f"put that file at {path}, or take --data synthetic, which needs no weights"
             ) from None
         finally:
             aside.unlink(missing_ok=True)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not pin.exists():
-        check_dino(path)
+        check_download(weights, path)
         aside = pin.with_name(f"{pin.name}.{os.getpid()}.tmp")
         aside.write_text(digest + "\n")
         os.replace(aside, pin)
@@ -273,20 +300,20 @@ def download_dino(folder: str | Path) -> Path:
     return path
 
 
-def check_dino(path: Path) -> None:
-    """Raise ValueError unless a file is DINO's ViT-S/16 as it was published, as far as is known."""
+def check_download(weights: Weights, path: Path) -> None:
+    """Raise ValueError unless a file is as it was published, as far as is known."""
     size = path.stat().st_size
-    if not DINO_BYTES <= size <= 1.02 * DINO_BYTES:
+    if not weights.bytes <= size <= 1.02 * weights.bytes:
         raise ValueError(
-            f"weights {path}: damaged, or another file: it has {size:,} bytes, and DINO's ViT-S/16 "
-            f"slightly more than {DINO_BYTES:,}"
+            f"weights {path}: damaged, or another file: it has {size:,} bytes, and {weights.file} "
+            f"slightly more than {weights.bytes:,}"
         )
     if zipfile.is_zipfile(path):  # torch.load looks at no CRC
         with zipfile.ZipFile(path) as archive:
             if bad := archive.testzip():
                 raise ValueError(f"weights {path}: damaged, the CRC of {bad} differs")
     with torch.device("meta"):
-        model = VisionTransformer(MODELS["vit_s16"], 1)
+        model = VisionTransformer(MODELS[weights.model], 1)
     check_backbone(model, read_checkpoint(path), path)
 
 
@@ -389,81 +416,31 @@ def first_trained_block(names: Iterable[str], depth: int) -> int:
     return min(depth if b in after else int(b) if b.isdecimal() else 0 for b in blocks)
 
 
-class FlatView:
-    """Make parameters views of one contiguous vector `theta` (P,), their gradients of `grad` (P,).
+def scoped_names(model: VisionTransformer, patterns: list[str]) -> list[str]:
+    """Return the backbone's parameters that match one of the shell patterns.
 
-    Every parameter starts at a multiple of ALIGNMENT elements; `size` counts the parameters alone,
-    without the padding between them (which stays zero). With a half-precision `compute_dtype` the
-    model reads `compute` (P,), a cast of `theta`, and `grad` has that type too; otherwise `compute`
-    is None and the model reads `theta` itself.
-
-    Args:
-        parameters: (name, parameter) pairs; all are made trainable.
-        dtype: of theta, fp32 or fp64.
+    Raises:
+        ValueError: a pattern that matches none.
     """
-
-    def __init__(
-        self,
-        parameters: Iterable[tuple[str, nn.Parameter]],
-        dtype: torch.dtype = torch.float32,
-        compute_dtype: torch.dtype | None = None,
-    ):
-        parameters = dict(parameters)
-        if not parameters:
-            raise ValueError("a flat view needs at least one parameter")
-        self.shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-        self.offsets, end = {}, 0
-        for name, p in parameters.items():
-            self.offsets[name] = end
-            end += math.ceil(p.numel() / ALIGNMENT) * ALIGNMENT
-        self.size = sum(p.numel() for p in parameters.values())
-        device = next(iter(parameters.values())).device
-        half = compute_dtype not in (None, dtype)
-        self.theta = torch.zeros(end, dtype=dtype, device=device)
-        self.compute = torch.zeros(end, dtype=compute_dtype, device=device) if half else None
-        weights = self.theta if self.compute is None else self.compute
-        self.grad = torch.zeros_like(weights)
-        self.parameters = list(parameters.values())
-        for name, p in parameters.items():
-            self.view(self.theta, name).copy_(p.detach())
-            p.requires_grad_(True)
-            p.data = self.view(weights, name)
-            p.grad = self.view(self.grad, name)
-        self.refresh()
-
-    def fill_grad(self, loss: Tensor, add: bool = False) -> None:
-        """Set `grad` to the gradient of a scalar loss, or add that to it.
-
-        On a GPU all parameters' gradients move at once, where backward() adds one after the other.
-        """
-        grads = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
-        with torch.no_grad():
-            (torch._foreach_add_ if add else torch._foreach_copy_)(
-                [p.grad for p in self.parameters], grads
+    backbone = trained_names(model, "all", freeze_head=True)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in backbone):
+            raise ValueError(
+                f"--mask-scope {pattern}: no parameter of the backbone has such a name; "
+                f"there are {backbone[0]}, {backbone[-1]} and others"
             )
+    return [name for name in backbone if any(fnmatchcase(name, p) for p in patterns)]
 
-    def view(self, vector: Tensor, name: str) -> Tensor:
-        """Return the view of parameter `name` in a flat (..., P) tensor, as (..., *shape)."""
-        shape, start = self.shapes[name], self.offsets[name]
-        return vector[..., start : start + math.prod(shape)].unflatten(-1, shape)
 
-    def marked(self, names: Iterable[str] | None = None) -> Tensor:
-        """Return which entries of a flat vector belong to these parameters, or to any: (P,) bool.
+def fingerprint(model: VisionTransformer) -> str:
+    """Return the SHA-256 of the backbone's parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if name not in HEAD:
+            digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
-        The others are padding, or other parameters'.
-        """
-        marks = torch.zeros_like(self.theta, dtype=torch.bool)
-        for name in self.shapes if names is None else names:
-            self.view(marks, name).fill_(True)
-        return marks
 
-    @torch.no_grad()
-    def reset(self, theta: Tensor) -> None:
-        """Set all parameters to another flat vector (P,)."""
-        self.theta.copy_(theta)
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Bring the compute copy up to date with theta."""
-        if self.compute is not None:
-            self.compute.copy_(self.theta)
+def cast_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy of a model in another dtype."""
+    return copy.deepcopy(model).to(dtype)

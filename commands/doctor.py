@@ -1,4 +1,4 @@
-"""What a command will cost on this machine: device, kernels, seconds a round, the time it takes.
+"""train.py doctor: what a command will cost on this machine, in device, kernels, seconds a round.
 
 Measured on generated images of CIFAR's size and untrained weights, so that nothing is downloaded;
 neither changes the time. In place of a mask that the command makes stands a random one of the same
@@ -8,79 +8,142 @@ features that a head is fitted to, calibration, a search.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import platform
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 
 import fisher
 import masks
-import privacy
 import sparse_sgdm
-from device import free_memory
-from fedavg import sample_clients
-from federation import federate
-from learner import Learner
-from local_training import ClientTraining, train_together
-from status import duration
-from workspace import Workspace
+from commands.options import GROUPS, Command, Line, federation, parse
+from federated import privacy
+from federated.cohort import sample_clients
+from machine import safe_files
+from machine.device import free_memory
+from machine.runs import Run
+from machine.status import duration
+from training.clients import HeadsTogether
+from training.learner import Learner
+from training.rounds import Federation, federate, make_clients
+from training.session import prepare
+from training.workspace import Workspace
 
 CLIENTS_TIMED = 5
 TRAINED = 45_000  # images of CIFAR-100 that train
 EVALUATED = 5_000 + 10_000  # images of an evaluation on CIFAR-100: validation and test
-UNCOUNTED = {  # what comes before the first round -> whether a command has it
-    "features for the head": lambda o: o.head != "linear" or o.train == "head",
-    "calibration": lambda o: o.mask_rule is not None and masks.needs_scores(o.mask_rule),
-    "search": lambda o: o.search,
-}
 
 
-def examine(options: argparse.Namespace) -> dict:
-    """Return the figures of a `fedavg` command, its options resolved, on this machine."""
-    trial = argparse.Namespace(**vars(options))
-    trial.data, trial.weights = "synthetic", "none"
-    trial.head = "linear"  # frozen where the command freezes its own
-    if options.mask_rule is not None:
-        trial.mask_rule, trial.quorum = None if options.sparsity is None else "random", None
-    trial.nc = trial.dirichlet = None
-    trial.clients = min(options.clients, 1000)
-    trial.dropout, trial.head_images, trial.dp_noise, trial.dp_clip = 0.0, None, None, None
-    if options.train != "head":  # of heads it decides whether they train together
-        trial.straggler_fraction = 0.0
-    workspace = Workspace(trial)
+class Doctor(NamedTuple):
+    """What is examined."""
+
+    fedavg_command: Annotated[
+        list[str], "the command to examine, as it would be typed [fedavg]", "remainder"
+    ]
+    json: Annotated[str | None, "where the figures go too [none]", "path", "FILE"] = None
+
+
+OPTIONS = (Doctor,)
+
+
+def run(line: Line) -> None:
+    """Say what this machine is, which kernels run on it, and how long a fedavg command will take.
+
+    It needs no download: images and weights are generated.
+    """
+    name, *rest = line.groups.doctor.fedavg_command or ["fedavg"]
+    if name != "fedavg":
+        raise ValueError(f"doctor examines a fedavg command, not {name!r}")
+    figures = examine(parse(["fedavg", *rest], {"fedavg": Command(run, GROUPS["fedavg"])}))
+    print_table(figures)
+    if line.groups.doctor.json:
+        safe_files.write_json(Path(line.groups.doctor.json), figures)
+
+
+def trial_of(line: Line) -> Line:
+    """Return the command with generated images and weights, and without what needs others."""
+    o = line.stored
+    changed = {
+        **dict(data="synthetic", weights="none", nc=None, dirichlet=None, head_images=None),
+        **dict(head="linear", dropout=0.0, dp_noise=None, dp_clip=None),
+        "clients": min(o["clients"], 1000),
+    }
+    if o["mask_rule"] is not None:
+        changed |= {"mask_rule": None if o["sparsity"] is None else "random", "quorum": None}
+    if o["train"] != "head":  # of heads it decides whether they train together
+        changed["straggler_fraction"] = 0.0
+    return line.replaced(**changed)
+
+
+def uncounted(o: dict) -> list[str]:
+    """Name what comes before the first round and is not counted."""
+    scores = o["mask_rule"] is not None and masks.needs_scores(o["mask_rule"])
+    parts = {
+        "features for the head": o["head"] != "linear" or o["train"] == "head",
+        "calibration": scores,
+        "search": o["search"],
+    }
+    return [what for what, has in parts.items() if has]
+
+
+def examine(line: Line) -> dict:
+    """Return the figures of a `fedavg` command on this machine."""
+    stored, o = line.stored, trial_of(line).groups
     with tempfile.TemporaryDirectory() as folder:
-        trial.data_dir = folder
-        shards = workspace.shards()
-        if options.batch_size == "full":  # a batch of as many images as in the run
-            size = max(1, TRAINED // options.clients)
+        o.source = o.source._replace(data_dir=folder)
+        workspace = Workspace(o.source, o.machine, o.backbone)
+        shards = workspace.shards(o.sharding)
+        if stored["batch_size"] == "full":  # a batch of as many images as in the run
+            size = max(1, TRAINED // stored["clients"])
             shards = [np.resize(workspace.train_index, size)] * len(shards)
-        learner = Learner(workspace, workspace.build_model(), trial, Path(folder), shards)
-        learner.keep_activations()
-    evaluated = EVALUATED if options.data == "cifar100" else None
-    client, evaluation = time_client(learner, shards), time_evaluation(learner, evaluated)
-    batch = len(shards[0]) if options.batch_size == "full" else options.batch_size
-    sampled = len(sample_clients(options.clients, options.fraction, seed=0, round=1))
-    evaluations = 1 + -(-options.rounds // options.eval_every)
-    a_round = sampled * client + time_privacy(learner, options, sampled)
-    left = options.rounds * a_round + evaluations * evaluation
+        learner = trial_learner(workspace, shards, o, Run(folder))
+    evaluated = EVALUATED if stored["data"] == "cifar100" else None
+    loop = federation(o)
+    client, evaluation = time_client(learner, shards, loop), time_evaluation(learner, evaluated)
+    batch = len(shards[0]) if stored["batch_size"] == "full" else stored["batch_size"]
+    sampled = len(sample_clients(stored["clients"], stored["fraction"], seed=0, round=1))
+    evaluations = 1 + -(-stored["rounds"] // stored["eval_every"])
+    a_round = sampled * client + time_privacy(learner, line.groups.privacy, sampled)
+    left = stored["rounds"] * a_round + evaluations * evaluation
     return environment(workspace) | {
         "parameters": learner.entries.size,
         "seconds_a_client": float(f"{client:.4g}"),
         "seconds_a_round": float(f"{a_round:.4g}"),
-        "images_a_second": float(f"{options.J * batch / client:.4g}"),
+        "images_a_second": float(f"{stored['J'] * batch / client:.4g}"),
         "seconds_an_evaluation": float(f"{evaluation:.4g}"),
-        "cuda_graph": cuda_graph(learner, shards),
-        "rounds": options.rounds,
+        "cuda_graph": cuda_graph(learner, shards, loop),
+        "rounds": stored["rounds"],
         "seconds_in_all": float(f"{left:.4g}"),
-        "not_counted": [what for what, has in UNCOUNTED.items() if has(options)],
+        "not_counted": uncounted(stored),
         "largest_batch": largest_batch(learner),
     }
+
+
+def trial_learner(
+    workspace: Workspace, shards: list[np.ndarray], o: SimpleNamespace, run: Run
+) -> Learner:
+    """Return the learner of a trial."""
+    learner = prepare(
+        workspace,
+        workspace.build_model(),
+        run,
+        shards,
+        o.training,
+        o.sgd,
+        o.head,
+        o.masking,
+        None,
+        o.client_terms,
+    )
+    learner.keep_activations()
+    return learner
 
 
 def environment(workspace: Workspace) -> dict:
@@ -125,35 +188,35 @@ NO_KERNEL, NO_GRAPH = "reference (no CUDA device)", "off (no CUDA device)"
 KERNELS = {"optimiser": optimiser_kernel, "scoring": scoring_kernel}
 
 
-def cuda_graph(learner: Learner, shards: list[np.ndarray]) -> str:
+def cuda_graph(learner: Learner, shards: list[np.ndarray], loop: Federation) -> str:
     """Say whether a local step is replayed as a CUDA graph, or why not."""
-    training = ClientTraining(learner, shards)
-    if train_together(learner.options):
+    clients = make_clients(learner, shards, loop, ())
+    if isinstance(clients, HeadsTogether):
         return "off (heads train together)"
-    if training.graphed is None:
+    if clients.graphed is None:
         return NO_GRAPH
-    training.one(0, round=1)
-    return training.graphed.status
+    clients.train_client(learner.entries.theta.clone(), 0, round=1)
+    return clients.graphed.status
 
 
-def time_client(learner: Learner, shards: list[np.ndarray]) -> float:
+def time_client(learner: Learner, shards: list[np.ndarray], loop: Federation) -> float:
     """Return the median seconds of one client's part of a round, after one that warms up."""
-    federation, seconds = federate(learner, shards), []
-    if train_together(learner.options):
+    process, seconds = federate(learner, shards, loop), []
+    if isinstance(process.train, HeadsTogether):
         for _ in range(2):
-            while (record := federation.advance()) is None:
+            while (record := process.advance()) is None:
                 pass
         return record["seconds"] / max(1, len(record["clients"]))
     while len(seconds) <= CLIENTS_TIMED:
         synchronise(learner.workspace.device)
         started = time.perf_counter()
-        federation.advance()
+        process.advance()
         synchronise(learner.workspace.device)
         seconds.append(time.perf_counter() - started)
     return float(np.median(seconds[1:]))
 
 
-def time_privacy(learner: Learner, options: argparse.Namespace, sampled: int) -> float:
+def time_privacy(learner: Learner, options: privacy.Privacy, sampled: int) -> float:
     """Return the seconds that a round of --dp-noise and --dp-clip spends on them."""
     theta, seconds = learner.entries.theta, 0.0
     if options.dp_clip is not None:
@@ -191,9 +254,9 @@ def largest_batch(learner: Learner) -> int | None:
     learner.trained_logits_of = learner.logits_of  # or every size would be compiled
     size = 1
     while size < 32_768:  # attention kernels launch at most 65,535 images
-        kept = torch.arange(learner.kept[0], device=device).expand(2 * size, -1)
+        patches = torch.arange(learner.seen_patches[0], device=device).expand(2 * size, -1)
         draws = torch.zeros(2 * size, 4, dtype=torch.int64, device=device)
-        draws = torch.cat([draws, kept], dim=1)
+        draws = torch.cat([draws, patches], dim=1)
         try:
             learner.flat.fill_grad(learner.loss(draws))
             synchronise(device)

@@ -1,31 +1,77 @@
-"""Merge the models of several runs that began at the same one, and measure how they interfere.
-
-`options` is the namespace of train.py's command line, its defaults resolved.
-"""
+"""train.py merge: the models of runs that began at the same one as one, and how they interfere."""
 
 from __future__ import annotations
 
-import argparse
-import copy
 import itertools
 from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
 import editing
 import fisher
-import model as vit
-import runs
-import safe_files
-from calibration import BATCH, exact_products
-from diagnostics import held_out_images, logits_of, some_images
-from learner import Learner
-from outcome import Outcome
-from workspace import Workspace
+from commands.options import Line, made_by
+from flat import FlatView
+from machine import runs, safe_files
+from machine.device import Machine, exact_products
+from machine.status import print_figures
+from training.diagnostics import held_out_images, logits_of
+from training.learner import Learner, Training
+from training.outcome import Outcome
+from training.workspace import Workspace
 
 RULES = ("mean", "ties", "dare", "sign", "fisher", "add")
 SAME = ("model", "data", "seed", "val_fraction", "image_size", "normalisation", "weights_sha256")
+
+
+class Merge(NamedTuple):
+    """How runs become one model."""
+
+    run_folders: Annotated[
+        list[str], "run folders, of one model and one start", "path", "RUN", "positional"
+    ]
+    rule: Annotated[str, "how the runs' changes become one; add: their sum", RULES] = "mean"
+    scale: Annotated[float, "factor on it", "finite"] = 1.0
+    ties_keep: Annotated[
+        float | None,
+        "ties: share of its entries that each change keeps, the largest [0.2]",
+        "0 < x <= 1",
+        "SHARE",
+    ] = None
+    dare_drop: Annotated[
+        float | None,
+        "dare: probability that an entry of a change is dropped, below 1 [0.9]",
+        ">= 0",
+        "P",
+    ] = None
+    fisher_images: Annotated[
+        int | None,
+        "fisher: training images on which each model's sensitivities are taken [256]",
+        ">= 1",
+        "N",
+    ] = None
+    seed: Annotated[int | None, "dare: of what drops [0]", "0 <= x <= 9223372036854775807"] = None
+    out: Annotated[str | None, "where the merged weights go [nowhere]", "path", "FILE"] = None
+    data_dir: Annotated[str, "folder of data and weights", "path"] = "data"
+
+
+OPTIONS = (Merge, Machine)
+
+
+def run(line: Line) -> None:
+    """Merge the models of runs that started alike, evaluate the result, and say how they interfere.
+
+    The model is start + scale * merge(what each run changed): --scale -1 with one run unlearns what
+    that run learned.
+    """
+    o = line.groups.merge
+    merger = Merger(o, line.groups.machine)
+    change = o.scale * merger.merge()
+    print_figures(merger.interference() | merger.evaluate(change))
+    if o.out:
+        merger.save(o.out, change)
+        print(f"written to {o.out}, which --weights takes")
 
 
 def check_same(folders: list[str]) -> None:
@@ -55,32 +101,33 @@ class Merger:
         ValueError: runs that do not go together; they are named, with what differs.
     """
 
-    def __init__(self, folders: list[str], options: argparse.Namespace):
+    def __init__(self, options: Merge, machine: Machine):
+        folders = options.run_folders
         check_same(folders)
         if options.out and Path(options.out).exists():
             raise ValueError(f"{options.out} exists already: choose another file, or delete it")
-        self.options, exact = options, copy.copy(options)
-        exact.precision = "fp32"  # frozen parameters keep all their bits
+        self.options = options
+        exact = machine._replace(precision="fp32")  # frozen parameters keep all their bits
         starts, ends = [], []
         for folder in folders:
-            finished = Outcome(folder, exact)
-            learner = finished.begun()
+            made = made_by(folder, options.data_dir, exact)
+            finished = Outcome(folder, made)
+            learner = finished.untrained_learner()
             start = learner.flat.theta.clone()
             learner.entries.load(finished.theta)
-            for values, kept in zip(parameters(learner, start), (starts, ends), strict=True):
-                kept.append(values)
+            before, after = parameters(learner, start)
+            starts.append(before)
+            ends.append(after)
         for folder, start in zip(folders, starts, strict=True):
             for name, value in start.items():
                 if not torch.equal(value, starts[0][name]):
                     raise ValueError(
                         f"{folder} and {folders[0]} did not start alike: {name} differs"
                     )
-        whole = copy.copy(learner.options)
-        whole.train, whole.head, whole.freeze_head, whole.keep_tokens = "all", "linear", False, 1.0
-        whole.mask, whole.mask_rule, whole.precision = None, None, options.precision
-        self.workspace = Workspace(whole)
+        self.workspace = Workspace(made.source, machine, made.backbone)
         model = self.workspace.build_model()
-        self.learner = Learner(self.workspace, model, whole, Path(folders[0]), [])
+        whole = Training(augment=False)
+        self.learner = Learner(self.workspace, model, whole, made.sgd, freeze_head=False)
         self.flat, self.names = self.learner.flat, list(starts[0])
         self.start = self.flatten(starts[0])
         self.vectors = torch.stack([self.flatten(end) for end in ends]) - self.start  # (m, P)
@@ -112,10 +159,10 @@ class Merger:
     def scores(self) -> list[Tensor]:
         """Return each run's sensitivities (P,) on --fisher-images of its training images."""
         workspace, model = self.workspace, self.workspace.build_model()
-        draws = some_images(workspace, workspace.train_index, self.options.fisher_images, "merge")
+        draws = workspace.some_images(workspace.train_index, self.options.fisher_images, "merge")
         images, preprocess = workspace.sets["train"].images, workspace.preprocess(torch.float32)
-        batches = [preprocess(images[at]) for at in draws.split(BATCH)]
-        flat, scorer, scores = vit.FlatView(model.named_parameters()), fisher.Scorer(model), []
+        batches = [preprocess(images[at]) for at in draws.split(fisher.BATCH)]
+        flat, scorer, scores = FlatView(model.named_parameters()), fisher.Scorer(model), []
         for vector in self.vectors:
             flat.reset(self.start + vector)
             with exact_products():

@@ -1,55 +1,57 @@
 """--search: short runs over a grid of learning rates and weight decays, then the one that is best.
 
-`options` is the namespace of train.py's command line, its defaults resolved.
+The choice is that of a table's row (study/tables.py): the best mean validation accuracy.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import centralized
 import fedavg
-import safe_files
-from ranks import OneProcess
-from session import default_name
+from commands.options import Line
+from machine import safe_files
+from machine.ranks import OneProcess
+from study.tables import best_of
 
 
-def search_then_train(
-    group: OneProcess,
-    options: argparse.Namespace,
-    length: str,
-    train: Callable[[argparse.Namespace, str], dict],
-) -> None:
-    """Train once; with --search, first short runs over the grid, the best by validation chosen."""
-    name = default_name(options) if options.name is None else options.name
-    if not options.search:
-        train(options, name)
+def search_then_train(line: Line, group: OneProcess, train: Callable[[Line, str], dict]) -> None:
+    """Train once; with --search, first short runs over the grid, the best by validation chosen.
+
+    Args:
+        train: (command line, name of its folder) -> summary.
+    """
+    name, search = line.name, line.groups.search
+    if not search.search:
+        train(line, name)
         return
-    results = []
-    for lr in options.search_lr:
-        for weight_decay in options.search_weight_decay:
-            cell = copy.copy(options)
-            cell.search, cell.lr, cell.weight_decay = False, lr, weight_decay
-            setattr(cell, length, options.search_length or getattr(options, length))
+    seed, tried = line.stored["seed"], {}
+    for lr in search.search_lr:
+        for weight_decay in search.search_weight_decay:
             print(f"search: lr {lr:g}, weight decay {weight_decay:g}")
+            cell = line.replaced(search=False, lr=lr, weight_decay=weight_decay)
+            if search.search_length:
+                unit = "rounds" if "rounds" in line.stored else "epochs"
+                cell = cell.replaced(**{unit: search.search_length})
             try:
                 summary = train(cell, f"{name}/search/lr{lr:.9g}-wd{weight_decay:.9g}")
-                shown = "best_by_validation" if options.early_stop else "final"
-                val_acc = summary[shown]["val_acc"]
+                if line.stored["early_stop"]:
+                    summary = summary | {"final": summary["best_by_validation"]}
             except (fedavg.ClientError, centralized.Diverged) as error:
                 print(f"search: given up, {error}")
-                val_acc = 0.0
-            results.append({"lr": lr, "weight_decay": weight_decay, "val_acc": val_acc})
-    best = max(results, key=lambda r: r["val_acc"])
-    if not best["val_acc"]:
+                summary = {"final": {"val_acc": 0.0}}
+            tried[lr, weight_decay] = {seed: summary}
+    (lr, weight_decay), best = best_of(tried)
+    if not best[seed]["final"]["val_acc"]:
         raise ValueError("--search: every try diverged; give lower rates by --search-lr")
     if group.rank == 0:
-        found = {"cells": results, "best": best}
-        safe_files.write_json(Path(options.runs_dir) / name / "search.json", found)
-    chosen = copy.copy(options)
-    chosen.lr, chosen.weight_decay = best["lr"], best["weight_decay"]
-    print(f"search: chose lr {best['lr']:g}, weight decay {best['weight_decay']:g} by validation")
-    train(chosen, name)
+        cells = [
+            {"lr": a, "weight_decay": b, "val_acc": summaries[seed]["final"]["val_acc"]}
+            for (a, b), summaries in tried.items()
+        ]
+        chosen = next(c for c in cells if (c["lr"], c["weight_decay"]) == (lr, weight_decay))
+        path = Path(line.stored["runs_dir"]) / name / "search.json"
+        safe_files.write_json(path, {"cells": cells, "best": chosen})
+    print(f"search: chose lr {lr:g}, weight decay {weight_decay:g} by validation")
+    train(line.replaced(lr=lr, weight_decay=weight_decay), name)

@@ -8,9 +8,8 @@ unbiased.
     FedVC        clients drawn in proportion to n_k, p_k = 1 / m     Hsu 2020, arXiv:2003.08082
     FedNova      p_k times (sum of p_i |a_i|) / |a_k|, |a_k| the weight of k's local steps in its
                  change (tau_k without momentum)           Wang 2020, arXiv:2007.07481
-    FedIR        sample weights p(y) / q_k(y) in client k's loss     Hsu 2020, arXiv:2003.08082
 
-    import numpy as np; from participation import drop_out, sample_by_size, shares
+    import numpy as np; from cohort import drop_out, sample_by_size, shares
     clients = sample_by_size([100, 300, 50], 0.7, seed=0, round=1)  # two of three
     clients = drop_out(clients, 0.2, seed=0, round=1)  # those that answer
     shares([100, 300, 50], clients)  # p_k: adds up to 1 over them
@@ -20,13 +19,46 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import Annotated, NamedTuple
 
 import numpy as np
+
+
+class Participation(NamedTuple):
+    """Who takes part."""
+
+    fraction: Annotated[
+        float, "share C of the clients in a round", "0 < x <= 1", "--fraction --C"
+    ] = 0.1
+    fedvc: Annotated[
+        bool, "FedVC: clients drawn in proportion to their samples, and weighted alike"
+    ] = False
+    straggler_fraction: Annotated[
+        float, "share of the clients that take fewer than J steps in a round", "0 <= x <= 1"
+    ] = 0.0
+    dropout: Annotated[
+        float, "probability that a sampled client does not answer", "0 <= x <= 1"
+    ] = 0.0
 
 
 def _random(seed: int, purpose: str, round: int, client: int = 0) -> np.random.Generator:
     key = [seed, zlib.crc32(purpose.encode())]
     return np.random.Generator(np.random.Philox(key=key, counter=[0, client, round, 0]))
+
+
+# ---------------------------------------------------------------------------- who
+
+
+def sample_clients(clients: int, fraction: float, *, seed: int, round: int) -> np.ndarray:
+    """Draw the round's max(1, round(fraction * clients)) distinct clients: (m,) int64.
+
+    Raises:
+        ValueError: the fraction is not in (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"the client fraction must lie in (0, 1], not {fraction}")
+    generator = _random(seed, "clients", round)
+    return generator.choice(clients, max(1, int(fraction * clients + 0.5)), replace=False)
 
 
 def sample_by_size(sizes: Sequence[int], fraction: float, *, seed: int, round: int) -> np.ndarray:
@@ -52,6 +84,15 @@ def drop_out(clients: np.ndarray, probability: float, *, seed: int, round: int) 
     return clients[np.array(draws) >= probability] if len(clients) else clients
 
 
+def sample_poisson(clients: int, fraction: float, *, seed: int, round: int) -> np.ndarray:
+    """Draw a round's clients, each on its own with probability `fraction`: (m,) int64, m >= 0."""
+    draws = _random(seed, "poisson clients", round).random(clients)
+    return np.flatnonzero(draws < fraction).astype(np.int64)
+
+
+# ---------------------------------------------------------------------------- how many steps
+
+
 def local_steps(
     steps: int, straggler_fraction: float, *, seed: int, round: int, client: int
 ) -> int:
@@ -65,10 +106,26 @@ def local_steps(
     return int(generator.integers(1, steps)) if slow else steps
 
 
+def step_weight_sum(steps: int, momentum: float = 0.0, nesterov: bool = False) -> float:
+    """Return ||a||_1, the sum over local steps of how often a step's gradient enters the change.
+
+    theta moves by -lr * sum over j of a_j g_j; without momentum every a_j is 1. Source: FedNova,
+    arXiv:2007.07481, section 4.
+    """
+    total = 0.0
+    for left in range(1, steps + 1):
+        geometric = sum(momentum**i for i in range(left))
+        total += 1 + momentum * geometric if nesterov else geometric
+    return total
+
+
+# ---------------------------------------------------------------------------- with what weight
+
+
 def shares(sizes: Sequence[int], clients: np.ndarray) -> np.ndarray:
-    """Return each client's share of the samples of all `clients`: (m,) float64."""
-    held = np.array([sizes[k] for k in clients], np.int64)
-    return held / held.sum()
+    """Return each client's share of the samples of all `clients`: (m,) float64; zeros of none."""
+    samples = np.array([sizes[k] for k in clients], np.int64)
+    return samples / max(1, samples.sum())
 
 
 def normalised_averaging(weights: np.ndarray, efforts: Sequence[float]) -> np.ndarray:
@@ -82,22 +139,5 @@ def normalised_averaging(weights: np.ndarray, efforts: Sequence[float]) -> np.nd
         (m,) weights of the changes; `weights` itself, to the bit, where all efforts are equal.
     """
     efforts = np.asarray(efforts, np.float64)
-    ratios = [1 + float(weights @ (efforts / own - 1)) for own in efforts]
+    ratios = [1 + float(weights @ (efforts / effort - 1)) for effort in efforts]
     return weights * np.array(ratios)
-
-
-def importance_weights(labels: np.ndarray, held: np.ndarray, classes: int) -> np.ndarray:
-    """Return FedIR's weight p(y) / q(y) of each class in a client's loss, 0 where it has none.
-
-    A batch's loss is divided by the sum of its samples' weights, so a client of a single class
-    trains as ever.
-
-    Args:
-        labels: (N,) of all clients' samples, whose distribution is p.
-        held: (n,) labels of the client's, whose distribution is q.
-
-    Returns:
-        (classes,) float64.
-    """
-    p, q = (np.bincount(y, minlength=classes) / len(y) for y in (labels, held))
-    return np.divide(p, q, out=np.zeros(classes), where=q > 0)

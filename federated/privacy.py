@@ -1,4 +1,4 @@
-"""Client-level differential privacy: DP-FedAvg, so that a model hardly depends on any one client.
+"""Client-level differential privacy, and pairwise masks under which the server sees a sum alone.
 
     every client takes part with probability C, on its own       (Poisson sampling)
     delta_k <- delta_k * min(1, S / |delta_k|)                    clip: a client's change is bounded
@@ -8,19 +8,21 @@ Source: McMahan 2018, arXiv:1710.06963, algorithm 1, with its fixed-denominator 
 uniform weights. Epsilon is of adding or removing one client, by Renyi accounting of the
 Poisson-sampled Gaussian mechanism in Google's dp-accounting, which is optional. The noise comes
 from a seed, so that runs can be repeated: whoever knows the seed knows the noise, and a deployment
-draws it afresh.
+draws it afresh. Masks that cancel: Bonawitz 2017, doi 10.1145/3133956.3133982.
 
-    import torch; from privacy import add_noise_, clip_factor, sample_poisson
-    clients = sample_poisson(100, 0.1, seed=0, round=1)  # ten or so, sometimes none
+    import torch; from privacy import add_noise_, clip_factor, conceal_
     clip_factor(torch.tensor([3.0, 4.0]), torch.zeros(2), bound=1.0)  # 1 / 5
     total = torch.zeros(2, dtype=torch.int64)  # in units of 2^-48
     add_noise_(total, 1.0 * 1.0 / (0.1 * 100), unit=2.0**-48, seed=0, round=1)
+    conceal_(total, client=3, clients=[3, 7], round=1, seed=0)  # uniform, until 7's is added
 """
 
 from __future__ import annotations
 
 import importlib.util
 import zlib
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -32,15 +34,31 @@ PACKAGE = "dp_accounting"
 ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512, 1024)  # whole: each has a finite sum
 
 
+class Privacy(NamedTuple):
+    """Client-level privacy: DP-FedAvg (arXiv:1710.06963); each client takes part with probability
+    C, all weigh alike."""
+
+    secure_aggregation: Annotated[
+        bool, "hide each client's update under pairwise masks that cancel in the sum"
+    ] = False
+    dp_noise: Annotated[
+        float | None,
+        "noise multiplier: the sum of the clients' changes gets Gaussian noise of standard "
+        "deviation Z S [no privacy]; 0 clips alone",
+        "0 <= x <= 1000",
+        "Z",
+    ] = None
+    dp_clip: Annotated[float | None, "largest L2 norm of a client's change", "> 0", "S"] = None
+    dp_delta: Annotated[
+        float | None,
+        "delta at which epsilon is told [1e-5, or K^-1.1 where that is less]",
+        "0 < x <= 0.1",
+    ] = None
+
+
 def _random(seed: int, purpose: str, round: int) -> np.random.Generator:
     key = [seed, zlib.crc32(purpose.encode())]
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, round, 0]))
-
-
-def sample_poisson(clients: int, fraction: float, *, seed: int, round: int) -> np.ndarray:
-    """Draw a round's clients, each on its own with probability `fraction`: (m,) int64, m >= 0."""
-    draws = _random(seed, "poisson clients", round).random(clients)
-    return np.flatnonzero(draws < fraction).astype(np.int64)
 
 
 @torch.no_grad()
@@ -120,3 +138,27 @@ def epsilon(noise: float, fraction: float, rounds: int, delta: float) -> float:
     accountant = RdpAccountant(ORDERS)
     accountant.compose(PoissonSampledDpEvent(fraction, GaussianDpEvent(noise)), rounds)
     return float(accountant.get_epsilon(delta))
+
+
+# ---------------------------------------------------------------------------- secure aggregation
+
+
+def conceal_(
+    contribution: Tensor, client: int, clients: Sequence[int], round: int, *, seed: int = 0
+) -> None:
+    """Hide a client's contribution, in place, under masks that cancel in the sum over `clients`.
+
+    Every pair of clients shares a stream of uniform 64-bit numbers, which one adds and the other
+    subtracts mod 2^64: a single contribution looks uniform, and the sum is exact. Here a pair's
+    stream comes from `seed`; a deployment derives it from a key agreement that the server is not
+    part of, and needs secret sharing to unmask clients that drop out.
+
+    Args:
+        contribution: (P,) int64.
+    """
+    for other in map(int, clients):
+        if other != client:
+            pair = [0, min(client, other), max(client, other), round]
+            stream = np.random.Philox(key=[seed, zlib.crc32(b"pairwise masks")], counter=pair)
+            mask = torch.from_numpy(stream.random_raw(contribution.numel()).view(np.int64))
+            contribution.add_(mask.to(contribution.device), alpha=1 if client < other else -1)

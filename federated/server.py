@@ -16,12 +16,30 @@ Source: Hsu 2019, arXiv:1909.06335 (fedavgm); Reddi 2021, arXiv:2003.00295, algo
 
 from __future__ import annotations
 
+from typing import Annotated, NamedTuple
+
 import torch
 from torch import Tensor
 
 RULES = ("fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi")
 STATE = {"fedavg": (), "fedavgm": ("v",)}  # the adaptive rules keep m and v
+ADAPTIVE = RULES[2:]
 CHUNK = 262_144  # elements; keeps the temporaries of a CPU in cache
+
+
+class ServerOptions(NamedTuple):
+    """What the server does with the averaged change."""
+
+    server: Annotated[str, "what the server does with the averaged change", RULES] = "fedavg"
+    server_lr: Annotated[
+        float | None, "server learning rate [1, of the adaptive rules 0.01]", "> 0"
+    ] = None
+    server_momentum: Annotated[
+        float | None, "beta of fedavgm, b1 of the adaptive rules [0.9]", "0 <= x <= 0.9999"
+    ] = None
+    server_tau: Annotated[
+        float | None, "adaptivity of the adaptive rules [0.001]", "0 < x <= 1e6"
+    ] = None
 
 
 class Server:

@@ -1,38 +1,78 @@
-"""Where tensors live and how they are computed there: the device of a command, its precision, its
-free memory, and steps that are compiled where PyTorch can.
+"""Where tensors live and how they are computed there: the device of a command, its precision and
+loss scale, its free memory, steps that are compiled where PyTorch can.
+
+The loss scale keeps fp16 gradients in range: a loss times `scale` has a gradient that the optimiser
+divides by it again. It has no hidden state, and is fixed within a round.
+Source: Micikevicius 2018, arXiv:1710.03740, with the retry of a client in place of a skipped step.
+
+    from device import LossScale, choose_device, choose_precision
+    device = choose_device("auto")  # the GPU, where there is one
+    choose_precision("auto", device)  # bf16, fp16 or, on a CPU, fp32
+    scale = LossScale(1024.0)
+    result, used = scale.attempt(train=lambda s: s * 100.0, overflowed=lambda: False)
+    scale.next_round()
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from ranks import OneProcess
+
+class Machine(NamedTuple):
+    """What a command runs on."""
+
+    device: Annotated[str, "cpu, cuda or cuda:N [auto: cuda where there is one]"] = "auto"
+    threads: Annotated[int | None, "CPU threads [PyTorch's choice]", "1 <= x <= 1024"] = None
+    precision: Annotated[
+        str,
+        "[auto: bf16 from compute capability 8.0, fp16 below, fp32 on a CPU]",
+        ("auto", "fp32", "bf16", "fp16"),
+    ] = "auto"
+    eval_batch: Annotated[
+        int | None,
+        "images per forward pass [256; on a CPU fewer where images or model are large]",
+        ">= 1",
+    ] = None
 
 
-def choose_device(name: str, group: OneProcess) -> torch.device:
+class Graph(NamedTuple):
+    """How a GPU is told of a step's kernels."""
+
+    cuda_graph: Annotated[
+        str,
+        "launch a step's kernels all at once, to the same bits [auto: on a GPU, where a first step "
+        "shows that it works]",
+        ("auto", "on", "off"),
+    ] = "auto"
+
+
+def choose_device(name: str, local_rank: int = 0, processes: int = 1) -> torch.device:
     """Return the device of --device; "auto" is a CUDA device, one a process, where there is one."""
-    given = name
+    choice = name
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        name = f"cuda:{group.local_rank}"
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {given}: choose auto, cpu, cuda or cuda:N")
+        raise ValueError(f"--device {choice}: choose auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"--device {given}: PyTorch sees no CUDA device here; --device cpu runs anywhere"
+            f"--device {choice}: PyTorch sees no CUDA device here; --device cpu runs anywhere"
         )
     if device.type == "cuda" and device.index >= (count := torch.cuda.device_count()):
-        raise ValueError(f"--device {given}: {device} is wanted, and {count} are here")
-    if group.size > 1 and given.startswith("cuda:"):
-        raise ValueError(f"--device {given}: {group.size} processes need a device each: cuda")
+        raise ValueError(f"--device {choice}: {device} is wanted, and {count} are here")
+    if processes > 1 and choice.startswith("cuda:"):
+        raise ValueError(f"--device {choice}: {processes} processes need a device each: cuda")
     return device
 
 
@@ -55,6 +95,17 @@ def free_memory(device: torch.device) -> int:
         return next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
     except (OSError, StopIteration):  # macOS and Windows
         return 0
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Turn TF32 off, whose rounding would decide between entries of nearly the same score."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def compiled(function: Callable) -> Callable:
@@ -82,3 +133,60 @@ def compiled(function: Callable) -> Callable:
         return result
 
     return call
+
+
+class LossScale:
+    """The loss scale of half-precision training: fixed within a round, adapted between rounds.
+
+    A client that overflows is trained again at half the scale, whatever the others did, so neither
+    order nor process matters. `state` (3,) float64: the scale, the lowest that this round needed,
+    and the rounds since the last change.
+    """
+
+    bytes = 0
+
+    def __init__(self, start: float = 2.0**14, patience: int = 200):
+        self.patience = patience
+        self.state = torch.tensor([start, start, 0.0], dtype=torch.float64)
+
+    def merge(self, group: Any) -> None:
+        """Let every process of a group know the lowest scale that one of them needed."""
+        if self.active:
+            self.state[1] = min(group.gather(self.state[1].item()))
+
+    @property
+    def active(self) -> bool:
+        """Whether losses are scaled at all."""
+        return self.state[0].item() > 1.0
+
+    def attempt(
+        self, train: Callable[[float], Tensor], overflowed: Callable[[], bool]
+    ) -> tuple[Tensor, float]:
+        """Return train(scale) and scale: the round's, halved until nothing overflows or it is 1."""
+        scale = self.state[0].item()
+        while True:
+            result = train(scale)
+            failed = self.active and overflowed()
+            if not failed:  # what fails at any scale says nothing about the scale
+                self.state[1] = min(self.state[1].item(), scale)
+            if not failed or scale <= 1.0:
+                return result, scale
+            scale /= 2
+
+    def next_round(self) -> None:
+        """Adapt the scale: down to what the round needed, doubled after `patience` quiet rounds."""
+        if not self.active:
+            return
+        scale, lowest, quiet = self.state.tolist()
+        quiet = 0.0 if lowest < scale else quiet + 1
+        if quiet >= self.patience:
+            lowest, quiet = min(scale * 2, 2.0**24), 0.0
+        self.state[:] = torch.tensor([lowest, lowest, quiet])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all there is to save."""
+        return {"state": self.state}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict`'s answer."""
+        self.state.copy_(state["state"])

@@ -36,23 +36,14 @@ from typing import Any
 
 from torch import Tensor
 
-from safe_files import (
-    DamagedFile,
-    check_held,
-    forget_asides,
-    load_checked,
-    lock,
-    read_json,
-    save_checked,
-    seal,
-    sync_folder,
-    unlock,
-    write_atomically,
-    write_json,
-)
+if __package__:
+    from . import safe_files
+else:  # copied beside it
+    import safe_files
 
 OPENING = ("config.json", "lock", "shards.npz", "head.pt", "mask.pt")  # written before the log
 FORMAT = 1  # of the folder; a folder of another format is refused by number
+CHECKPOINT = 2  # the same of a checkpoint
 
 
 class Interrupted(Exception):
@@ -105,25 +96,25 @@ class Run:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock(self.folder)
+            safe_files.lock(self.folder)
             for folder in (self.folder, *self.folder.glob("*/")):
                 if folder == self.folder or not (folder / "config.json").exists():  # another run
-                    forget_asides(folder)  # no other process writes here now
+                    safe_files.forget_asides(folder)  # no other process writes here now
             config = {"format": FORMAT, "options": options} | (extra or {})
             self._made_here = not self.config_path.exists()
             if self._made_here:
                 defining = {name: options[name] for name in set(options) - set(free)}
-                config["id"] = seal(json.loads(json.dumps(defining)))
+                config["id"] = safe_files.seal(json.loads(json.dumps(defining)))
             else:
                 config["id"] = self.id()
             if self._made_here or self.config()["options"] != options:
-                write_json(self.config_path, config, sealed=True)
+                safe_files.write_json(self.config_path, config, sealed=True)
         except OSError as error:
             raise ValueError(f"cannot write the run folder {self.folder}: {error}") from None
 
     def close(self) -> None:
         """Let other processes open the folder."""
-        unlock(self.folder)
+        safe_files.unlock(self.folder)
 
     @contextlib.contextmanager
     def opening(self) -> Iterator[None]:
@@ -146,11 +137,11 @@ class Run:
             ValueError: this is no run folder, its config is damaged, or of another format.
         """
         try:
-            config = read_json(self.config_path)
+            config = safe_files.read_json(self.config_path)
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{self.folder} is no run folder: it has no config.json") from None
-        except DamagedFile as error:
-            raise DamagedFile(
+        except safe_files.DamagedFile as error:
+            raise safe_files.DamagedFile(
                 f"{error}. Without it the command that made the run goes on"
             ) from None
         if config.get("format") != FORMAT or not isinstance(config.get("options"), dict):
@@ -158,7 +149,7 @@ class Run:
                 f"{self.config_path}: not of format {FORMAT}, which this version reads"
             )
         if not isinstance(config.get("options"), dict):
-            raise DamagedFile(f"{self.config_path} is damaged: it holds no options")
+            raise safe_files.DamagedFile(f"{self.config_path} is damaged: it holds no options")
         return config
 
     def _check_options(self, options: dict, free: set[str]) -> None:
@@ -188,17 +179,17 @@ class Run:
 
     def keep(self, name: str, value: Any) -> None:
         """`save_checked` a file of this run, by its name in the folder."""
-        save_checked(self.folder / name, value, self.purpose(name))
+        safe_files.save_checked(self.folder / name, value, self.purpose(name))
 
     def kept(self, name: str) -> Any:
         """`load_checked` what was kept under this name; no other file passes for it."""
-        return load_checked(self.folder / name, self.purpose(name))
+        return safe_files.load_checked(self.folder / name, self.purpose(name))
 
     def log(self, record: dict) -> None:
         """Append one record to the log."""
         if not self.writes:
             return
-        check_held(self.folder)
+        safe_files.check_held(self.folder)
         line = (json.dumps(record) + "\n").encode()
         try:
             with open(self.log_path, "ab") as file:
@@ -214,9 +205,9 @@ class Run:
         try:
             records = _parsed(self.log_path.read_bytes())
         except (ValueError, RecursionError):
-            raise DamagedFile(f"{self.log_path} is damaged: a line is no JSON") from None
+            raise safe_files.DamagedFile(f"{self.log_path} is damaged: a line is no JSON") from None
         if not all(isinstance(record, dict) for record in records):
-            raise DamagedFile(f"{self.log_path} is damaged: a line is no JSON object")
+            raise safe_files.DamagedFile(f"{self.log_path} is damaged: a line is no JSON object")
         return records
 
     def vouched_records(self) -> list[dict]:
@@ -235,17 +226,18 @@ class Run:
         """
         if not self.writes:
             return
-        check_held(self.folder)
+        safe_files.check_held(self.folder)
         with open(self.log_path, "ab") as file:
             os.fsync(file.fileno())
         log = {"text": self._log.decode()}
         fresh = self.folder / "checkpoint.new.pt"
-        save_checked(fresh, {"state": state, "log": log}, self.purpose("checkpoint"))
+        checkpoint = {"format": CHECKPOINT, "state": state, "log": log}
+        safe_files.save_checked(fresh, checkpoint, self.purpose("checkpoint"))
         if self.checkpoint_path.exists() and not self._fell_back:
             os.replace(self.checkpoint_path, self.previous_path)
         os.replace(fresh, self.checkpoint_path)
         self._fell_back = False
-        sync_folder(self.folder)
+        safe_files.sync_folder(self.folder)
 
     def load(self, take: Callable[[Any], object] = lambda state: None) -> dict | None:
         """Return the newest whole checkpoint {"state", "log"}, or None where there is none.
@@ -262,14 +254,19 @@ class Run:
             if not path.exists():
                 continue
             try:
-                checkpoint = load_checked(path, self.purpose("checkpoint"))
+                checkpoint = safe_files.load_checked(path, self.purpose("checkpoint"))
                 if not isinstance(checkpoint, dict) or not {"log", "state"} <= checkpoint.keys():
-                    raise DamagedFile(f"{path} is no checkpoint of a run")
+                    raise safe_files.DamagedFile(f"{path} is no checkpoint of a run")
+                if checkpoint.get("format") != CHECKPOINT:
+                    raise ValueError(
+                        f"{path}: not of format {CHECKPOINT}, which this version reads; go on with "
+                        "the version that made it"
+                    )
                 take(checkpoint["state"])
             except FileNotFoundError as error:
                 damaged.append(f"{error.filename} is gone")
                 continue
-            except DamagedFile as error:
+            except safe_files.DamagedFile as error:
                 damaged.append(str(error))
                 continue
             for message in damaged:
@@ -277,7 +274,9 @@ class Run:
             self._fell_back |= bool(damaged)
             return checkpoint
         if damaged:
-            raise DamagedFile(f"{'; '.join(damaged)}. Delete {self.folder} to start over")
+            raise safe_files.DamagedFile(
+                f"{'; '.join(damaged)}. Delete {self.folder} to start over"
+            )
         return None
 
     def restore(self, take: Callable[[Any], object] = lambda state: None) -> dict | None:
@@ -291,7 +290,9 @@ class Run:
             known = self.log_path.read_bytes() if self.log_path.exists() else b""
             if not known.startswith(self._log):
                 print(f"warning: {self.log_path} is not as the checkpoint knows it; written anew")
-                write_atomically(self.log_path, lambda aside: aside.write_bytes(self._log))
+                safe_files.write_atomically(
+                    self.log_path, lambda aside: aside.write_bytes(self._log)
+                )
             elif known != self._log:
                 os.truncate(self.log_path, len(self._log))
         return checkpoint["state"] if checkpoint else None
@@ -304,16 +305,16 @@ class Run:
             summary["final"] = evaluated[-1]
         if best := best_record(evaluated):
             summary["best_by_validation"] = best
-        write_json(self.folder / "summary.json", summary, sealed=True)
+        safe_files.write_json(self.folder / "summary.json", summary, sealed=True)
         return summary
 
     def summary(self) -> dict | None:
         """Return summary.json; None where there is none, or, with a warning, a damaged one."""
         try:
-            return read_json(self.folder / "summary.json")
+            return safe_files.read_json(self.folder / "summary.json")
         except FileNotFoundError:
             return None
-        except DamagedFile as error:
+        except safe_files.DamagedFile as error:
             print(f"warning: {error}; the run's end is repeated")
             return None
 

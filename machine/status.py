@@ -45,3 +45,12 @@ def duration(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def print_figures(figures: dict) -> None:
+    """Print one figure a line, accuracies in percent."""
+    for name, value in figures.items():
+        text = f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+        if name.endswith("_acc"):
+            text = f"{100 * value:.2f} %"
+        print(f"{name:22} {text}")

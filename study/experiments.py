@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from centralized import SCHEDULES
 from masks import CONSENSUS, needs_scores
-from tables import BYTES, TEST, VALIDATION, Experiment, Measure, Row
+from study.tables import BYTES, TEST, VALIDATION, Experiment, Measure, Row
 
 CPU = ("--model", "vit_ti16", "--weights", "data/vit_tiny_patch16_224.pth", "--threads", "1")
 SMOKE = ("--data", "synthetic", "--threads", "1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 from collections.abc import Callable
@@ -11,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-import plots
-from workspace import Workspace
+import data
+from study import plots
 
 
 class Done(NamedTuple):
@@ -120,28 +119,29 @@ def draw_groups(ran: Ran, path: Path) -> None:
 
 def draw_overlap(ran: Ran, path: Path) -> None:
     """Draw the overlap of every two clients' masks, where clients hold the fewest classes."""
-    told = [
+    compared = [
         done[0] for done in ran.get("agreement", []) if done[0].summary["overlap"].get("matrix")
     ]
-    if not told:
+    if not compared:
         raise ValueError("no run tells the overlap of every two clients")
-    one = min(told, key=lambda one: one.options["nc"] or np.inf)
-    overlap = one.summary["overlap"]
-    scale = dict(chance=overlap["chance"], ceiling=overlap["ceiling"], title=sharding(one))
-    plots.plot_overlap(np.array(overlap["matrix"]), path, **scale)
+    fewest = min(compared, key=lambda run: run.options["nc"] or np.inf)
+    overlap = fewest.summary["overlap"]
+    chance, ceiling = overlap["chance"], overlap["ceiling"]
+    matrix = np.array(overlap["matrix"])
+    plots.plot_overlap(matrix, path, chance=chance, ceiling=ceiling, title=sharding(fewest))
 
 
 def draw_density(ran: Ran, path: Path) -> None:
     """Draw where the first mask keeps entries, of the kinds of which it keeps some share."""
-    told = [done[0] for done in ran.get("agreement", [])]
-    if not told:
+    first = [done[0] for done in ran.get("agreement", [])]
+    if not first:
         raise ValueError("no run tells the density of a mask by layer")
-    density, options = told[0].summary["density"], told[0].options
+    density, options = first[0].summary["density"], first[0].options
     layers = list(next(iter(density.values())))
     table = {kind: np.array(list(row.values()), dtype=float) for kind, row in density.items()}
     kept = {kind: row for kind, row in table.items() if np.nanmax(row) >= LEAST_SHOWN}
     some = [i for i in range(len(layers)) if not all(np.isnan(row[i]) for row in kept.values())]
-    title = f"{options['mask_rule']}, {sharding(told[0])}, frozen share {options['sparsity']:g}; "
+    title = f"{options['mask_rule']}, {sharding(first[0])}, frozen share {options['sparsity']:g}; "
     title += f"kinds not shown keep less than {100 * LEAST_SHOWN:g} % in every layer"
     shown = np.array(list(kept.values()))[:, some]
     plots.plot_density(list(kept), [layers[i] for i in some], shown, path, title)
@@ -159,12 +159,14 @@ def draw_shards(ran: Ran, path: Path) -> None:
     chosen = dict.fromkeys((every[0], every[len(every) // 2], every[-1]))
     counts = {}
     for nc in chosen:
-        options = shardings[nc].options | {"device": "cpu", "threads": None}
-        workspace = Workspace(argparse.Namespace(**options))
-        labels = workspace.dataset.train.labels.numpy()
-        shards = workspace.shards()
-        counts[sharding(shardings[nc])] = np.stack(
-            [np.bincount(labels[s], minlength=workspace.classes) for s in shards]
+        options = shardings[nc].options
+        labels = data.DATASETS[options["data"]].load(options["data_dir"]).train.labels.numpy()
+        seed = options["seed"]
+        train, _ = data.split_validation(labels, options["val_fraction"], seed)
+        nc, alpha = options["nc"], options["dirichlet"]
+        parts = data.shard(labels[train], options["clients"], nc=nc, dirichlet=alpha, seed=seed)
+        counts[f"$N_c$ = {nc}" if nc else "iid"] = np.stack(
+            [np.bincount(labels[train[part]], minlength=labels.max() + 1) for part in parts]
         )
     plots.plot_shards(counts, path)
 

@@ -20,13 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import experiments
-import runs
-import safe_files
-from figures import FIGURES, Done, drawn
-from tables import VALIDATION as ACCURACY
-from tables import Experiment
-from typeset import NOT_RUN, VALUE, grouping, latex_table, markdown_table, tex
+from machine import runs, safe_files
+from study import experiments
+from study.figures import FIGURES, Done, drawn
+from study.tables import VALIDATION as ACCURACY
+from study.tables import Experiment
+from study.typeset import NOT_RUN, VALUE, grouping, latex_table, markdown_table, tex
 
 HEADING = "% written by train.py report: do not edit\n"
 VALIDATION = ACCURACY.heading

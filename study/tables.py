@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runs import Run
-from safe_files import read_json
-from typeset import NOT_RUN, markdown_table
+from machine.runs import Run
+from machine.safe_files import read_json
+from study.typeset import NOT_RUN, markdown_table
 
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

@@ -1,81 +1,94 @@
-"""From options to a mask: what takes part, who scores it on which images, where masks are kept.
-
-`options` is the namespace of train.py's command line, its defaults resolved.
-"""
+"""From options to a mask: what takes part, who scores it on which images, where masks are kept."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import hashlib
 import itertools
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import data
-import fedavg
 import fisher
 import masks
 import model as vit
-import safe_files
-from mask_file import Mask
-from status import Status
-from workspace import Workspace, fingerprint
+from federated.cohort import sample_clients
+from machine import safe_files
+from machine.device import exact_products
+from machine.status import Status
+from training.mask_file import Mask, given_mask
 
-BATCH = 64  # images scored at a time; changes no score
+if TYPE_CHECKING:
+    from machine.runs import Run
+    from training.workspace import Workspace
+
 OVERLAP_CLIENTS = 10  # whose masks are compared
 GROUPS = (1, 2, 5, 10, 20, 50)  # sizes of the groups of clients whose masks are compared
-MAKING = (  # the options that decide what a mask is
-    "mask_rule",
-    "sparsity",
-    "threshold",
-    "per_tensor",
-    "mask_scope",
-    "calibration_rounds",
-    "calibration_images",
-    "calibration_fraction",
-    "damp",
-    "fisher_labels",
-    "fisher_score",
-    "consensus",
-    "quorum",
-    "seed",
-)
 
 
-def scoped_names(model: vit.VisionTransformer, patterns: list[str]) -> list[str]:
-    """Return the backbone's parameters that match one of the shell patterns.
+class GivenMask(NamedTuple):
+    """A mask that is there."""
 
-    Raises:
-        ValueError: a pattern that matches none.
-    """
-    backbone = vit.trained_names(model, "all", freeze_head=True)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in backbone):
-            raise ValueError(
-                f"--mask-scope {pattern}: no parameter of the backbone has such a name; "
-                f"there are {backbone[0]}, {backbone[-1]} and others"
-            )
-    return [name for name in backbone if any(fnmatchcase(name, p) for p in patterns)]
+    mask: Annotated[
+        str | None, "a mask that `calibrate` wrote [everything trains]", "path", "FILE"
+    ] = None
 
 
-@contextlib.contextmanager
-def exact_products() -> Iterator[None]:
-    """Turn TF32 off, whose rounding would decide between entries of nearly the same score."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+class Masking(NamedTuple):
+    """Mask: which weights train; the head is fitted first and frozen."""
+
+    mask_rule: Annotated[str | None, "what a mask keeps trainable [none]", masks.RULES] = None
+    sparsity: Annotated[float | None, "FROZEN share, below 1 [0.9]", ">= 0"] = None
+    threshold: Annotated[
+        float | None,
+        "instead of --sparsity: train entries whose score is at most this (rules least- and "
+        "lowest-), or at least this (most- and highest-)",
+        ">= 0",
+    ] = None
+    per_tensor: Annotated[bool, "the same sparsity in every tensor [over all tensors together]"] = (
+        None
+    )
+    mask_scope: Annotated[
+        list[str] | None,
+        "names of the parameters that take part, others are frozen; 'blocks.*.weight' is one "
+        "[* : the whole backbone]",
+        "PATTERN",
+    ] = None
+    calibration_rounds: Annotated[int | None, "rounds of scoring [4]", ">= 1"] = None
+    calibration_images: Annotated[
+        int | None,
+        "images scored in a round by all clients together, each at least one [1000]",
+        ">= 1",
+    ] = None
+    calibration_fraction: Annotated[
+        float | None, "share of the clients that score [1.0]", "0 < x <= 1"
+    ] = None
+    damp: Annotated[
+        float | None,
+        "factor on dropped weights while the next round scores [0.1]",
+        "0 <= x <= 1",
+    ] = None
+    fisher_labels: Annotated[
+        str | None, "sampled from the model, or the data's [sampled]", ("sampled", "true")
+    ] = None
+    fisher_score: Annotated[
+        str | None, "what is differentiated [log-prob]", ("log-prob", "logit")
+    ] = None
+    consensus: Annotated[str | None, "how clients' scores become one [mean]", masks.CONSENSUS] = (
+        None
+    )
+    quorum: Annotated[
+        int | None,
+        "clients that make a --consensus vote [more than half of those that score]",
+        ">= 1",
+    ] = None
 
 
 class Calibration:
@@ -90,11 +103,12 @@ class Calibration:
         self,
         workspace: Workspace,
         model: vit.VisionTransformer,
-        options: argparse.Namespace,
+        options: Masking,
         shards: list[np.ndarray],
     ):
         self.workspace, self.model, self.options, self.shards = workspace, model, options, shards
-        self.names = scoped_names(model, options.mask_scope)
+        self.seed = workspace.source.seed
+        self.names = vit.scoped_names(model, options.mask_scope)
         parameters = dict(model.named_parameters())
         self.shapes = {name: tuple(parameters[name].shape) for name in self.names}
         self.theta = torch.cat([parameters[name].detach().flatten() for name in self.names])
@@ -106,16 +120,16 @@ class Calibration:
         sizes = [math.prod(shape) for shape in self.shapes.values()]
         for (name, shape), part in zip(self.shapes.items(), self.theta.split(sizes), strict=True):
             parameters[name].data = part.view(shape)  # scoring sees what happens to theta
-        self.clients = fedavg.sample_clients(
-            len(shards), options.calibration_fraction, seed=options.seed, round=0
+        self.clients = sample_clients(
+            len(shards), options.calibration_fraction, seed=self.seed, round=0
         )
         if (options.quorum or 0) > len(self.clients):
             raise ValueError(f"--quorum {options.quorum}: only {len(self.clients)} clients score")
         self.scores = masks.needs_scores(options.mask_rule)
-        how = dict(labels=options.fisher_labels, score=options.fisher_score)
-        self.scorer = fisher.Scorer(model, parameters=self.names, **how)
+        labels, score = options.fisher_labels, options.fisher_score
+        self.scorer = fisher.Scorer(model, parameters=self.names, labels=labels, score=score)
         self.preprocess = workspace.preprocess(torch.float32)
-        draws = data.random(options.seed, "calibration labels")
+        draws = data.random(self.seed, "calibration labels")
         self.uniform = torch.from_numpy(draws.random(len(workspace.dataset.train.labels)))
         self.sign = masks.RULES[options.mask_rule][1]
         self.limits = dict(
@@ -127,7 +141,7 @@ class Calibration:
     def images(self, client: int) -> np.ndarray:
         """Draw the client's calibration images from its training shard, without replacement."""
         share = max(1, self.options.calibration_images // len(self.clients))
-        draws = data.random(self.options.seed, "calibration images", int(client))
+        draws = data.random(self.seed, "calibration images", int(client))
         return draws.permutation(self.shards[client])[:share]
 
     def sensitivity(self, index: np.ndarray) -> Tensor:
@@ -135,12 +149,12 @@ class Calibration:
         options, train = self.options, self.workspace.sets["train"]
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            for chunk in data.in_chunks(len(index), BATCH):
+            for chunk in data.in_chunks(len(index), fisher.BATCH):
                 at = torch.from_numpy(index[chunk])
                 true = options.fisher_labels == "true"
                 at_device = at.to(train.labels.device)
-                given = train.labels[at_device] if true else self.uniform[at]
-                yield self.preprocess(train.images[at_device]), given
+                labels = train.labels[at_device] if true else self.uniform[at]
+                yield self.preprocess(train.images[at_device]), labels
 
         scores = self.scorer.diagonal(batches())
         return torch.cat([scores[name].flatten() for name in self.names])
@@ -148,7 +162,7 @@ class Calibration:
     def client_keys(self, index: np.ndarray) -> Tensor:
         """Return the keys (P,) by which a client that holds these images would rank alone."""
         scores = self.sensitivity(index) if self.scores else None
-        return masks.ranking(self.options.mask_rule, self.theta, scores, self.options.seed)
+        return masks.ranking(self.options.mask_rule, self.theta, scores, self.seed)
 
     def make(self) -> Mask:
         """Calibrate; the bytes are those of the scores and of the masks they are taken under."""
@@ -169,13 +183,15 @@ class Calibration:
                     yield self.client_keys(index)
                     status.show(next(done))
 
-            how = dict(alive=alive, keep=keep, quorum=options.quorum)
-            return masks.consensus(each(), weights, options.consensus, **how)
+            return masks.consensus(
+                each(), weights, options.consensus, alive=alive, keep=keep, quorum=options.quorum
+            )
 
         try:
             with exact_products():
-                how = dict(rounds=rounds, damp=options.damp, **self.limits)
-                kept = masks.calibrate(self.theta, keys, **how)
+                mask = masks.calibrate(
+                    self.theta, keys, rounds=rounds, damp=options.damp, **self.limits
+                )
         except masks.NothingKept as error:
             low, high = sorted((self.sign * error.low, self.sign * error.high))
             raise ValueError(
@@ -184,19 +200,19 @@ class Calibration:
             ) from None
         status.close()
         senders = len(images) if self.scores else 0
-        made = {name: getattr(options, name) for name in MAKING}
-        made |= {
-            "model": options.model,
-            "weights_sha256": fingerprint(self.model),
-            "entries": len(kept),
-            "kept": int(kept.sum()),
+        made = options._asdict() | {
+            "seed": self.seed,
+            "model": self.workspace.backbone.model,
+            "weights_sha256": vit.fingerprint(self.model),
+            "entries": len(mask),
+            "kept": int(mask.sum()),
             "clients": senders,
             "images": sum(map(len, images.values())) if self.scores else 0,
             "bytes_up": 4 * senders * sum(sent),
-            "bytes_down": (rounds - 1) * senders * math.ceil(len(kept) / 8),
+            "bytes_down": (rounds - 1) * senders * math.ceil(len(mask) / 8),
             "seconds": float(f"{time.monotonic() - started:.3f}"),
         }
-        return Mask(self.shapes, kept, made)
+        return Mask(self.shapes, mask, made)
 
     def agreement(self) -> dict:
         """Compare the masks that clients would make alone, in one round on half of their images.
@@ -214,15 +230,15 @@ class Calibration:
         except masks.NothingKept:
             return {}
         images = len(self.halves(clients[-1])[0])
-        found = masks.overlap(halves) | {"clients": len(clients), "images": images}
-        return found | {"groups": groups}
+        counts = {"clients": len(clients), "images": images}
+        return masks.overlap(halves) | counts | {"groups": groups}
 
     def group_agreement(self) -> dict[str, float]:
         """Return the IoU of the masks that two groups of m clients make, for several m.
 
         The groups share no client; their scores are added up weighted by samples.
         """
-        half, found, weight = len(self.clients) // 2, {}, np.zeros((2, 1))
+        half, ious, weight = len(self.clients) // 2, {}, np.zeros((2, 1))
         sides = torch.zeros(2, len(self.theta), dtype=torch.float64, device=self.theta.device)
         for m in range(1, half + 1):
             for i, client in enumerate((self.clients[m - 1], self.clients[-m])):
@@ -230,9 +246,9 @@ class Calibration:
                 sides[i] += len(self.shards[client]) * self.client_keys(self.images(client))
             if m in GROUPS or m == half:
                 means = (sides / torch.from_numpy(weight).to(sides)).to(self.theta.dtype)
-                one, two = map(self.mask_by, means)
-                found[f"{m}"] = masks.overlap([(one, one), (two, two)])["iou"]
-        return found
+                first, second = map(self.mask_by, means)
+                ious[f"{m}"] = masks.overlap([(first, first), (second, second)])["iou"]
+        return ious
 
     def halves(self, client: int) -> list[np.ndarray]:
         """Split the client's calibration images in two."""
@@ -249,18 +265,17 @@ class Calibration:
 
 def cached_mask(calibration: Calibration) -> Mask:
     """Return the calibration's mask, from <data-dir>/masks where it was made before."""
-    workspace, model, options = calibration.workspace, calibration.model, calibration.options
-    preprocess = calibration.preprocess
-    made_from = [getattr(options, name) for name in MAKING]
+    workspace, model, preprocess = calibration.workspace, calibration.model, calibration.preprocess
+    made_from = [*calibration.options, calibration.seed, workspace.source.data]
     made_from += [preprocess.image_size, preprocess.scale.tolist(), preprocess.shift.tolist()]
-    made_from += [options.data, fingerprint(model), workspace.device.type, safe_files.BOUND]
+    made_from += [vit.fingerprint(model), workspace.device.type, safe_files.BOUND]
     digest = hashlib.sha256(repr(made_from).encode())
     for tensor in (model.head.weight, model.head.bias):
         digest.update(tensor.detach().cpu().numpy().tobytes())
     for shard in calibration.shards:
         digest.update(len(shard).to_bytes(8, "little") + shard.tobytes())
     purpose = digest.hexdigest()
-    path = Path(options.data_dir) / "masks" / f"{purpose[:16]}.pt"
+    path = workspace.folder("masks") / f"{purpose[:16]}.pt"
     if path.exists():
         try:
             return Mask.load(path, model, purpose)
@@ -272,4 +287,31 @@ def cached_mask(calibration: Calibration) -> Mask:
         mask.save(path, purpose)
     except OSError as error:
         print(f"warning: the mask is not kept for other runs: {error}", file=sys.stderr)
+    return mask
+
+
+def find_mask(
+    workspace: Workspace,
+    model: vit.VisionTransformer,
+    file: str | None,
+    options: Masking,
+    shards: list[np.ndarray],
+    run: Run,
+) -> Mask | None:
+    """Return the run's mask, kept as its mask.pt: --mask's, or one made by --mask-rule; else None.
+
+    Args:
+        file: of --mask.
+    """
+    path: Path = run.folder / "mask.pt"
+    if file is not None:
+        mask = given_mask(file, model, path)
+    elif options.mask_rule is None:
+        return None
+    elif path.exists():
+        return Mask.load(path, model, run.purpose("mask.pt"))
+    else:
+        mask = cached_mask(Calibration(workspace, model, options, shards))
+    if not path.exists():
+        mask.save(path, run.purpose("mask.pt"))
     return mask

@@ -1,12 +1,9 @@
-"""What a client does in a round: its local steps, one client after the other or all at once.
-
-`options` is the namespace of train.py's command line, its defaults resolved.
-"""
+"""What a client does in a round: its local steps, one client after the other or all at once."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -15,173 +12,188 @@ from torch import Tensor
 import data
 import fedavg
 import head
-import participation
-from centralized import learning_rate
-from client_states import ClientStates, LocalEntries, Scaffold
-from learner import Learner
-from workspace import HEAD
+import model as vit
+from centralized import Schedule
+from federated import cohort
+from federated.client_states import Scaffold, Term
+
+if TYPE_CHECKING:
+    from training.learner import Learner
 
 
-def train_together(options: argparse.Namespace) -> bool:
-    """Tell whether a round's clients train at once: heads do, if all take equal steps."""
-    o = options
-    alike = not (o.straggler_fraction or o.fedir or o.batch_size == "full")
-    return o.train == "head" and alike
+class LocalSteps(NamedTuple):
+    """A client's steps in a round."""
+
+    J: Annotated[int, "local steps a round", ">= 1", "--J --local-steps"] = 4
+    batch_size: Annotated[
+        int | str | None,
+        "images a step; full: all of a client's, which with --J 1 is FedSGD",
+        ">= 1 or full",
+        "--batch-size --B",
+    ] = None
 
 
-class ClientTraining:
-    """The local training of clients, with what they keep from round to round.
+class Clients:
+    """What clients do: each starts from theta and takes its local steps.
 
     Args:
-        store: (name, bytes of one client's state) -> keyword arguments of ClientStates: where the
-            clients' states lie.
+        shards: each client's indices into the training images.
+        schedule: learning rate over `rounds`.
+        straggler_fraction: share of the clients that take fewer steps in a round.
+        terms: what is a client's own; entered in this order, left in reverse.
+        cuda_graph: "auto", "on" or "off".
     """
 
     def __init__(
         self,
         learner: Learner,
-        shards: list[np.ndarray],
-        store: Callable[[str, int], dict] = lambda name, each: {},
+        shards: Sequence[np.ndarray],
+        steps: LocalSteps,
+        schedule: Schedule,
+        rounds: int,
+        *,
+        straggler_fraction: float = 0.0,
+        terms: Sequence[Term] = (),
+        cuda_graph: str = "auto",
     ):
-        self.learner, self.shards, self.options = learner, shards, learner.options
-        entries, options = learner.entries, self.options
-        self.graphed = learner.graphed(learner.local_step)
-        self.states: dict[str, ClientStates] = {}
-        self.scaffold = self.local = None
-        self.own_entries: Tensor | None = None  # of the client that trained last, with --local-norm
-        if options.scaffold:
-            kept = store("scaffold", entries.theta.nbytes)
-            zeros = torch.zeros_like(entries.theta)
-            self.scaffold = self.states["scaffold"] = Scaffold(zeros, len(shards), **kept)
-        if options.local_norm:
-            at = local_entries(learner)
-            kept = store("local_norm", len(at) * entries.theta.itemsize)
-            self.local = LocalEntries(entries.theta, at, len(shards), **kept)
-            self.states["local_norm"] = self.local
-        if options.fedir:
-            learner.class_weights = torch.ones(
-                learner.workspace.classes, device=entries.theta.device
-            )
+        self.learner, self.shards, self.steps = learner, shards, steps
+        self.schedule, self.rounds, self.terms = schedule, rounds, terms
+        self.straggler_fraction, self.sgd = straggler_fraction, learner.entries.sgd
+        self.seed = learner.workspace.source.seed
+        full = steps.batch_size == "full"
+        obstacle = "--batch-size full makes batches of many sizes" if full else None
+        self.graphed = learner.graphed(learner.local_step, cuda_graph, obstacle)
+
+    def __call__(
+        self, theta: Tensor, clients: np.ndarray, round: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what each of these clients makes of theta (P,), and its losses (steps,)."""
+        for client in map(int, clients):
+            theta_k, losses = self.train_client(theta, client, round)
+            yield self.leave(theta_k, theta, client, round, losses), losses
+
+    def train_client(self, theta: Tensor, client: int, round: int) -> tuple[Tensor, Tensor]:
+        """Take a client's local steps on the learner's parameters."""
+        learner, entries, lr = self.learner, self.learner.entries, self.lr(round)
+        batches = self.batches(client, round).to(theta.device, non_blocking=True)
+        start = self.enter(theta, client)
+
+        def walk(loss_scale: float) -> Tensor:
+            entries.load(start)
+            if self.graphed is not None:
+                entries.clear_momentum()
+                steps = [self.graphed(draws=d, lr=lr, loss_scale=loss_scale) for d in batches]
+                return torch.stack(steps)
+            losses = []
+            for j, batch in enumerate(batches):
+                losses.append(learner.backward(batch, loss_scale))
+                entries.step(lr, first=j == 0, grad_scale=loss_scale)
+            return torch.stack(losses)
+
+        losses, _ = learner.loss_scale.attempt(walk, learner.overflowed)  # fp16 alone walks twice
+        return entries.gather(), losses
+
+    def enter(self, theta: Tensor, client: int) -> Tensor:
+        """Set up what is the client's own; returns where it starts (P,)."""
+        for term in self.terms:
+            theta = term.enter(theta, client)
+        return theta
+
+    def leave(
+        self, theta_k: Tensor, theta: Tensor, client: int, round: int, losses: Tensor
+    ) -> Tensor:
+        """Let the client keep what is its own; returns what it sends (P,).
+
+        Raises:
+            ClientError: a loss is not finite, or a state leaves the fixed point's range.
+        """
+        if self.terms:
+            fedavg.check_losses(round, client, losses)
+        rate = self.lr(round) * self.effort(client, round)
+        try:
+            for term in reversed(self.terms):
+                theta_k = term.leave(theta_k, theta, client, rate)
+        except ValueError as error:
+            raise fedavg.ClientError(f"round {round}: {error}; try another --lr") from None
+        return theta_k
 
     def lr(self, round: int) -> float:
         """Return the round's client learning rate."""
-        options = self.options
-        schedule = dict(total=options.rounds, lr=options.lr, warmup=options.warmup)
-        return learning_rate(options.schedule, round - 1, **schedule)
+        return self.schedule.at(round - 1, total=self.rounds, lr=self.sgd.lr)
 
-    def steps(self, client: int, round: int) -> int:
+    def local_steps(self, client: int, round: int) -> int:
         """Return how many local steps a client takes in a round: J, of a straggler fewer."""
-        o, where = self.options, dict(round=round, client=int(client))
-        return participation.local_steps(o.J, o.straggler_fraction, seed=o.seed, **where)
+        slow = self.straggler_fraction
+        return cohort.local_steps(self.steps.J, slow, seed=self.seed, round=round, client=client)
 
     def effort(self, client: int, round: int) -> float:
         """Return the sum of the weights of a client's local steps in its change."""
-        o = self.options
-        return fedavg.step_weight_sum(self.steps(client, round), o.momentum, o.nesterov)
+        steps = self.local_steps(int(client), round)
+        return cohort.step_weight_sum(steps, self.sgd.momentum, self.sgd.nesterov)
 
-    def draws(self, client: int, round: int) -> Tensor:
+    def batches(self, client: int, round: int) -> Tensor:
         """Draw the batches of the client's local steps: (steps, B, 4 + R)."""
-        o, shard, steps = self.options, self.shards[client], self.steps(client, round)
-        size = len(shard) if o.batch_size == "full" else o.batch_size
-        where = dict(seed=o.seed, round=round, client=int(client), keep=self.learner.kept)
-        return data.draw_batches(shard, size, steps, **where)
+        shard, size = self.shards[client], self.steps.batch_size
+        return data.draw_batches(
+            shard,
+            len(shard) if size == "full" else size,
+            self.local_steps(client, round),
+            seed=self.seed,
+            round=round,
+            client=client,
+            keep=self.learner.seen_patches,
+        )
 
-    def one(self, client: int, round: int) -> Tensor:
-        """Take the client's local steps on the learner's parameters; returns their losses."""
-        learner, entries, lr = self.learner, self.learner.entries, self.lr(round)
-        draws = self.draws(client, round).to(entries.theta.device, non_blocking=True)
-        self._enter(client)
-        start = entries.theta.clone() if learner.loss_scale.active else None
-        entries.start()
 
-        def attempt(scale: float) -> Tensor:
-            if start is not None:
-                entries.load(start)
-            if self.graphed is not None:
-                entries.clear_momentum()
-                return torch.stack([self.graphed(draws=d, lr=lr, loss_scale=scale) for d in draws])
-            losses = []
-            for j, batch in enumerate(draws):
-                losses.append(learner.backward(batch, scale))
-                entries.step(lr, first=j == 0, loss_scale=scale)
-            return torch.stack(losses)
+class HeadsTogether(Clients):
+    """The same where the head alone trains, and all take equal steps: at once, on features."""
 
-        losses, _ = learner.loss_scale.attempt(attempt, learner.overflowed)
-        entries.gather()
-        if self.local is not None:
-            self.own_entries = self.local.leave_(entries.theta)
-        return losses
-
-    def _enter(self, client: int) -> None:
-        """Set up what is the client's own."""
-        learner, entries = self.learner, self.learner.entries
-        if self.local is not None:
-            self.local.enter_(entries.theta, client)
-            entries.scatter()
-        if self.scaffold is not None:
-            entries.correct(self.scaffold.correction(client))
-        if self.options.fedir:
-            workspace, shard = learner.workspace, self.shards[client]
-            labels = workspace.dataset.train.labels.numpy()
-            everywhere, here = labels[workspace.train_index], labels[shard]
-            weights = participation.importance_weights(everywhere, here, workspace.classes)
-            learner.class_weights.copy_(torch.from_numpy(weights))
-
-    def keep(self, client: int, round: int, theta_k: Tensor, theta_global: Tensor) -> None:
-        """Let the client that has just trained keep what is its own.
-
-        Raises:
-            ClientError: its state would leave the fixed point's range.
-        """
-        try:
-            if self.scaffold is not None:
-                if rate := self.lr(round) * self.effort(client, round):
-                    self.scaffold.update(client, theta_global, theta_k, rate)
-            if self.local is not None:
-                self.local.put(client, self.own_entries)
-        except ValueError as error:
-            rate = "higher" if self.scaffold is not None else "lower"
-            raise fedavg.ClientError(f"round {round}: {error}; try a {rate} --lr") from None
-
-    def heads(self, theta_global: Tensor, clients: np.ndarray, round: int) -> Iterator:
-        """Train the heads of all `clients` together on features; yields each (theta_k, losses)."""
-        learner, flat, lr = self.learner, self.learner.flat, self.lr(round)
-        theta = theta_global.repeat(len(clients), 1)  # (m, P)
-        grad = torch.zeros_like(theta)
-        momentum = torch.empty_like(theta) if self.options.momentum else None
-        anchor = theta.clone() if self.options.prox else None
+    def __call__(
+        self, theta: Tensor, clients: np.ndarray, round: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what each of these clients makes of theta (P,), and its losses (steps,)."""
+        if not len(clients):
+            return
+        learner, entries, flat = self.learner, self.learner.entries, self.learner.flat
+        theta_k = theta.repeat(len(clients), 1)  # (m, P)
+        grad, lr = torch.zeros_like(theta_k), self.lr(round)
+        momentum = torch.empty_like(theta_k) if self.sgd.momentum else None
+        anchor = theta_k.clone() if entries.prox else None
+        scaffold = next((term for term in self.terms if isinstance(term, Scaffold)), None)
         correction = None
-        if self.scaffold is not None:
-            correction = torch.stack([self.scaffold.correction(int(k)) for k in clients])
-        tensors = theta, grad, momentum, None, None, anchor, correction
-        flattened = [x if x is None else x.view(-1) for x in tensors]
+        if scaffold is not None:
+            correction = torch.stack([scaffold.correction(int(k)) for k in clients])
 
         def step(j: int) -> None:
-            if self.options.clip_norm is not None:  # each client's, by a norm that knows no other
-                grad.div_(torch.stack([learner.entries.clipped(own) for own in grad])[:, None])
-            learner.entries.step_flat(*flattened, lr=lr, first=j == 0)
+            if self.sgd.clip_norm is not None:  # each client's, by a norm that knows no other
+                grad.div_(torch.stack([entries.clipped(row) for row in grad])[:, None])
+            entries.step_flat(
+                theta_k.view(-1),
+                grad.view(-1),
+                momentum if momentum is None else momentum.view(-1),
+                None,
+                None,
+                lr,
+                j == 0,
+                anchor=anchor if anchor is None else anchor.view(-1),
+                correction=correction if correction is None else correction.view(-1),
+            )
 
-        indices = torch.stack([self.draws(k, round)[..., 0] for k in clients]).to(theta.device)
+        indices = [self.batches(int(k), round)[..., 0] for k in clients]
         losses = head.train_heads(
-            *(flat.view(theta, name) for name in HEAD),
+            *(flat.view(theta_k, name) for name in vit.HEAD),
             learner.inputs["train"],
             learner.labels["train"],
-            indices,
+            torch.stack(indices).to(theta.device),
             step,
-            *(flat.view(grad, name) for name in HEAD),
+            *(flat.view(grad, name) for name in vit.HEAD),
         )
-        yield from zip(theta, losses, strict=True)
+        for client, row, client_losses in zip(map(int, clients), theta_k, losses, strict=True):
+            yield self.leave(row, theta, client, round, client_losses), client_losses
 
 
-def local_entries(learner: Learner) -> Tensor:
-    """Return which entries belong to LayerNorm parameters: (S,) int64.
-
-    Raises:
-        ValueError: none of what trains does.
-    """
-    flat, entries = learner.flat, learner.entries
-    marked = flat.marked(name for name in flat.shapes if "norm" in name)
-    at = (marked if entries.index is None else marked[entries.index]).nonzero()[:, 0]
-    if not len(at):
-        raise ValueError("--local-norm keeps LayerNorm parameters local, and none of them trains")
-    return at
+def trains_together(
+    train: str, steps: LocalSteps, straggler_fraction: float = 0.0, fedir: bool = False
+) -> bool:
+    """Tell whether a round's clients train at once: heads do, if all take equal steps."""
+    return train == "head" and not (straggler_fraction or fedir or steps.batch_size == "full")

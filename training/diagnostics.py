@@ -6,33 +6,46 @@ None of it changes the training: models are evaluated in fp32, on a copy.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import data
 import editing
 import fedavg
 import model as vit
-from calibration import exact_products
-from learner import Learner, evaluation_due
-from workspace import HEAD, Workspace, cast_copy
+from flat import FlatView
+from machine.device import exact_products
+
+if TYPE_CHECKING:
+    from training.learner import Learner
+    from training.workspace import Workspace
 
 IMAGES = 32  # on which two models are compared
 DISPLACEMENT = 0.5  # root mean square change of the logits at which moves are compared, matched
 
 
+class Diagnosing(NamedTuple):
+    """What is measured beside accuracy."""
+
+    diagnostics: Annotated[
+        bool,
+        "with each evaluation, log how clients' changes relate, how far the model has moved, and "
+        "how linear that move is",
+    ] = False
+
+
 def logits_of(
-    workspace: Workspace, model: vit.VisionTransformer, flat: vit.FlatView
+    workspace: Workspace, model: vit.VisionTransformer, flat: FlatView
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Return (theta (P,), training images (N,) by index) -> logits (N, C) in fp32, differentiable.
 
     Args:
         model: gives what `flat` does not hold, as it is now.
     """
-    fixed, preprocess = cast_copy(model, torch.float32), workspace.preprocess(torch.float32)
+    fixed, preprocess = vit.cast_copy(model, torch.float32), workspace.preprocess(torch.float32)
     fixed.requires_grad_(False)
     images = workspace.sets["train"].images
 
@@ -43,37 +56,34 @@ def logits_of(
     return logits
 
 
-def some_images(workspace: Workspace, index: np.ndarray, count: int, *purpose: str | int) -> Tensor:
-    """Draw up to `count` of these training images, without replacement."""
-    draws = data.random(workspace.options.seed, *purpose)
-    return torch.from_numpy(draws.permutation(index)[:count]).to(workspace.device)
-
-
 def held_out_images(workspace: Workspace) -> Tensor:
     """Draw images on which no client trains, where validation images exist."""
     index = workspace.val_index if len(workspace.val_index) else workspace.train_index
-    return some_images(workspace, index, IMAGES, "diagnostics")
+    return workspace.some_images(index, IMAGES, "diagnostics")
 
 
 class Diagnostics:
     """The figures of --diagnostics in a federated run.
 
     Created before the first round is trained or restored: the model is at its start then.
+
+    Args:
+        due: round -> whether the round's parts are wanted.
     """
 
-    def __init__(self, learner: Learner, shards: list[np.ndarray]):
-        self.learner, self.shards, self.workspace = learner, shards, learner.workspace
+    def __init__(self, learner: Learner, shards: list[np.ndarray], due: Callable[[int], bool]):
+        self.learner, self.shards, self.workspace, self.due = (
+            learner,
+            shards,
+            learner.workspace,
+            due,
+        )
         self.start = learner.flat.theta.clone()
         self.logits = logits_of(self.workspace, learner.model, learner.flat)
         if learner.on_features:  # the backbone is a constant
             self.logits = self._head_logits
         self.held_out = held_out_images(self.workspace)
         self._watched: dict = {}
-
-    def due(self, round: int) -> bool:
-        """Tell whether the round's contributions are wanted."""
-        options = self.learner.options
-        return evaluation_due(round, options.eval_every, options.rounds)
 
     def watch(self, theta: Tensor, rows: Tensor, weights: np.ndarray, clients: np.ndarray) -> None:
         """Take in the contributions (m, P) of a round that began at `theta` (P,)."""
@@ -111,7 +121,7 @@ class Diagnostics:
         return watched | moved
 
     def _head_logits(self, theta: Tensor, at: Tensor) -> Tensor:
-        weight, bias = (self.learner.flat.view(theta, name) for name in HEAD)
+        weight, bias = (self.learner.flat.view(theta, name) for name in vit.HEAD)
         return F.linear(self.learner.inputs["train"][at], weight, bias)
 
     def _held_out_logits(self, theta: Tensor) -> Tensor:
@@ -121,7 +131,7 @@ class Diagnostics:
         """Return how far two clients' changes disturb each other, as they are and matched."""
         with exact_products():
             error = editing.disentanglement_error
-            found = {"disentanglement_error": error(self.logits, theta, torch.stack(pair), images)}
+            errors = {"disentanglement_error": error(self.logits, theta, torch.stack(pair), images)}
             scales = [
                 editing.scale_to(lambda x, at=at: self.logits(x, at), theta, tau, DISPLACEMENT)
                 for tau, at in zip(pair, images, strict=True)
@@ -129,11 +139,11 @@ class Diagnostics:
             if all(scales):
                 matched = torch.stack([s * tau for s, tau in zip(scales, pair, strict=True)])
                 name = "matched_disentanglement_error"
-                found[name] = error(self.logits, theta, matched, images)
-        return found
+                errors[name] = error(self.logits, theta, matched, images)
+        return errors
 
     def _images_of(self, client: int) -> Tensor:
-        return some_images(self.workspace, self.shards[client], IMAGES, "diagnostics", client)
+        return self.workspace.some_images(self.shards[client], IMAGES, "diagnostics", client)
 
     def _whole(self, entries: Tensor, around: Tensor | None = None) -> Tensor:
         """Return entries that train (P',) in the layout of the flat view (P,)."""

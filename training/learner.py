@@ -1,13 +1,9 @@
-"""What trains: flat parameters and the loss of a batch, and evaluation.
-
-`options` is the namespace of train.py's command line, its defaults resolved.
-"""
+"""What trains: flat parameters and the loss of a batch, and evaluation."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -15,92 +11,117 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
-import head
 import model as vit
-import runs
-import safe_files
-from calibration import Calibration, cached_mask
-from cuda_graph import GraphedStep
-from device import compiled
-from entries import Entries
-from loss_scale import LossScale
-from mask_file import Mask, given_mask
-from status import Status
-from workspace import HEAD, Workspace
+from flat import Entries, FlatView, Sgd
+from machine.cuda_graph import GraphedStep
+from machine.device import LossScale, compiled
+from training import features
+
+if TYPE_CHECKING:
+    from training.mask_file import Mask
+    from training.workspace import Workspace
+
+
+class Training(NamedTuple):
+    """What trains, on what."""
+
+    train: Annotated[str, "what trains: all, head, or from a block on: blocks.8"] = "all"
+    augment: Annotated[
+        bool | None,
+        "random crop and flip; --train head or blocks.N: False, so that what lies below is "
+        "computed once",
+    ] = None
+    keep_tokens: Annotated[
+        float, "random share of an image's patches that a training step sees", "0 < x <= 1", "R"
+    ] = 1.0
+    micro_batch: Annotated[
+        int | None,
+        "images of a step that are on the device at a time: the same gradient up to rounding, in "
+        "less memory [all]",
+        ">= 1",
+        "N",
+    ] = None
+    compile: Annotated[
+        bool, "torch.compile what trains: other last bits, and half a minute at the start"
+    ] = False
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None) -> Tensor:
+    """Return the mean loss of a batch: (N, C) logits, (N,) labels, (C,) weights or None."""
+    return F.cross_entropy(logits, labels, class_weights)
 
 
 class Learner:
     """The parameters that train, as a flat view, and the loss of a batch drawn from the data.
 
-    With --train head the inputs are the backbone's features, computed once; else the images.
+    With train = "head" the inputs are the backbone's features, computed once; else the images.
 
     Args:
-        model: with its backbone weights; its head is filled in here.
-        folder: where the fitted head and the mask are kept, so that a resumed run need not make
-            them again.
-        shards: whose data a mask is calibrated on.
+        model: with its weights and its head.
+        mask: which entries of the backbone train; None: all that `training` names.
+        prox, corrected: as flat.Entries takes them.
+        loss: (logits, labels, class weights or None) -> mean loss of a batch.
     """
 
     def __init__(
         self,
         workspace: Workspace,
         model: vit.VisionTransformer,
-        options: argparse.Namespace,
-        folder: Path,
-        shards: list[np.ndarray],
+        training: Training,
+        sgd: Sgd,
+        *,
+        freeze_head: bool,
+        mask: Mask | None = None,
+        prox: float = 0.0,
+        corrected: bool = False,
+        loss: Callable[[Tensor, Tensor, Tensor | None], Tensor] = cross_entropy,
     ):
-        self.workspace, self.options, self.model = workspace, options, model
-        self.group = workspace.group
-        if options.head != "linear":
-            set_fitted_head(workspace, model, options.head, folder / "head.pt")
-        self.on_features = options.train == "head"
-        fresh = not runs.Run(folder).saved()
+        self.workspace, self.model, self.training, self.mask = workspace, model, training, mask
+        self.group, self.sample_loss = workspace.group, loss
+        self.on_features = training.train == "head"
         self.class_weights: Tensor | None = None  # (classes,) of a sample in the training loss
-        fitted_to_all = options.head != "linear" and options.head_images is None
-        self.start = None  # features of the untrained backbone, for the first evaluation
-        if fresh and fitted_to_all and not self.on_features:
-            self.start = {part: workspace.features(model, part) for part in workspace.sets}
-        names = vit.trained_names(model, options.train, options.freeze_head)
+        self.start: dict[str, Tensor] | None = None  # features for the first evaluation
+        self.keeps_activations: bool | None = None  # None: none could be kept
+        names = vit.trained_names(model, training.train, freeze_head)
         parameters = dict(model.named_parameters())
         self.dense_size = sum(parameters[name].numel() for name in names)
-        self.mask = find_mask(workspace, model, options, folder / "mask.pt", shards)
-        if self.mask:  # a tensor that is frozen throughout needs no gradient
-            names = self.mask.trained(names)
+        if mask is not None:  # a tensor that is frozen throughout needs no gradient
+            names = mask.trained(names)
         model.requires_grad_(False)
-        trained = [(n, parameters[n]) for n in names]
         self.first = vit.first_trained_block(names, model.shape.depth)
         self.labels = {part: images.labels for part, images in workspace.sets.items()}
+        trained = [(name, parameters[name]) for name in names]
         if self.on_features:
-            self.inputs = {part: workspace.features(model, part) for part in workspace.sets}
-            self.flat = vit.FlatView(trained)
-            self._read_by(lambda features, keep: model.classify(features))
+            self.inputs = {p: features.features(workspace, model, p) for p in workspace.sets}
+            self.flat = FlatView(trained)
+            self._read_by(lambda rows, keep: model.classify(rows))
         else:
             self.inputs = {part: images.images for part, images in workspace.sets.items()}
-            self.flat = vit.FlatView(trained, compute_dtype=workspace.dtype)
+            self.flat = FlatView(trained, compute_dtype=workspace.dtype)
             for name, parameter in model.named_parameters():
-                if name not in names and name not in HEAD:
+                if name not in names and name not in vit.HEAD:
                     parameter.data = parameter.data.to(workspace.dtype)
             preprocess = workspace.preprocess()
             self._read_by(lambda images, keep: model(preprocess(images), keep))
-        kept = self.mask.flat(self.flat) if self.mask else None
-        self.entries = Entries(self.flat, kept, options)
+        entries = None if mask is None else mask.flat(self.flat)
+        self.entries = Entries(self.flat, entries, sgd, prox=prox, corrected=corrected)
         self.loss_scale = LossScale(2.0**14 if self.flat.grad.dtype == torch.float16 else 1.0)
 
     def _read_by(self, logits_of: Callable[[Tensor, Tensor | None], Tensor]) -> None:
         """Let evaluations read the inputs so, and the training steps as --compile wants it."""
         self.logits_of = logits_of
-        self.trained_logits_of = compiled(logits_of) if self.options.compile else logits_of
+        self.trained_logits_of = compiled(logits_of) if self.training.compile else logits_of
 
     def keep_activations(self) -> None:
         """Below the first block that trains, compute the tokens of all images once, where they fit.
 
         They are a constant of images that are neither augmented nor thinned out.
         """
-        options, model, first = self.options, self.model, self.first
-        if self.on_features or not first or options.augment or options.keep_tokens < 1:
+        training, model, first = self.training, self.model, self.first
+        if self.on_features or not first or training.augment or training.keep_tokens < 1:
             return
-        inputs = self.workspace.tokens(model, first)
-        self.workspace.keeps_activations = inputs is not None
+        inputs = features.tokens(self.workspace, model, first)
+        self.keeps_activations = inputs is not None
         if inputs is None:
             print(f"activations below block {first} do not fit in memory: computed every time")
             return
@@ -109,10 +130,10 @@ class Learner:
         self._read_by(lambda x, keep: model.classify(model.features_from(x, first)))
 
     @property
-    def kept(self) -> tuple[int, int]:
+    def seen_patches(self) -> tuple[int, int]:
         """How many of how many patches a local step sees, as `data.draw_batches` takes it."""
-        patches = (self.options.image_size // self.model.shape.patch) ** 2
-        share = self.options.keep_tokens
+        patches = (self.workspace.backbone.image_size // self.model.shape.patch) ** 2
+        share = self.training.keep_tokens
         return (max(1, round(share * patches)), patches) if share < 1 else (0, 0)
 
     def gather(self, part: str, at: Tensor) -> Tensor:
@@ -121,23 +142,23 @@ class Learner:
         return inputs[at.to(inputs.device)].to(at.device, non_blocking=True)
 
     def loss(self, draws: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the training samples that `draws` (B, 4 + R) names.
+        """Return the mean loss of the training samples that `draws` (B, 4 + R) names.
 
         Where classes have weights, it is the sum over samples divided by that of their weights.
         """
         at, keep = draws[:, 0], draws[:, 4:] if draws.shape[1] > 4 else None
-        augment = self.options.augment and not self.on_features
+        augment = self.training.augment and not self.on_features
         inputs = self.inputs["train"]
         batch = data.crop_and_flip(inputs, draws) if augment else self.gather("train", at)
         logits = self.trained_logits_of(batch, keep)
-        return F.cross_entropy(logits, self.labels["train"][at], self.class_weights)
+        return self.sample_loss(logits, self.labels["train"][at], self.class_weights)
 
     def backward(self, draws: Tensor, loss_scale: float | Tensor) -> Tensor:
         """Fill the flat gradient with that of the loss times `loss_scale`; returns the loss.
 
         Pieces of --micro-batch images add their shares of the loss up.
         """
-        pieces = draws.split(self.options.micro_batch or len(draws))
+        pieces = draws.split(self.training.micro_batch or len(draws))
         with self.workspace.fitting("a training step", len(pieces[0]), "--micro-batch"):
             if len(pieces) == 1:
                 loss = self.loss(draws)
@@ -162,21 +183,25 @@ class Learner:
     def local_step(self, draws: Tensor, lr: Tensor, loss_scale: Tensor) -> Tensor:
         """Take a local step whose momentum holds something, or zeros; returns the loss."""
         loss = self.backward(draws, loss_scale)
-        self.entries.step(lr, loss_scale=loss_scale)
+        self.entries.step(lr, grad_scale=loss_scale)
         return loss
 
-    def graphed(self, step: Callable[..., Tensor]) -> GraphedStep | None:
-        """Return the step as --cuda-graph wants it; None on a CPU, which launches nothing."""
-        device, options = self.workspace.device, self.options
+    def graphed(
+        self, step: Callable[..., Tensor], mode: str, obstacle: str | None = None
+    ) -> GraphedStep | None:
+        """Return the step as --cuda-graph wants it; None on a CPU, which launches nothing.
+
+        Raises:
+            ValueError: --cuda-graph on without a GPU.
+        """
+        device = self.workspace.device
         if device.type != "cuda":
+            if mode == "on":
+                raise ValueError(f"--cuda-graph on: it needs a CUDA device, and this is a {device}")
             return None
-        obstacle = None
         if self.inputs["train"].device.type != "cuda":
             obstacle = f"the activations below block {self.first} are kept on the host"
-        elif options.batch_size == "full":
-            obstacle = "--batch-size full makes batches of many sizes"
-        settings = dict(mode=options.cuda_graph, obstacle=obstacle)
-        return GraphedStep(step, self.entries.state, device, **settings)
+        return GraphedStep(step, self.entries.state, device, mode=mode, obstacle=obstacle)
 
     def overflowed(self) -> bool:
         """Tell whether a parameter is Inf or NaN."""
@@ -186,7 +211,7 @@ class Learner:
     def evaluate(self) -> dict[str, float]:
         """Return loss and accuracy on the validation and the test set, shared out over the group.
 
-        A fresh run's first evaluation is of the backbone whose features the head was fitted to.
+        Where `start` holds features of the model as it is, the first evaluation is of those.
         """
         start, self.start = self.start, None
         result = {}
@@ -201,7 +226,9 @@ class Learner:
                 result |= dict(zip((f"{name}_loss", f"{name}_acc"), figures, strict=True))
         return result
 
-    def _evaluate_part(self, part: str, index: Tensor, start: dict[str, Tensor]) -> list[float]:
+    def _evaluate_part(
+        self, part: str, index: Tensor, start: dict[str, Tensor] | None
+    ) -> list[float]:
         chunks, group = list(data.in_chunks(len(index), self.workspace.eval_batch)), self.group
         totals = torch.zeros(len(chunks), 2, dtype=torch.float64, device=index.device)
         for i in range(group.rank, len(chunks), group.size):
@@ -217,94 +244,9 @@ class Learner:
         group.sum_(totals)  # of zeros but for one process's value: exact
         return (totals.sum(dim=0) / len(index)).tolist()
 
-
-@torch.no_grad()
-def set_fitted_head(
-    workspace: Workspace, model: vit.VisionTransformer, kind: str, path: Path | None = None
-) -> None:
-    """Fill in the model's head, from `path` where it was kept."""
-    if path is not None and path.exists():
-        try:
-            fitted = head.FittedHead(**runs.Run(path.parent).kept(path.name))
-        except safe_files.DamagedFile as error:
-            raise ValueError(f"{error}; delete it to have the head fitted again") from None
-    else:
-        fitted = workspace.fit_head(model, kind).to("cpu")
-        if path is not None:
-            runs.Run(path.parent).keep(path.name, vars(fitted))
-    model.head.weight.copy_(fitted.weight)
-    model.head.bias.copy_(fitted.bias)
-
-
-def find_mask(
-    workspace: Workspace,
-    model: vit.VisionTransformer,
-    options: argparse.Namespace,
-    path: Path,
-    shards: list[np.ndarray],
-) -> Mask | None:
-    """Return the run's mask, kept at `path`: --mask's, or one made by --mask-rule; else None."""
-    if options.mask is None and options.mask_rule is None:
-        return None
-    if options.mask is not None:
-        mask = given_mask(options, model, path)
-    elif path.exists():
-        return Mask.load(path, model, runs.Run(path.parent).purpose(path.name))
-    else:
-        mask = cached_mask(Calibration(workspace, model, options, shards))
-    if not path.exists():
-        mask.save(path, runs.Run(path.parent).purpose(path.name))
-    return mask
-
-
-def evaluation_due(at: float, every: float, total: int) -> bool:
-    """Tell whether an evaluation follows a record at round or epoch `at`.
-
-    Within an epoch there are records only where one is due.
-    """
-    return every < 1 or at % every == 0 or at >= total
-
-
-class Evaluated:
-    """Completes the records of a loop: evaluation every so often, and a word to whoever watches.
-
-    Args:
-        opening: figures of the first record, which stands for the start.
-        measure: returns further figures of later records that have an evaluation.
-    """
-
-    def __init__(
-        self,
-        learner: Learner,
-        unit: str,
-        total: int,
-        every: float,
-        opening: dict,
-        measure: Callable[[], dict] = dict,
-    ):
-        self.learner, self.unit, self.total, self.every = learner, unit, total, every
-        self.opening, self.measure = opening, measure
-        self.status, self.note = None, ""
-
-    def __call__(self, record: dict) -> None:
-        """Evaluate where it is due, adding val_* and test_* to the record; show progress."""
-        at = record[self.unit]
-        if at:
-            self.status = self.status or Status(self.unit, self.total, at)
-            self.status.show(at, self.note)
-        else:
-            record |= self.opening
-        if evaluation_due(at, self.every, self.total):
-            record |= self.learner.evaluate()
-            record |= self.measure() if at else {}
-            figures = ", ".join(
-                f"{label} {100 * record[key]:.2f} %"
-                for label, key in (("validation", "val_acc"), ("test", "test_acc"))
-                if key in record
-            )
-            loss = f"train loss {record['train_loss']:.4f}, " if "train_loss" in record else ""
-            figures += f", epsilon {record['epsilon']:.4g}" if "epsilon" in record else ""
-            self.note = figures
-            if self.status:
-                self.status.close()
-            print(f"{self.unit} {at}/{self.total}: {loss}{figures}", flush=True)
+    def environment(self) -> dict:
+        """Return what may change the last bits of a result."""
+        return self.workspace.environment() | {
+            "activations_kept": self.keeps_activations,
+            "micro_batch": self.training.micro_batch,
+        }

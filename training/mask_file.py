@@ -1,11 +1,7 @@
-"""A mask by parameter names: its file, what `--mask` stands for, its density by layer and kind.
-
-`options` is the namespace of train.py's command line, its defaults resolved.
-"""
+"""A mask by parameter names: its file, what `--mask` stands for, its density by layer and kind."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 from collections.abc import Iterable
@@ -17,7 +13,8 @@ from torch import Tensor
 
 import masks
 import model as vit
-import safe_files
+from flat import FlatView
+from machine import safe_files
 
 FORMAT = 1
 MADE = ("mask_rule", "weights_sha256", "bytes_up", "bytes_down")  # what others read of `made`
@@ -58,12 +55,12 @@ class Mask:
         parts = self.parts()
         return [name for name in names if name in parts and parts[name].any()]
 
-    def flat(self, view: vit.FlatView) -> Tensor:
+    def flat(self, view: FlatView) -> Tensor:
         """Return the mask in the layout of a flat view: (P,) bool on its device."""
-        parts, kept = self.parts(), torch.zeros_like(view.theta, dtype=torch.bool)
+        parts, mask = self.parts(), torch.zeros_like(view.theta, dtype=torch.bool)
         for name in view.shapes:
-            view.view(kept, name).copy_(parts[name])
-        return kept
+            view.view(mask, name).copy_(parts[name])
+        return mask
 
     def save(self, path: Path, purpose: str | None = None) -> None:
         """Write the mask file; purpose: as `safe_files.save_checked` takes it."""
@@ -105,12 +102,12 @@ class Mask:
                 raise TypeError("bits")
         except (AttributeError, KeyError, TypeError):
             raise ValueError(f"mask {path}: damaged, or no mask that `calibrate` wrote") from None
-        own = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
         for name, shape in shapes.items():
-            if own.get(name) != shape:
+            if expected.get(name) != shape:
                 raise ValueError(
                     f"mask {path}: made for another model, {name} is {shape} in the mask and "
-                    f"{own.get(name, 'absent')} in the model"
+                    f"{expected.get(name, 'absent')} in the model"
                 )
         mask = cls(shapes, masks.unpack(bits, size), made)
         if not mask.kept.any():
@@ -118,19 +115,19 @@ class Mask:
         return mask
 
 
-def given_mask(options: argparse.Namespace, model: vit.VisionTransformer, kept: Path) -> Mask:
-    """Return the mask of `--mask`, or where that file has gone the run's own copy at `kept`.
+def given_mask(file: str, model: vit.VisionTransformer, copy: Path) -> Mask:
+    """Return the mask of `--mask`, or where that file has gone the run's own copy.
 
     Raises:
         ValueError: the file cannot serve, or is not the mask that the run was made with.
     """
-    path = Path(options.mask)
-    if not kept.exists():
+    path = Path(file)
+    if not copy.exists():
         return Mask.load(path, model)
-    own = Mask.load(kept, model)
-    if path.exists() and Mask.load(path, model).sha256 != own.sha256:
-        raise ValueError(f"--mask {path} is not the mask that {kept.parent} was made with")
-    return own
+    mask = Mask.load(copy, model)
+    if path.exists() and Mask.load(path, model).sha256 != mask.sha256:
+        raise ValueError(f"--mask {path} is not the mask that {copy.parent} was made with")
+    return mask
 
 
 def layer_and_kinds(name: str) -> tuple[str, list[str]]:
@@ -152,10 +149,10 @@ def density_table(mask: Mask) -> tuple[list[str], list[str], np.ndarray]:
     layers, kinds = [], []
     cells: dict[tuple[str, str], float] = {}
     for name, part in mask.parts().items():
-        layer, held = layer_and_kinds(name)
+        layer, tensor_kinds = layer_and_kinds(name)
         layers += [layer] * (layer not in layers)
-        kinds += [kind for kind in held if kind not in kinds]
-        for kind, piece in zip(held, part.chunk(len(held)), strict=True):
+        kinds += [kind for kind in tensor_kinds if kind not in kinds]
+        for kind, piece in zip(tensor_kinds, part.chunk(len(tensor_kinds)), strict=True):
             cells[layer, kind] = piece.double().mean().item()
     table = np.array([[cells.get((layer, kind), np.nan) for layer in layers] for kind in kinds])
     return kinds, layers, table

@@ -1,65 +1,70 @@
-"""What a run has come to: its model as the checkpoint holds it, for each client, and as a file.
-
-`options` is the namespace of train.py's command line: what may differ from when the run was made.
-"""
+"""What a run has come to: its model as the checkpoint holds it, for each client, and as a file."""
 
 from __future__ import annotations
 
-import argparse
 import functools
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 
-import client_accuracy
 import data
 import model as vit
-import runs
-import safe_files
-from entries import Entries
-from federation import client_store
-from learner import Learner, find_mask, set_fitted_head
-from local_training import ClientTraining
-from safe_files import DamagedFile
-from status import Status
-from workspace import Workspace, fingerprint
+from flat import Entries, FlatView, Sgd
+from machine import runs, safe_files
+from machine.device import Machine
+from machine.safe_files import DamagedFile
+from machine.status import Status
+from training.calibration import Masking, find_mask
+from training.clients import Clients
+from training.features import Head, set_fitted_head
+from training.learner import Learner, Training
+from training.rounds import Federation, client_terms
+from training.session import prepare
+from training.workspace import Backbone, Sharding, Source, Workspace
 
-HERE = ("data_dir", "device", "threads", "eval_batch")  # of this command, not of the run
-NEEDED = dict(  # of the options in config.json
-    **dict.fromkeys(("data", "model", "weights", "normalisation", "train", "head"), str),
-    **dict(image_size=int, seed=int, freeze_head=bool, nesterov=bool, batch_size=(int, str)),
-    **dict(weights_sha256=str, precision=str),
-    **dict.fromkeys(("val_fraction", "lr", "momentum", "weight_decay"), (int, float)),
-)
 PERSONAL = 2**40  # the round of the batches that personalise: beyond those of any run
 
 
+class Best(NamedTuple):
+    """Which weights."""
+
+    best: Annotated[
+        bool, "the weights that validated best, of a run with --early-stop [the last]"
+    ] = False
+
+
+class Made(NamedTuple):
+    """The options that a run was made with, as far as what it has come to depends on them."""
+
+    source: Source
+    backbone: Backbone
+    machine: Machine
+    training: Training
+    sgd: Sgd
+    head: Head
+    masking: Masking
+    mask: str | None
+    weights_sha256: str
+    sharding: Sharding | None  # of a federated run
+    federation: Federation | None
+
+
 class Outcome:
-    """A run's last checkpoint, or with --best its best weights, its options and its data.
+    """A run's last checkpoint, or its best weights, its options and its data.
 
     Raises:
         ValueError: no run folder, or none with a checkpoint, or no best weights.
     """
 
-    def __init__(self, folder: str | Path, options: argparse.Namespace):
-        self.run = runs.Run(folder)
-        self.config = self.run.config()
-        self.options = stored = argparse.Namespace(**self.config["options"])
-        for name in HERE:
-            setattr(stored, name, getattr(options, name))
-        stored.best = options.best
-        stored.cuda_graph = "off"  # a run that was made on a GPU is evaluated anywhere
-        if options.precision != "auto":
-            stored.precision = options.precision
+    def __init__(self, folder: str | Path, made: Made, best: bool = False):
+        self.run, self.made = runs.Run(folder), made
         checkpoint = self.run.load()
         if checkpoint is None:
-            raise ValueError(
-                f"{folder} holds no checkpoint: a run of {stored.command}, without one"
-            )
-        for name, kind in NEEDED.items():
-            if not isinstance(getattr(stored, name, None), kind):
-                raise DamagedFile(f"{self.run.config_path} is damaged: {name} in its options")
+            raise ValueError(f"{folder} holds no checkpoint: a run that trains none")
         try:
             self.process = process = checkpoint["state"]["process"]
             unit = "round" if "round" in process else "epoch"
@@ -67,22 +72,24 @@ class Outcome:
             self.theta = process["theta"] if "theta" in process else process["tensors"]["theta"]
         except (KeyError, TypeError):
             raise DamagedFile(f"{self.run.checkpoint_path} holds no trained weights") from None
-        if options.best:
-            best = checkpoint["state"].get("best")
-            if not best:  # or begun without --early-stop, and never better since
+        self.best = best
+        if best:
+            kept = checkpoint["state"].get("best")
+            if not kept:  # or begun without --early-stop, and never better since
                 raise ValueError(f"{folder} has kept no best weights: --early-stop keeps them")
-            self.reached[unit], self.theta = best["at"], best["weights"]
+            self.reached[unit], self.theta = kept["at"], kept["weights"]
 
     @functools.cached_property
     def workspace(self) -> Workspace:
         """The run's data, on this command's device."""
-        return Workspace(self.options)
+        return Workspace(self.made.source, self.made.machine, self.made.backbone)
 
     @functools.cached_property
-    def shards(self) -> list:
+    def shards(self) -> list[np.ndarray]:
         """The clients' indices into the training images; centrally there is one client."""
-        federated = "clients" in self.options
-        return self.workspace.shards() if federated else [self.workspace.train_index]
+        if self.made.sharding is None:
+            return [self.workspace.train_index]
+        return self.workspace.shards(self.made.sharding)
 
     def start(self) -> vit.VisionTransformer:
         """Return the model with the backbone weights that the run began with.
@@ -91,65 +98,69 @@ class Outcome:
             ValueError: the weights have changed since.
         """
         model = self.workspace.build_model()
-        if fingerprint(model) != self.options.weights_sha256:
+        if vit.fingerprint(model) != self.made.weights_sha256:
             raise ValueError(
-                f"{self.run.folder} began with other weights than --weights {self.options.weights} "
-                "now are"
+                f"{self.run.folder} began with other weights than --weights "
+                f"{self.made.backbone.weights} now are"
             )
         return model
 
-    def begun(self) -> Learner:
+    def untrained_learner(self) -> Learner:
         """Return the learner that the run had, as it began."""
-        arguments = self.start(), self.options, self.run.folder, self.shards
-        return Learner(self.workspace, *arguments)
+        made = self.made
+        return prepare(
+            self.workspace,
+            self.start(),
+            self.run,
+            self.shards,
+            made.training,
+            made.sgd,
+            made.head,
+            made.masking,
+            made.mask,
+            *([made.federation.terms] if made.federation else ()),
+        )
 
     def learner(self) -> Learner:
         """Return the learner that the run had, holding the checkpoint's parameters."""
-        learner = self.begun()
+        learner = self.untrained_learner()
         learner.entries.load(self.theta)
         return learner
 
     def model(self) -> vit.VisionTransformer:
         """Return the model in fp32, from the checkpoint alone: what does not train is as it was."""
-        model, options, folder = self.start(), self.options, self.run.folder
-        if options.head != "linear":
-            set_fitted_head(self.workspace, model, options.head, folder / "head.pt")
-        names = vit.trained_names(model, options.train, options.freeze_head)
-        mask = find_mask(self.workspace, model, options, folder / "mask.pt", self.shards)
+        model, made = self.start(), self.made
+        if made.head.head != "linear":
+            head, images = made.head.head, made.head.head_images
+            set_fitted_head(self.workspace, model, head, images, self.run)
+        names = vit.trained_names(model, made.training.train, made.head.freeze_head)
+        mask = find_mask(self.workspace, model, made.mask, made.masking, self.shards, self.run)
         parameters = dict(model.named_parameters())
-        flat = vit.FlatView((n, parameters[n]) for n in (mask.trained(names) if mask else names))
-        Entries(flat, mask.flat(flat) if mask else None, options).load(self.theta)
+        flat = FlatView((n, parameters[n]) for n in (mask.trained(names) if mask else names))
+        Entries(flat, mask.flat(flat) if mask else None, made.sgd).load(self.theta)
         return model
 
 
 @torch.no_grad()
 def correct_on(learner: Learner, index: np.ndarray) -> np.ndarray:
     """Return which of these training-file images the model gets right: (n,) bool."""
-    at, found = torch.from_numpy(index).to(learner.labels["train"].device), []
+    at, right = torch.from_numpy(index).to(learner.labels["train"].device), []
     for chunk in data.in_chunks(len(at), learner.workspace.eval_batch):
         logits = learner.logits_of(learner.gather("train", at[chunk]), None)
-        found.append(logits.argmax(1) == learner.labels["train"][at[chunk]])
-    return torch.cat(found).cpu().numpy()
+        right.append(logits.argmax(1) == learner.labels["train"][at[chunk]])
+    return torch.cat(right).cpu().numpy()
 
 
-class Personalising(ClientTraining):
+class Personalising(Clients):
     """A client's J local steps at --lr from the final model, on batches that no round has seen."""
 
     def lr(self, round: int) -> float:
         """Return --lr, whatever the schedule."""
-        return self.options.lr
+        return self.sgd.lr
 
-    def steps(self, client: int, round: int) -> int:
+    def local_steps(self, client: int, round: int) -> int:
         """Return J, of stragglers too."""
-        return self.options.J
-
-    def personalise(self, client: int) -> None:
-        """Leave the client's own model in the learner."""
-        self.one(client, PERSONAL)
-        if self.local is not None:
-            entries = self.learner.entries
-            entries.theta[self.local.at] = self.own_entries
-            entries.scatter()
+        return self.steps.J
 
 
 def per_client(finished: Outcome, personalised: int = 0) -> dict:
@@ -162,8 +173,8 @@ def per_client(finished: Outcome, personalised: int = 0) -> dict:
     Raises:
         ValueError: the run has no clients, or no validation data.
     """
-    options, workspace = finished.options, finished.workspace
-    if "clients" not in options:
+    workspace = finished.workspace
+    if finished.made.sharding is None:
         raise ValueError(f"--per-client: {finished.run.folder} has no clients")
     if not len(workspace.val_index):
         raise ValueError(f"--per-client: {finished.run.folder} holds out no validation data")
@@ -171,10 +182,10 @@ def per_client(finished: Outcome, personalised: int = 0) -> dict:
     labels = workspace.dataset.train.labels.numpy()
     val_labels, right = labels[workspace.val_index], correct_on(learner, workspace.val_index)
     shares = [
-        client_accuracy.validation_share(
+        validation_share(
             val_labels,
             np.bincount(labels[shard], minlength=classes),
-            seed=options.seed,
+            seed=workspace.source.seed,
             client=client,
         )
         for client, shard in enumerate(finished.shards)
@@ -183,43 +194,98 @@ def per_client(finished: Outcome, personalised: int = 0) -> dict:
         {"client": k, "images": len(share), "acc": float(right[share].mean())}
         for k, share in enumerate(shares)
     ]
-    figures = finished.reached | {"global": client_accuracy.spread([r["acc"] for r in rows])}
+    figures = finished.reached | {"global": spread([r["acc"] for r in rows])}
     if personalised:
         chosen = np.unique(np.linspace(0, len(rows) - 1, min(personalised, len(rows))).round())
         chosen = [int(k) for k in chosen]
         add_personalised(finished, learner, shares, [rows[k] for k in chosen])
         for name, key in (("same_clients_global", "acc"), ("personalised", "personalised_acc")):
-            figures[name] = client_accuracy.spread([rows[k][key] for k in chosen])
-    accuracy = client_accuracy.by_class(val_labels, right, classes)
+            figures[name] = spread([rows[k][key] for k in chosen])
+    accuracy = by_class(val_labels, right, classes)
     named = zip(workspace.dataset.classes, accuracy.tolist(), strict=True)
-    by_class = {name: value for name, value in named if value == value}
-    return figures | {"clients": rows, "by_class": by_class}
+    seen = {name: value for name, value in named if value == value}
+    return figures | {"clients": rows, "by_class": seen}
 
 
 def add_personalised(
     finished: Outcome, learner: Learner, shares: list[np.ndarray], rows: list[dict]
 ) -> None:
     """Add to some clients' rows the accuracy after local steps of their own from the model."""
-    sizes = [len(shard) for shard in finished.shards]
-    store = functools.partial(client_store, learner, sizes, finished.run)
-    training = Personalising(learner, finished.shards, store)
-    if training.states and finished.options.best:
+    federation = finished.made.federation
+    terms = client_terms(learner, finished.shards, federation, finished.run)
+    states = {name: term for name, term in terms.items() if hasattr(term, "load_state_dict")}
+    if states and finished.best:
         raise ValueError(
             f"--personalised with --best: {finished.run.folder} keeps its clients' states of the "
             "last round alone"
         )
-    companions = finished.process["companions"]
-    for name, state in ({"loss_scale": learner.loss_scale} | training.states).items():
-        state.load_state_dict(companions[name])
+    for name, state in ({"loss_scale": learner.loss_scale} | states).items():
+        state.load_state_dict(finished.process["states"][name])
+    clients = Personalising(
+        learner,
+        finished.shards,
+        federation.steps,
+        federation.schedule,
+        federation.rounds,
+        terms=list(terms.values()),
+    )
     status = Status("personalised clients", len(rows))
     for done, row in enumerate(rows, 1):
-        learner.entries.load(finished.theta)
-        training.personalise(row["client"])
+        theta = finished.theta.to(learner.entries.theta.device)
+        clients.train_client(theta, row["client"], PERSONAL)  # its own model is in the learner now
         share = finished.workspace.val_index[shares[row["client"]]]
         row["personalised_acc"] = float(correct_on(learner, share).mean())
         status.show(done)
     status.close()
     learner.entries.load(finished.theta)
+
+
+def validation_share(
+    labels: np.ndarray, counts: Sequence[int], *, seed: int, client: int
+) -> np.ndarray:
+    """Return the places (n,) int64, ascending, of a client's validation images among `labels`.
+
+    A client's share has its own mixture of classes q(c). It is the largest that the validation set
+    holds: s = min over its classes of V(c) / q(c), V(c) validation images of class c, of which
+    round(s q(c)) are drawn at random, each at most once. Clients' shares may overlap.
+
+    Args:
+        labels: (V,) classes of all validation images.
+        counts: (classes,) how many training images of each class the client holds.
+
+    Raises:
+        ValueError: the client holds nothing.
+    """
+    counts = np.asarray(counts, np.float64)
+    if not counts.sum() > 0:
+        raise ValueError(f"client {client} holds no image")
+    present = np.bincount(labels, minlength=len(counts))
+    mixture = counts / counts.sum()
+    size = min(present[c] / mixture[c] for c in np.flatnonzero(counts))
+    generator = data.random(seed, "validation shares", client)
+    places = [
+        generator.choice(np.flatnonzero(labels == c), int(size * mixture[c] + 0.5), replace=False)
+        for c in np.flatnonzero(counts)
+    ]
+    return np.sort(np.concatenate(places)).astype(np.int64)
+
+
+def spread(accuracies: Sequence[float]) -> dict[str, float]:
+    """Return the mean over clients, the mean of the worst tenth (rounded up), and the deviation."""
+    ordered = np.sort(np.asarray(accuracies, np.float64))
+    worst = ordered[: math.ceil(len(ordered) / 10)]
+    return {
+        "mean_acc": float(ordered.mean()),
+        "worst_decile_acc": float(worst.mean()),
+        "std": float(ordered.std()),
+    }
+
+
+def by_class(labels: np.ndarray, correct: np.ndarray, classes: int) -> np.ndarray:
+    """Return the accuracy on each class: (classes,) float64, NaN where it has no image."""
+    seen = np.bincount(labels, minlength=classes)
+    right = np.bincount(labels, correct, minlength=classes)
+    return np.divide(right, seen, out=np.full(classes, np.nan), where=seen > 0)
 
 
 def export(model: vit.VisionTransformer, path: Path, with_head: bool = False) -> None:

@@ -1,178 +1,232 @@
-"""The federated loop of a run: who takes part, what they train, what becomes of their changes.
-
-`options` is the namespace of train.py's command line, its defaults resolved.
-"""
+"""The six things that a federated run is, put together from options: the loop of rounds."""
 
 from __future__ import annotations
 
-import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import editing
-import fedavg
-import masks
-import participation
-import privacy
-import runs
-from device import free_memory
-from diagnostics import Diagnostics
-from learner import Learner
-from local_training import ClientTraining, train_together
-from mask_file import Mask
-from server import Server
+from centralized import Schedule
+from fedavg import Cohort, FedAvg, Method
+from federated import cohort, methods
+from federated.client_states import (
+    ClientTerms,
+    FedIR,
+    LocalNorm,
+    Prox,
+    Scaffold,
+    Term,
+    importance_weights,
+)
+from federated.cohort import Participation
+from federated.methods import Aggregation, Shared
+from federated.privacy import Privacy
+from federated.server import Server, ServerOptions
+from machine.device import free_memory
+from training.clients import Clients, HeadsTogether, LocalSteps, trains_together
+
+if TYPE_CHECKING:
+    from machine.runs import Run
+    from training.diagnostics import Diagnostics
+    from training.learner import Learner
 
 SHARE = {"cuda": 0.5, "cpu": 0.8}  # of the free memory, for what clients keep
-APART = ("ties", "sign")  # values of --aggregate that need each client's change by itself
+
+
+class Rounds(NamedTuple):
+    """How long a federation goes on."""
+
+    rounds: Annotated[int | None, "communication rounds", ">= 1"] = None
+    eval_every: Annotated[int | None, "rounds between evaluations [a 20th of the run]", ">= 1"] = (
+        None
+    )
+
+
+class Federation(NamedTuple):
+    """All that makes a run federated."""
+
+    rounds: int
+    steps: LocalSteps
+    schedule: Schedule
+    participation: Participation
+    terms: ClientTerms
+    aggregation: Aggregation
+    privacy: Privacy
+    server: ServerOptions
+    cuda_graph: str = "auto"
 
 
 def federate(
     learner: Learner,
     shards: list[np.ndarray],
-    run: runs.Run | None = None,
+    o: Federation,
+    run: Run | None = None,
     diagnostics: Diagnostics | None = None,
-) -> fedavg.FedAvg:
-    """Return the federated loop over a learner's entries; clients' states are kept with `run`."""
-    options, entries, scale = learner.options, learner.entries, learner.loss_scale
+) -> FedAvg:
+    """Return the loop over a learner's entries; clients' states are kept with `run`."""
     sizes = [len(shard) for shard in shards]
-    store = functools.partial(client_store, learner, sizes, run)
-    training = ClientTraining(learner, shards, store)
-    settings = dict(lr=options.server_lr, momentum=options.server_momentum, tau=options.server_tau)
-    server = Server(options.server, entries.theta, **settings)
-    companions = {"loss_scale": scale, "server": server}
-    local, private = training.local, options.dp_clip is not None
-    trains = None if entries.index is not None else learner.flat.marked()
-    check_apart(learner, sizes)
-
-    def server_step(theta: torch.Tensor, total: torch.Tensor, unit: float) -> None:
-        if private and options.dp_noise:
-            std = options.dp_noise * options.dp_clip / (options.fraction * len(sizes))
-            where = dict(seed=options.seed, round=federation.round, where=trains)
-            privacy.add_noise_(total, std, unit=unit, **where)
-        server.step_(theta, total, unit)
-        if local is not None:
-            local.average_into_(theta)
-
-    def apart(round: int) -> bool:
-        return options.aggregate in APART or (diagnostics is not None and diagnostics.due(round))
-
-    def combine(rows: Tensor, weights: np.ndarray, clients: np.ndarray, round: int) -> Tensor:
-        if diagnostics is not None and len(rows) == len(clients) and diagnostics.due(round):
-            diagnostics.watch(federation.theta_global, rows, weights, clients)
-        return combined(options, rows, weights, entries.size)
-
-    federation = fedavg.FedAvg(
-        entries.theta,
-        sizes,
-        training.one,
-        train_clients=training.heads if train_together(options) else None,
-        keep=training.keep,
-        sample=functools.partial(sampled_clients, options, sizes),
-        answering=functools.partial(answering_clients, options),
-        weigh=functools.partial(client_weights, training, sizes),
-        server_step=server_step,
-        client_bytes=client_bytes(learner, training),
-        on_reset=entries.scatter,
-        clip=functools.partial(privacy.clip_factor, bound=options.dp_clip) if private else None,
-        step_empty=private,
-        edit=contribution_edit(learner, training),
-        apart=apart,
-        combine=combine,
-        companions=companions | training.states,
-        group=learner.group,
+    theta = learner.entries.theta.clone()
+    terms = client_terms(learner, shards, o, run)
+    clients = make_clients(learner, shards, o, list(terms.values()))
+    method = method_of(learner, o, terms, len(shards))
+    check_apart(learner, o, method, len(shards), diagnostics)
+    if diagnostics is not None:
+        method = watched(method, diagnostics, theta)
+    lr, momentum, tau = o.server[1:]
+    server = Server(o.server.server, theta, lr=lr, momentum=momentum, tau=tau)
+    states = {name: term for name, term in terms.items() if hasattr(term, "state_dict")}
+    return FedAvg(
+        theta,
+        clients,
+        functools.partial(cohort_of, o, sizes, clients.effort, learner.workspace.source.seed),
+        server,
+        method,
+        {"loss_scale": learner.loss_scale} | states,
+        learner.group,
     )
-    return federation
 
 
-def contribution_edit(learner: Learner, training: ClientTraining) -> Callable | None:
-    """Return what a client does to its contribution before it is sent, if anything.
-
-    What it drops is not sent either: the server knows the seed of the pattern. Hidden contributions
-    have no zeros.
-    """
-    options = learner.options
-    dropping, concealing = options.aggregate == "dare", options.secure_aggregation
-    shared = shared_entries(learner, training)
-    dense, _ = client_bytes(learner, training)
-
-    def edit(contribution: Tensor, client: int, clients: np.ndarray, round: int) -> int:
-        where, sent = dict(seed=options.seed, round=round, client=client), dense
-        if dropping:
-            kept = editing.drop_(contribution, options.dare_drop, **where)
-            sent -= 4 * int((shared & ~kept).sum())
-        if concealing:
-            fedavg.conceal_(contribution, clients=clients, **where)
-        return dense if concealing else sent
-
-    return edit if dropping or concealing else None
+# ---------------------------------------------------------------------------- who
 
 
-def combined(options: argparse.Namespace, rows: Tensor, weights: np.ndarray, size: int) -> Tensor:
-    """Return what --aggregate makes of contributions (m, P), or of their sum (1, P).
+def cohort_of(
+    o: Federation,
+    sizes: Sequence[int],
+    effort: Callable[[int, int], float],
+    seed: int,
+    round: int,
+) -> Cohort:
+    """Return who takes part in a round, and with what weight.
 
     Args:
-        size: entries of P that are not padding.
+        sizes: (K,) samples per client.
+        effort: (client, round) -> the weight of its steps in its change.
     """
-    if options.aggregate == "ties":
-        return editing.ties(rows, weights, keep=options.ties_keep, size=size)
-    if options.aggregate == "sign":
-        return editing.sign_elected(rows, weights)
-    return fedavg.add_up(rows)
+    fraction, fedvc, _, dropout = o.participation
+    private = o.privacy.dp_clip is not None
+    if private:
+        sent = cohort.sample_poisson(len(sizes), fraction, seed=seed, round=round)
+    elif fedvc:
+        sent = cohort.sample_by_size(sizes, fraction, seed=seed, round=round)
+    else:
+        sent = cohort.sample_clients(len(sizes), fraction, seed=seed, round=round)
+    clients = cohort.drop_out(sent, dropout, seed=seed, round=round) if dropout else sent
+    if private:  # a denominator that no client moves
+        return Cohort(sent, clients, np.full(len(clients), 1 / (fraction * len(sizes))))
+    weights = cohort.shares([1] * len(sizes) if fedvc else sizes, clients)
+    if o.aggregation.aggregate == "fednova":
+        weights = cohort.normalised_averaging(weights, [effort(k, round) for k in clients])
+    return Cohort(sent, clients, weights)
 
 
-def sampled_clients(options: argparse.Namespace, sizes: list[int], round: int) -> np.ndarray:
-    """Return the clients that are sent the model in a round."""
-    where = dict(seed=options.seed, round=round)
-    if options.dp_clip is not None:
-        return privacy.sample_poisson(len(sizes), options.fraction, **where)
-    if options.fedvc:
-        return participation.sample_by_size(sizes, options.fraction, **where)
-    return fedavg.sample_clients(len(sizes), options.fraction, **where)
+# ---------------------------------------------------------------------------- how clients train
 
 
-def answering_clients(options: argparse.Namespace, clients: np.ndarray, round: int) -> np.ndarray:
-    """Return those of a round's clients that send their result."""
-    where = dict(seed=options.seed, round=round)
-    return participation.drop_out(clients, options.dropout, **where) if options.dropout else clients
+def make_clients(
+    learner: Learner, shards: list[np.ndarray], o: Federation, terms: Sequence[Term]
+) -> Clients:
+    """Return how clients train: heads together where they can, else one client after the other."""
+    stragglers, fedir = o.participation.straggler_fraction, o.terms.fedir
+    together = trains_together(learner.training.train, o.steps, stragglers, fedir)
+    return (HeadsTogether if together else Clients)(
+        learner,
+        shards,
+        o.steps,
+        o.schedule,
+        o.rounds,
+        straggler_fraction=stragglers,
+        terms=terms,
+        cuda_graph=o.cuda_graph,
+    )
 
 
-def client_weights(
-    training: ClientTraining, sizes: list[int], clients: np.ndarray, round: int
-) -> np.ndarray:
-    """Return how much each of a round's clients counts: (m,)."""
-    options = training.options
-    if options.dp_clip is not None:  # a denominator that no client moves
-        return np.full(len(clients), 1 / (options.fraction * len(sizes)))
-    counted = [1] * len(sizes) if options.fedvc else sizes
-    weights = participation.shares(counted, clients)
-    if options.aggregate == "fednova":
-        efforts = [training.effort(k, round) for k in clients]
-        weights = participation.normalised_averaging(weights, efforts)
-    if options.aggregate == "dare":
-        weights = weights / (1 - options.dare_drop)
-    return weights
+def client_terms(
+    learner: Learner, shards: list[np.ndarray], o: Federation, run: Run | None
+) -> dict[str, Term]:
+    """Return what is a client's own, by name, in the order in which it is entered."""
+    entries, terms = learner.entries, {}
+    store = functools.partial(client_store, learner, o, len(shards), run)
+    if o.terms.scaffold:
+        kept = store("scaffold", entries.theta.nbytes)
+        zeros = torch.zeros_like(entries.theta)
+        terms["scaffold"] = Scaffold(zeros, len(shards), entries.correct, **kept)
+    if o.terms.local_norm:
+        at = local_entries(learner)
+        kept = store("local_norm", len(at) * entries.theta.itemsize)
+        terms["local_norm"] = LocalNorm(entries.theta, at, len(shards), **kept)
+    if o.terms.fedir:
+        workspace = learner.workspace
+        labels = workspace.dataset.train.labels.numpy()
+        learner.class_weights = torch.ones(workspace.classes, device=entries.theta.device)
+
+        def weights(client: int) -> np.ndarray:
+            everywhere, here = labels[workspace.train_index], labels[shards[client]]
+            return importance_weights(everywhere, here, workspace.classes)
+
+        terms["fedir"] = FedIR(weights, learner.class_weights)
+    if o.terms.prox:
+        terms["prox"] = Prox(entries.pull_to)
+    return terms
 
 
-def shared_entries(learner: Learner, training: ClientTraining) -> Tensor:
-    """Return which entries of theta are parameters that clients share: (P,) bool."""
-    theta, masked = learner.entries.theta, learner.entries.index is not None
-    shared = torch.ones_like(theta, dtype=torch.bool) if masked else learner.flat.marked()
-    if training.local is not None:
-        shared[training.local.at] = False
-    return shared
+def local_entries(learner: Learner) -> Tensor:
+    """Return which entries belong to LayerNorm parameters: (S,) int64.
+
+    Raises:
+        ValueError: none of what trains does.
+    """
+    flat, entries = learner.flat, learner.entries
+    marked = flat.marked(name for name in flat.shapes if "norm" in name)
+    at = (marked if entries.index is None else marked[entries.index]).nonzero()[:, 0]
+    if not len(at):
+        raise ValueError("--local-norm keeps LayerNorm parameters local, and none of them trains")
+    return at
 
 
-def client_bytes(learner: Learner, training: ClientTraining) -> tuple[int, int]:
-    """Return the most that a client sends and what it receives in a round."""
-    sent = int(shared_entries(learner, training).sum())
-    up = sent * (8 if learner.options.secure_aggregation else 4)
-    variates = 4 * sent if training.scaffold else 0  # the change of c_k, and c
-    return up + variates, 4 * sent + variates
+# ---------------------------------------------------------------------------- what a method changes
+
+
+def method_of(learner: Learner, o: Federation, terms: dict[str, Term], clients: int) -> Method:
+    """Return what the run's federated method changes in a round."""
+    entries, flat, privacy = learner.entries, learner.flat, o.privacy
+    seed, masked = learner.workspace.source.seed, entries.index is not None
+    every = torch.ones_like(entries.theta, dtype=torch.bool) if masked else flat.marked()
+    shared, local = every.clone(), terms.get("local_norm")
+    if local is not None:
+        shared[local.at] = False
+    sent = Shared(shared, entries.size, seed)
+    method = methods.METHODS[o.aggregation.aggregate](o.aggregation, sent)
+    if "scaffold" in terms:
+        method = methods.with_variates(method, sent)
+    if privacy.dp_clip is not None:
+        std = privacy.dp_noise * privacy.dp_clip / (o.participation.fraction * clients)
+        where = None if masked else every
+        method = methods.private(method, clip=privacy.dp_clip, std=std, seed=seed, where=where)
+    if privacy.secure_aggregation:
+        method = methods.hidden(method, seed)
+    return method if local is None else method._replace(after_=local.average_into_)
+
+
+def watched(method: Method, diagnostics: Diagnostics, theta: Tensor) -> Method:
+    """Let diagnostics see the parts of the rounds in which figures are due."""
+
+    def combine(parts: Tensor, cohort: Cohort, round: int) -> Tensor:
+        if len(parts) == len(cohort.clients) and diagnostics.due(round):
+            diagnostics.watch(theta, parts, cohort.weights, cohort.clients)
+        return method.combine(parts, cohort, round)
+
+    def apart(round: int) -> bool:
+        return method.apart(round) or diagnostics.due(round)
+
+    return method._replace(combine=combine, apart=apart)
+
+
+# ---------------------------------------------------------------------------- memory
 
 
 def memory_room(learner: Learner) -> dict[torch.device, float]:
@@ -187,16 +241,22 @@ def memory_room(learner: Learner) -> dict[torch.device, float]:
     return dict(zip(places, lowest, strict=True))
 
 
-def check_apart(learner: Learner, sizes: list[int]) -> None:
+def check_apart(
+    learner: Learner,
+    o: Federation,
+    method: Method,
+    clients: int,
+    diagnostics: Diagnostics | None,
+) -> None:
     """Raise ValueError where a round's changes are kept apart and do not fit on the device."""
-    options, device = learner.options, learner.workspace.device
-    if options.aggregate not in APART and not options.diagnostics:
+    if not (method.apart(1) or diagnostics is not None):
         return
-    each = 16  # bytes of a change's entry and its copy
-    needed = each * len(learner.entries.theta) * max(1, round(options.fraction * len(sizes)))
-    room = memory_room(learner)[device]
+    each = 16  # bytes of a change and its copy
+    cohort_size = max(1, round(o.participation.fraction * clients))
+    needed = each * len(learner.entries.theta) * cohort_size
+    room = memory_room(learner)[learner.workspace.device]
     if room and needed > room:
-        option = "--diagnostics" if options.diagnostics else f"--aggregate {options.aggregate}"
+        option = f"--aggregate {o.aggregation.aggregate}" if method.apart(1) else "--diagnostics"
         raise ValueError(
             f"{option} keeps a round's changes apart and copies them, {needed / 1e9:,.1f} GB, and "
             f"there is room for {room / 1e9:,.1f} GB: a lower --fraction, or a mask (--mask-rule)"
@@ -204,16 +264,15 @@ def check_apart(learner: Learner, sizes: list[int]) -> None:
 
 
 def client_store(
-    learner: Learner, sizes: list[int], run: runs.Run | None, name: str, each: int
+    learner: Learner, o: Federation, clients: int, run: Run | None, name: str, each: int
 ) -> dict:
     """Return where a method's client states lie: on the device where they fit, else the host.
 
     Raises:
         ValueError: they fit on neither.
     """
-    options = learner.options
-    taking_part = max(1, round(options.fraction * len(sizes))) * options.rounds
-    needed = each * min(len(sizes), taking_part)
+    taking_part = max(1, round(o.participation.fraction * clients)) * o.rounds
+    needed = each * min(clients, taking_part)
     host, room = torch.device("cpu"), memory_room(learner)
     place = next((place for place in room if needed <= room[place]), None)
     if place is None and room[host]:  # a host that does not say is trusted
@@ -223,38 +282,14 @@ def client_store(
             "fewer --clients, or a mask (--mask-rule), whose entries alone are kept"
         )
     store = {"place": place or host}
-    if run is not None:
-        folder = run.folder / name
+    if run is None:
+        return store
 
-        def write(path: Path, vector: Tensor) -> None:
-            run.keep(f"{name}/{path.name}", vector)
+    def write(path: Path, vector: Tensor) -> None:
+        run.keep(f"{name}/{path.name}", vector)
 
-        def read(path: Path) -> Tensor:
-            return run.kept(f"{name}/{path.name}")
+    def read(path: Path) -> Tensor:
+        return run.kept(f"{name}/{path.name}")
 
-        store |= dict(folder=folder, write=write if run.writes else None, read=read)
-    return store
-
-
-def privacy_spent(options: argparse.Namespace, rounds: int) -> dict[str, float]:
-    """Return the epsilon of a run's first rounds; nothing where no noise was added."""
-    if not options.dp_noise:
-        return {}
-    spent = privacy.epsilon(options.dp_noise, options.fraction, rounds, options.dp_delta)
-    return {"epsilon": spent}
-
-
-def privacy_of_run(options: argparse.Namespace, rounds: int, mask: Mask | None) -> dict:
-    """Return what a summary says of privacy; {} of a run without."""
-    if options.dp_clip is None:
-        return {}
-    names = ("dp_noise", "dp_clip", "dp_delta")
-    told = {name: getattr(options, name) for name in names} | privacy_spent(options, rounds)
-    return {"privacy": told | {"not_covered": uncovered(options, mask)}}
-
-
-def uncovered(options: argparse.Namespace, mask: Mask | None) -> list[str]:
-    """Name what a run takes from the clients' data outside of its private rounds."""
-    found = [f"the {options.head} head fitted to their data"] * (options.head != "linear")
-    scored = mask is not None and masks.needs_scores(mask.made["mask_rule"])
-    return found + ["the mask calibrated on their data"] * scored
+    folder = run.folder / name
+    return store | {"folder": folder, "write": write if run.writes else None, "read": read}

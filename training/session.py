@@ -1,11 +1,7 @@
-"""One run from its options to its summary: folder, head, loop, search.
-
-`options` is the namespace of train.py's command line, its defaults resolved.
-"""
+"""One run from its options to its summary: folder, head, mask, learner, loop, curves."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import platform
@@ -13,182 +9,103 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
-import torch
 
-import centralized
-import data
-import event_files
-import fedavg
 import model as vit
-import plots
-import runs
-import safe_files
-from calibration import scoped_names
-from diagnostics import Diagnostics
-from federation import federate, privacy_of_run, privacy_spent, uncovered
-from learner import Evaluated, Learner
-from mask_file import given_mask
-from status import duration
-from workspace import Workspace, fingerprint
+from federated.client_states import ClientTerms
+from flat import Sgd
+from machine import runs, safe_files
+from machine.status import Status, duration
+from training.calibration import Masking, find_mask
+from training.features import Head, features, head_splits, set_fitted_head
+from training.learner import Learner, Training
+from training.mask_file import given_mask
 
-FREE = {
+if TYPE_CHECKING:
+    from training.workspace import Workspace
+
+FREE = {  # options that may change while a run goes on
     *("name", "runs_dir", "data_dir", "device", "threads"),
     *("cuda_graph", "eval_every", "eval_batch", "diagnostics", "tensorboard"),
-    "micro_batch",
-    "early_stop",  # a run that stops is the beginning of one that does not
+    *("micro_batch", "early_stop"),  # a run that stops is the beginning of one that does not
 }
-NOT_STORED = {"run", "defaults"}  # what a parsed command line holds beside options
 
 
-def train_federated(
-    workspace: Workspace, shards: list, options: argparse.Namespace, name: str
-) -> dict:
-    """Run one federated training in its folder; returns its summary."""
-    with workspace.group.first_then_others():
-        model = workspace.build_model()
-        run = open_run(workspace, model, options, name, shards)
-        if summary := finished_summary(run, "round", options.rounds, options.early_stop):
-            mirror(run, "round", options)([])
-            return summary
-        with run.opening():
-            learner = Learner(workspace, model, options, run.folder, shards)
-    with run.opening():
-        learner.keep_activations()
-        diagnostics = Diagnostics(learner, shards) if options.diagnostics else None
-        federation = federate(learner, shards, run, diagnostics)
-    opening = opening_bytes(learner, len(shards))
-    if options.dp_clip is not None and (left_out := uncovered(options, learner.mask)):
-        print(f"warning: epsilon covers the rounds, not {' and '.join(left_out)}", file=sys.stderr)
+class Running(NamedTuple):
+    """Run."""
 
-    def account() -> dict:
-        sent = communication(run.records(), learner.dense_size)
-        return sent | privacy_of_run(options, federation.round, learner.mask)
-
-    def measure() -> dict:
-        figures = diagnostics.measure() if diagnostics else {}
-        return figures | privacy_spent(options, federation.round)
-
-    opening |= privacy_spent(options, 0)
-    further = dict(account=account, measure=measure)
-    return drive_to_summary(run, federation, "round", options.rounds, learner, opening, **further)
+    name: Annotated[
+        str | None, "the run's folder below --runs-dir [made from the options]", "--name"
+    ] = None
+    runs_dir: Annotated[str, "where runs go", "path"] = "runs"
 
 
-def opening_bytes(learner: Learner, clients: int) -> dict[str, int]:
-    """Return what was sent before round 1: calibration, then the mask once to every client."""
-    if learner.mask is None:
-        return {}
-    made, broadcast = learner.mask.made, clients * learner.mask.bytes
-    return {"bytes_up": made["bytes_up"], "bytes_down": made["bytes_down"] + broadcast}
+class Watching(NamedTuple):
+    """What is watched while a run goes on."""
+
+    tensorboard: Annotated[
+        bool, "mirror the log into event files, in the run's folder tensorboard/"
+    ] = False
+    early_stop: Annotated[
+        int | None,
+        "stop after N evaluations (--eval-every) without a better validation accuracy, and keep "
+        "the best weights [never]",
+        ">= 1",
+        "N",
+    ] = None
 
 
-def communication(records: list[dict], dense_size: int) -> dict[str, float]:
-    """Add up what a run has sent, and compare it with sending every parameter both ways.
-
-    Args:
-        dense_size: parameters that would train without a mask.
-    """
-    up, down = (sum(r.get(key, 0) for r in records) for key in ("bytes_up", "bytes_down"))
-    messages = [2 * len(r.get("clients", ())) + len(r.get("dropped_out", ())) for r in records]
-    dense = 4 * dense_size * sum(messages)
-    return {"bytes_up": up, "bytes_down": down, "bytes_to_dense": (up + down) / max(1, dense)}
+# ---------------------------------------------------------------------------- the folder
 
 
-def train_centralized(workspace: Workspace, options: argparse.Namespace, name: str) -> dict:
-    """Run one centralised training in its folder; returns its summary."""
-    model = workspace.build_model()
-    run = open_run(workspace, model, options, name)
-    if summary := finished_summary(run, "epoch", options.epochs, options.early_stop):
-        mirror(run, "epoch", options)([])
-        return summary
-    with run.opening():
-        learner = Learner(workspace, model, options, run.folder, [workspace.train_index])
-    learner.keep_activations()
-    entries, scale, grad = learner.entries, learner.loss_scale, learner.flat.grad
-    backward = learner.graphed(learner.backward) or learner.backward
-    tensors = {"theta": entries.theta, "loss_scale": scale.state}
-    if entries.momentum is not None:
-        tensors["momentum"] = entries.momentum
-
-    def draw(epoch: int) -> torch.Tensor:
-        where = dict(seed=options.seed, epoch=epoch, keep=learner.kept)
-        draws = data.draw_epoch(workspace.train_index, options.batch_size, **where)
-        return draws.to(workspace.device)
-
-    def train_batch(draws: torch.Tensor, at: float) -> torch.Tensor:
-        schedule = dict(total=options.epochs, lr=options.lr, warmup=options.warmup)
-        lr = centralized.learning_rate(options.schedule, at, **schedule)
-
-        def attempt(loss_scale: float) -> torch.Tensor:
-            return backward(draws=draws, loss_scale=loss_scale)
-
-        def overflowed() -> bool:
-            return not torch.isfinite(grad).all().item()
-
-        loss, used = scale.attempt(attempt, overflowed)
-        entries.step(lr, first=at == 0, loss_scale=used)
-        entries.gather()
-        scale.next_round()
-        return loss
-
-    every = options.eval_every
-    process = centralized.Centralized(draw, train_batch, tensors, entries.scatter, every)
-    return drive_to_summary(run, process, "epoch", options.epochs, learner)
-
-
-def default_name(options: argparse.Namespace) -> str:
+def default_name(command: str, stored: dict, defaults: dict, sharding: str | None) -> str:
     """Name a run after what it does, with a short hash of what it does not leave at its default.
 
     A later version's further options then change no name.
+
+    Args:
+        stored: the values of all options, by name.
+        defaults: the same of a command line without any.
+        sharding: iid, nc5 or dir0.3; None of a run without clients.
     """
-    parts = [
-        options.command,
-        options.data,
-        sharding_name(options) if "clients" in options else None,
-    ]
-    parts += [f"J{options.J}" if "J" in options else None, f"seed{options.seed}"]
-    declared = options.defaults[options.command]
-    told = {k: v for k, v in defining(options).items() if k not in declared or v != declared[k]}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    parts = [command, stored["data"], sharding]
+    parts += [f"J{stored['J']}" if "J" in stored else None, f"seed{stored['seed']}"]
+    changed = {k: v for k, v in defining(stored).items() if k not in defaults or v != defaults[k]}
+    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
     return "-".join(p for p in [*parts, digest[:6]] if p)
 
 
-def sharding_name(options: argparse.Namespace) -> str:
-    """Return iid, nc5 or dir0.3."""
-    if options.nc is not None:
-        return f"nc{options.nc}"
-    return f"dir{options.dirichlet:g}" if options.dirichlet is not None else "iid"
-
-
-def defining(options: argparse.Namespace) -> dict:
+def defining(stored: dict) -> dict:
     """Return the options that define an experiment; a constant schedule can be extended."""
-    constant = getattr(options, "schedule", "constant") == "constant"
-    extendable = {"rounds", "epochs"} if constant else set()
-    free = FREE | extendable | NOT_STORED
-    return {name: value for name, value in sorted(vars(options).items()) if name not in free}
+    constant = stored.get("schedule", "constant") == "constant"
+    free = FREE | ({"rounds", "epochs"} if constant else set())
+    return {name: value for name, value in sorted(stored.items()) if name not in free}
 
 
 def open_run(
     workspace: Workspace,
     model: vit.VisionTransformer,
-    options: argparse.Namespace,
     name: str,
+    stored: dict,
     shards: list[np.ndarray] | None = None,
 ) -> runs.Run:
     """Open the run's folder; one made by other options, splits or weights is refused."""
-    folder = safe_files.folder_below(options.runs_dir, name)
-    run = runs.Run(folder, writes=workspace.group.rank == 0)
-    if getattr(options, "mask_rule", None) is not None:
-        scoped_names(model, options.mask_scope)  # refuses before anything is written
+    run = runs.Run(
+        safe_files.folder_below(stored["runs_dir"], name), writes=workspace.group.rank == 0
+    )
+    if stored.get("mask_rule") is not None:
+        vit.scoped_names(model, stored["mask_scope"])  # refuses before anything is written
+    if stored.get("head_images") is not None:
+        head_splits(workspace, stored["head_images"])
     split = hashlib.sha256(b"".join(x.tobytes() for x in [workspace.val_index, *(shards or [])]))
-    made_from = {"split_sha256": split.hexdigest(), "weights_sha256": fingerprint(model)}
-    if getattr(options, "mask", None) is not None:
-        mask = given_mask(options, model, run.folder / "mask.pt")
+    made_from = {"split_sha256": split.hexdigest(), "weights_sha256": vit.fingerprint(model)}
+    if stored.get("mask") is not None:
+        mask = given_mask(stored["mask"], model, run.folder / "mask.pt")
         made_from["mask_sha256"] = mask.sha256
         if mask.made["weights_sha256"] != made_from["weights_sha256"]:
-            print(f"warning: --mask {options.mask} was made for other weights", file=sys.stderr)
-    stored = {k: v for k, v in vars(options).items() if k not in NOT_STORED} | made_from
+            print(f"warning: --mask {stored['mask']} was made for other weights", file=sys.stderr)
     extra = {
         "environment": workspace.environment(),
         "python": platform.python_version(),
@@ -197,23 +114,19 @@ def open_run(
     if shards:
         sizes = [len(shard) for shard in shards]
         extra["shards"] = {"clients": len(sizes), "smallest": min(sizes), "largest": max(sizes)}
-    run.open(stored, extra, free=set(stored) - {*defining(options), *made_from})
-    path = run.folder / "shards.npz"
-    if shards and run.writes and not path.exists():  # a record for others: no run reads it
+    run.open(stored | made_from, extra, free=set(stored) - set(defining(stored)))
+    if shards and run.writes and not (run.folder / "shards.npz").exists():
         ends = np.cumsum([len(shard) for shard in shards])
-        arrays = dict(validation=workspace.val_index, clients=np.concatenate(shards), ends=ends)
-        save_arrays(path, arrays)
+        clients = np.concatenate(shards)
+
+        def write(aside: Path) -> None:
+            with open(aside, "wb") as file:
+                np.savez_compressed(
+                    file, validation=workspace.val_index, clients=clients, ends=ends
+                )
+
+        safe_files.write_atomically(run.folder / "shards.npz", write)
     return run
-
-
-def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """np.savez_compressed to exactly this path, atomically."""
-
-    def write(aside: Path) -> None:
-        with open(aside, "wb") as file:
-            np.savez_compressed(file, **arrays)
-
-    safe_files.write_atomically(path, write)
 
 
 def git_commit() -> str | None:
@@ -240,29 +153,119 @@ def finished_summary(
     return summary
 
 
-def mirror(
-    run: runs.Run, unit: str, options: argparse.Namespace
-) -> Callable[[Sequence[dict]], None]:
-    """Return what adds records to --tensorboard's event files, after those of the log."""
-    if not (options.tensorboard and run.writes):
-        return lambda records: None
-    return event_files.EventFiles(run.folder, unit, run.records).add
+# ---------------------------------------------------------------------------- what trains
 
 
-def headline(summary: dict) -> str:
-    """Return the final figures in one line."""
-    final = summary.get("final", {})
-    named = (("validation", "val_acc"), ("test", "test_acc"))
-    shown = [f"{label} accuracy {100 * final[key]:.2f} %" for label, key in named if key in final]
-    return ", ".join(shown)
-
-
-def drive_to_summary(
+def prepare(
+    workspace: Workspace,
+    model: vit.VisionTransformer,
     run: runs.Run,
-    process: fedavg.FedAvg | centralized.Centralized,
+    shards: list[np.ndarray],
+    training: Training,
+    sgd: Sgd,
+    head: Head,
+    masking: Masking,
+    mask_file: str | None = None,
+    terms: ClientTerms = ClientTerms(),  # noqa: B008  (immutable)
+) -> Learner:
+    """Return the learner of a run as it began: its head fitted, its mask found or made.
+
+    Args:
+        shards: whose data a mask is calibrated on.
+        mask_file: of --mask.
+    """
+    if head.head != "linear":
+        set_fitted_head(workspace, model, head.head, head.head_images, run)
+    start = None
+    if not run.saved() and training.train != "head" and fitted_to_all(head):
+        start = {part: features(workspace, model, part) for part in workspace.sets}
+    learner = Learner(
+        workspace,
+        model,
+        training,
+        sgd,
+        freeze_head=head.freeze_head,
+        mask=find_mask(workspace, model, mask_file, masking, shards, run),
+        prox=terms.prox,
+        corrected=terms.scaffold,
+    )
+    learner.start = start  # of the untrained backbone, for the first evaluation
+    return learner
+
+
+def fitted_to_all(head: Head) -> bool:
+    """Tell whether a head is fitted to the features of all images, which are there then."""
+    return head.head != "linear" and head.head_images is None
+
+
+# ---------------------------------------------------------------------------- while it goes on
+
+
+def evaluation_due(at: float, every: float, total: int) -> bool:
+    """Tell whether an evaluation follows a record at round or epoch `at`.
+
+    Within an epoch there are records only where one is due.
+    """
+    return every < 1 or at % every == 0 or at >= total
+
+
+class Evaluated:
+    """Completes the records of a loop: evaluation every so often, and a word to whoever watches.
+
+    Args:
+        evaluate: returns val_* and test_* of the model as it is.
+        opening: figures of the first record, which stands for the start.
+        measure: returns further figures of later records that have an evaluation.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[], dict],
+        unit: str,
+        total: int,
+        every: float,
+        opening: dict,
+        measure: Callable[[], dict] = dict,
+    ):
+        self.evaluate, self.unit, self.total, self.every = evaluate, unit, total, every
+        self.opening, self.measure = opening, measure
+        self.status, self.note = None, ""
+
+    def __call__(self, record: dict) -> None:
+        """Evaluate where it is due, adding val_* and test_* to the record; show progress."""
+        at = record[self.unit]
+        if at:
+            self.status = self.status or Status(self.unit, self.total, at)
+            self.status.show(at, self.note)
+        else:
+            record |= self.opening
+        if evaluation_due(at, self.every, self.total):
+            record |= self.evaluate()
+            record |= self.measure() if at else {}
+            figures = ", ".join(
+                f"{label} {100 * record[key]:.2f} %"
+                for label, key in (("validation", "val_acc"), ("test", "test_acc"))
+                if key in record
+            )
+            loss = f"train loss {record['train_loss']:.4f}, " if "train_loss" in record else ""
+            figures += f", epsilon {record['epsilon']:.4g}" if "epsilon" in record else ""
+            self.note = figures
+            if self.status:
+                self.status.close()
+            print(f"{self.unit} {at}/{self.total}: {loss}{figures}", flush=True)
+
+
+def drive(
+    run: runs.Run,
+    process: Any,
     unit: str,
     total: int,
     learner: Learner,
+    every: float,
+    watching: Watching,
+    *,
+    draw_curves: Callable[[dict[str, Sequence[dict]], Path], None],
+    theta: Callable[[], Any],
     opening: dict | None = None,
     account: Callable[[], dict] = dict,
     measure: Callable[[], dict] = dict,
@@ -270,24 +273,39 @@ def drive_to_summary(
     """Drive the process to `total` rounds or epochs, then write summary and curves.
 
     Args:
+        process: as machine.runs.drive takes it.
+        every: units between evaluations.
+        theta: returns the weights (P,) that are evaluated.
+        draw_curves: (label -> records, path), draws a log.
         opening: what the log's first record says beside its evaluation.
         account: returns further figures of the summary, when the log is complete.
         measure: returns further figures of each evaluation but the first.
     """
     print(f"{run.folder}: {learner.entries.size:,} parameters train on {learner.workspace.device}")
-    every = learner.options.eval_every
-    evaluated = Evaluated(learner, unit, total, every, opening or {}, measure)
-    watch = mirror(run, unit, learner.options)
+
+    def evaluate() -> dict:
+        learner.entries.load(theta())
+        return learner.evaluate()
+
+    evaluated = Evaluated(evaluate, unit, total, every, opening or {}, measure)
+    watch = mirror(run, unit, watching)
 
     def complete(record: dict) -> None:
         evaluated(record)
         watch([record])
 
-    watching = dict(complete=complete, environment=learner.workspace.environment())
-    patience = learner.options.early_stop
-    watching |= dict(patience=patience, weights=lambda: learner.entries.theta)
     try:
-        wall = runs.drive(run, process, unit, total, **watching, gather=learner.group.gather)
+        wall = runs.drive(
+            run,
+            process,
+            unit,
+            total,
+            complete=complete,
+            environment=learner.environment(),
+            patience=watching.early_stop,
+            weights=theta,
+            gather=learner.group.gather,
+        )
     except runs.Interrupted as stop:
         print(
             f"{stop}: saved at {unit} {getattr(process, unit)}; the same command goes on from there"
@@ -295,19 +313,26 @@ def drive_to_summary(
         raise
     figures = {unit: (reached := getattr(process, unit)), "wall_seconds": wall}
     if reached < total:
-        figures["stopped_early"] = patience
-        print(f"stopped early: {patience} evaluations without a better validation accuracy")
-    summary = conclude(run, figures, account) if run.writes else None
+        figures["stopped_early"] = watching.early_stop
+        print(
+            f"stopped early: {watching.early_stop} evaluations without a better validation accuracy"
+        )
+    summary = conclude(run, figures, account, draw_curves) if run.writes else None
     summary = learner.group.gather(summary)[0]
     print(f"{unit} {reached} reached in {duration(wall)}. {headline(summary)}. See {run.folder}")
     return summary
 
 
-def conclude(run: runs.Run, figures: dict, account: Callable[[], dict]) -> dict:
+def conclude(
+    run: runs.Run,
+    figures: dict,
+    account: Callable[[], dict],
+    draw_curves: Callable[[dict[str, Sequence[dict]], Path], None],
+) -> dict:
     """Write a complete run's curves, and at last its summary, by which it counts as finished."""
     sent = account()
     try:
-        plots.plot_curves({run.folder.name: run.records()}, run.folder / "curves.png")
+        draw_curves({run.folder.name: run.records()}, run.folder / "curves.png")
     except ValueError as error:
         print(f"no curves.png: {error}", file=sys.stderr)
     summary = run.summarise(**figures, **sent)
@@ -321,3 +346,65 @@ def conclude(run: runs.Run, figures: dict, account: Callable[[], dict]) -> dict:
             f"{sent['bytes_to_dense']:.4f} of dense FedAvg"
         )
     return summary
+
+
+def headline(summary: dict) -> str:
+    """Return the final figures in one line."""
+    final = summary.get("final", {})
+    named = (("validation", "val_acc"), ("test", "test_acc"))
+    shown = [f"{label} accuracy {100 * final[key]:.2f} %" for label, key in named if key in final]
+    return ", ".join(shown)
+
+
+# ---------------------------------------------------------------------------- TensorBoard
+
+
+def mirror(run: runs.Run, unit: str, watching: Watching) -> Callable[[Sequence[dict]], None]:
+    """Return what adds records to --tensorboard's event files, after those of the log."""
+    if not (watching.tensorboard and run.writes):
+        return lambda records: None
+    return EventFiles(run.folder, unit, run.records).add
+
+
+def check_tensorboard() -> None:
+    """Raise ValueError, with what to install, where TensorBoard's package is missing."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        raise ValueError("--tensorboard needs tensorboard: pip install tensorboard") from None
+
+
+class EventFiles:
+    """TensorBoard's event files as a mirror of a log: <run>/tensorboard/events.*
+
+    A step is a whole number: records within an epoch are counted, and say their epoch as a scalar.
+    What is there is replaced when the first record comes, so that no point appears twice.
+
+    Args:
+        folder: the run's.
+        unit: round or epoch, which every record but a note holds.
+        earlier: returns the records that the log holds already.
+    """
+
+    def __init__(self, folder: Path, unit: str, earlier: Callable[[], list[dict]]):
+        self.folder, self.unit, self.earlier = folder / "tensorboard", unit, earlier
+        self.writer, self.step = None, 0
+
+    def add(self, records: Sequence[dict]) -> None:
+        """Write what these records say, after all that the log said before them."""
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            records = [*self.earlier(), *records]
+            for old in self.folder.glob("events.*"):
+                old.unlink()
+            # a viewer that has the old files open forgets what they said from step 0 on
+            self.writer = SummaryWriter(str(self.folder), purge_step=0)
+        for record in records:
+            if self.unit not in record:  # a note
+                continue
+            for name, value in record.items():
+                if isinstance(value, (int, float)) and (name, value) != (self.unit, self.step):
+                    self.writer.add_scalar(name, value, self.step)
+            self.step += 1
+        self.writer.flush()

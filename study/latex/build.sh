@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make report/build/report.pdf from the logs of one scale's runs: build.sh [paper|cpu|smoke]
+# Make study/latex/build/report.pdf from the logs of one scale's runs: build.sh [paper|cpu|smoke]
 #
 # Needs LaTeX; on Debian and Ubuntu: apt-get install texlive-latex-recommended texlive-publishers \
 #     texlive-fonts-recommended latexmk
@@ -15,7 +15,7 @@ if ! command -v pdflatex >/dev/null || ! command -v latexmk >/dev/null; then
         "texlive-publishers texlive-fonts-recommended latexmk" >&2
     exit 2
 fi
-(cd .. && $python train.py report --scale "$scale" --results "${RESULTS:-results}")
+(cd ../.. && $python train.py report --scale "$scale" --results "${RESULTS:-results}")
 $python check.py text ./*.tex
 mkdir -p build
 export max_print_line=1000 # LaTeX breaks no message
@@ -25,4 +25,4 @@ latexmk -pdf -outdir=build -interaction=nonstopmode -halt-on-error -file-line-er
     exit 1
 }
 $python check.py log build/report.log
-echo "report/build/report.pdf"
+echo "study/latex/build/report.pdf"

@@ -38,10 +38,10 @@ COMMANDS = (
 
 def name_of(command: str) -> str:
     """Return the folder that a command's run goes into."""
-    import train
-    from session import default_name
+    from commands.options import parse
+    from train import COMMANDS
 
-    return default_name(train.resolve(train.build_parser().parse_args(command.split())))
+    return parse(command.split(), COMMANDS).name
 
 
 @pytest.mark.parametrize("command", COMMANDS)

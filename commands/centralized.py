@@ -1,0 +1,91 @@
+"""train.py centralized: the baseline, SGD on all training data."""
+
+from __future__ import annotations
+
+import torch
+
+import data
+from centralized import Centralized
+from commands.options import GROUPS, Line
+from commands.search import search_then_train
+from study.plots import plot_curves
+from training import session
+from training.learner import Learner
+from training.workspace import Workspace
+
+OPTIONS = GROUPS["centralized"]
+
+
+def run(line: Line) -> None:
+    """Train on all training data; with --search choose learning rate and weight decay first."""
+    o = line.groups
+    workspace = Workspace(o.source, o.machine, o.backbone)
+    search_then_train(line, workspace.group, lambda line, name: train(workspace, line, name))
+
+
+def train(workspace: Workspace, line: Line, name: str) -> dict:
+    """Run one centralised training in its folder; returns its summary."""
+    o, epochs = line.groups, line.groups.epochs.epochs
+    model = workspace.build_model()
+    folder = session.open_run(workspace, model, name, line.stored)
+    if summary := session.finished_summary(folder, "epoch", epochs, o.watching.early_stop):
+        session.mirror(folder, "epoch", o.watching)([])
+        return summary
+    with folder.opening():
+        learner = session.prepare(
+            workspace,
+            model,
+            folder,
+            [workspace.train_index],
+            o.training,
+            o.sgd,
+            o.head,
+            o.masking,
+            o.given_mask.mask,
+        )
+        learner.keep_activations()
+        process = loop(learner, line)
+    return session.drive(
+        folder,
+        process,
+        "epoch",
+        epochs,
+        learner,
+        o.epochs.eval_every,
+        o.watching,
+        draw_curves=plot_curves,
+        theta=lambda: learner.entries.theta,
+    )
+
+
+def loop(learner: Learner, line: Line) -> Centralized:
+    """Return the loop of epochs over a learner's entries."""
+    o, workspace = line.groups, learner.workspace
+    entries, scale, grad = learner.entries, learner.loss_scale, learner.flat.grad
+    backward = learner.graphed(learner.backward, o.graph.cuda_graph) or learner.backward
+    tensors = {"theta": entries.theta, "loss_scale": scale.state}
+    if entries.momentum is not None:
+        tensors["momentum"] = entries.momentum
+
+    def draw(epoch: int) -> torch.Tensor:
+        seed, batch_size = o.source.seed, o.epochs.batch_size
+        index, keep = workspace.train_index, learner.seen_patches
+        draws = data.draw_epoch(index, batch_size, seed=seed, epoch=epoch, keep=keep)
+        return draws.to(workspace.device)
+
+    def train_batch(draws: torch.Tensor, at: float) -> torch.Tensor:
+        lr = o.schedule.at(at, total=o.epochs.epochs, lr=o.sgd.lr)
+
+        def attempt(loss_scale: float) -> torch.Tensor:
+            return backward(draws=draws, loss_scale=loss_scale)
+
+        def overflowed() -> bool:
+            return not torch.isfinite(grad).all().item()
+
+        loss, used = scale.attempt(attempt, overflowed)
+        entries.step(lr, first=at == 0, grad_scale=used)
+        entries.gather()
+        scale.next_round()
+        return loss
+
+    return Centralized(draw, train_batch, tensors, entries.scatter, o.epochs.eval_every)

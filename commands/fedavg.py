@@ -1,0 +1,145 @@
+"""train.py fedavg: train by FedAvg, in rounds of clients' local steps."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+
+import masks
+from commands.options import GROUPS, Line, federation
+from commands.search import search_then_train
+from federated.privacy import Privacy, epsilon
+from machine.ranks import launched_group
+from study.plots import plot_curves
+from training import session
+from training.diagnostics import Diagnostics
+from training.learner import Learner
+from training.mask_file import Mask
+from training.rounds import federate
+from training.workspace import Workspace
+
+OPTIONS = GROUPS["fedavg"]
+
+
+def run(line: Line) -> None:
+    """Train by FedAvg; with --search choose learning rate and weight decay first.
+
+    torchrun --nproc-per-node=N train.py fedavg ... spreads the clients over N processes, to the
+    same bits at the same --threads; several nodes need a common file system.
+    """
+    o = line.groups
+    with launched_group() as group:
+        workspace = Workspace(o.source, o.machine, o.backbone, group)
+        with group.first_then_others():
+            shards = workspace.shards(o.sharding)
+        search_then_train(line, group, lambda line, name: train(workspace, shards, line, name))
+
+
+def train(workspace: Workspace, shards: list[np.ndarray], line: Line, name: str) -> dict:
+    """Run one federated training in its folder; returns its summary."""
+    o, rounds = line.groups, line.groups.rounds.rounds
+    with workspace.group.first_then_others():
+        model = workspace.build_model()
+        folder = session.open_run(workspace, model, name, line.stored, shards)
+        patience = o.watching.early_stop
+        if summary := session.finished_summary(folder, "round", rounds, patience):
+            session.mirror(folder, "round", o.watching)([])
+            return summary
+        with folder.opening():
+            learner = session.prepare(
+                workspace,
+                model,
+                folder,
+                shards,
+                o.training,
+                o.sgd,
+                o.head,
+                o.masking,
+                o.given_mask.mask,
+                o.client_terms,
+            )
+    with folder.opening():
+        learner.keep_activations()
+        diagnostics = watching(learner, shards, o)
+        process = federate(learner, shards, federation(o), folder, diagnostics)
+    if o.privacy.dp_clip is not None and (left_out := uncovered(o, learner.mask)):
+        print(f"warning: epsilon covers the rounds, not {' and '.join(left_out)}", file=sys.stderr)
+
+    def account() -> dict:
+        sent = communication(folder.records(), learner.dense_size)
+        return sent | privacy_of_run(o, process.round, learner.mask)
+
+    def measure() -> dict:
+        figures = diagnostics.measure() if diagnostics else {}
+        return figures | privacy_spent(o, process.round)
+
+    return session.drive(
+        folder,
+        process,
+        "round",
+        rounds,
+        learner,
+        o.rounds.eval_every,
+        o.watching,
+        draw_curves=plot_curves,
+        theta=lambda: process.theta,
+        opening=opening_bytes(learner, len(shards)) | privacy_spent(o, 0),
+        account=account,
+        measure=measure,
+    )
+
+
+def watching(learner: Learner, shards: list[np.ndarray], o: SimpleNamespace) -> Diagnostics | None:
+    """Return the figures of --diagnostics, due with every evaluation."""
+    if not o.diagnosing.diagnostics:
+        return None
+    total, every = o.rounds
+    return Diagnostics(learner, shards, lambda t: session.evaluation_due(t, every, total))
+
+
+# ---------------------------------------------------------------------------- accounts
+
+
+def opening_bytes(learner: Learner, clients: int) -> dict[str, int]:
+    """Return what was sent before round 1: calibration, then the mask once to every client."""
+    if learner.mask is None:
+        return {}
+    made, broadcast = learner.mask.made, clients * learner.mask.bytes
+    return {"bytes_up": made["bytes_up"], "bytes_down": made["bytes_down"] + broadcast}
+
+
+def communication(records: list[dict], dense_size: int) -> dict[str, float]:
+    """Add up what a run has sent, and compare it with sending every parameter both ways.
+
+    Args:
+        dense_size: parameters that would train without a mask.
+    """
+    up, down = (sum(r.get(key, 0) for r in records) for key in ("bytes_up", "bytes_down"))
+    messages = [2 * len(r.get("clients", ())) + len(r.get("dropped_out", ())) for r in records]
+    dense = 4 * dense_size * sum(messages)
+    return {"bytes_up": up, "bytes_down": down, "bytes_to_dense": (up + down) / max(1, dense)}
+
+
+def privacy_spent(o: SimpleNamespace, rounds: int) -> dict[str, float]:
+    """Return the epsilon of a run's first rounds; nothing where no noise was added."""
+    noise, delta = o.privacy.dp_noise, o.privacy.dp_delta
+    return {"epsilon": epsilon(noise, o.participation.fraction, rounds, delta)} if noise else {}
+
+
+def privacy_of_run(o: SimpleNamespace, rounds: int, mask: Mask | None) -> dict:
+    """Return what a summary says of privacy; {} of a run without."""
+    privacy: Privacy = o.privacy
+    if privacy.dp_clip is None:
+        return {}
+    settings = {name: getattr(privacy, name) for name in ("dp_noise", "dp_clip", "dp_delta")}
+    spent = privacy_spent(o, rounds)
+    return {"privacy": settings | spent | {"not_covered": uncovered(o, mask)}}
+
+
+def uncovered(o: SimpleNamespace, mask: Mask | None) -> list[str]:
+    """Name what a run takes from the clients' data outside of its private rounds."""
+    fitted = [f"the {o.head.head} head fitted to their data"] * (o.head.head != "linear")
+    scored = mask is not None and masks.needs_scores(mask.made["mask_rule"])
+    return fitted + ["the mask calibrated on their data"] * scored

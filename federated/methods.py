@@ -1,0 +1,153 @@
+"""Federated methods: a function each that says what it changes in a round, and one table of them.
+
+    METHODS["ties"](Aggregation("ties"), Shared(entries, size=1000, seed=0))    -> fedavg.Method
+
+A further method is a function here and a line of METHODS; --aggregate then offers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, NamedTuple
+
+import torch
+from torch import Tensor
+
+import editing
+from fedavg import FIXED_POINT, Cohort, Method
+from federated.privacy import add_noise_, clip_factor, conceal_
+
+
+class Aggregation(NamedTuple):
+    """How clients' changes become one."""
+
+    aggregate: Annotated[
+        str,
+        "how clients' changes become one; fednova: per unit of local work; ties, dare, sign: "
+        "merging rules of model editing",
+        METHODS,
+    ] = "mean"
+    ties_keep: Annotated[
+        float | None,
+        "ties: share of its entries that each change keeps, the largest [0.2]",
+        "0 < x <= 1",
+        "SHARE",
+    ] = None
+    dare_drop: Annotated[
+        float | None,
+        "dare: probability that an entry of a change is dropped, below 1 [0.9]",
+        ">= 0",
+        "P",
+    ] = None
+
+
+class Shared(NamedTuple):
+    """What clients have in common: what they send of theta (P,)."""
+
+    entries: Tensor  # (P,) bool: sent and received; padding and local entries are not
+    size: int  # entries of P that are not padding
+    seed: int
+
+    @property
+    def bytes(self) -> int:
+        """What sending the entries costs, in fp32."""
+        return 4 * int(self.entries.sum())
+
+
+def mean(o: Aggregation, shared: Shared) -> Method:
+    """McMahan 2017: the mean by the cohort's weights, fp32 both ways."""
+    return Method(bytes_up=shared.bytes, bytes_down=shared.bytes)
+
+
+def ties(o: Aggregation, shared: Shared) -> Method:
+    """Yadav 2023: trim, elect a sign per entry, average what agrees."""
+
+    def combine(parts: Tensor, cohort: Cohort, round: int) -> Tensor:
+        return editing.ties(parts, cohort.weights, keep=o.ties_keep, size=shared.size)
+
+    return mean(o, shared)._replace(apart=lambda round: True, combine=combine)
+
+
+def sign(o: Aggregation, shared: Shared) -> Method:
+    """Average what has the elected sign, at the norm of the mean."""
+
+    def combine(parts: Tensor, cohort: Cohort, round: int) -> Tensor:
+        return editing.sign_elected(parts, cohort.weights)
+
+    return mean(o, shared)._replace(apart=lambda round: True, combine=combine)
+
+
+def dare(o: Aggregation, shared: Shared) -> Method:
+    """Yu 2024: drop entries at random, divide the others by the share that stays.
+
+    What is dropped is not sent either: the server knows the seed of the pattern.
+    """
+    plain = mean(o, shared)
+
+    def send_(part: Tensor, client: int, cohort: Cohort, round: int) -> int:
+        stays = editing.drop_(part, o.dare_drop, seed=shared.seed, round=round, client=client)
+        return plain.bytes_up - 4 * int((shared.entries & ~stays).sum())
+
+    return plain._replace(factor=lambda theta_k, theta: 1 / (1 - o.dare_drop), send_=send_)
+
+
+METHODS: dict[str, Callable[[Aggregation, Shared], Method]] = {
+    "mean": mean,
+    "fednova": mean,  # in the cohort's weights (cohort.normalised_averaging)
+    "ties": ties,
+    "dare": dare,
+    "sign": sign,
+}
+
+
+def compares_clients(aggregate: str) -> bool:
+    """Tell whether a method needs the clients' changes one by one."""
+    nothing = Shared(torch.zeros(0, dtype=torch.bool), 0, 0)
+    return METHODS[aggregate](Aggregation(aggregate), nothing).apart(1)
+
+
+# ---------------------------------------------------------------------------- around a method
+
+
+def with_variates(method: Method, shared: Shared) -> Method:
+    """Send SCAFFOLD's variates along: the change of c_k up, c down."""
+    up, down = (count + shared.bytes for count in (method.bytes_up, method.bytes_down))
+    return method._replace(bytes_up=up, bytes_down=down)
+
+
+def hidden(method: Method, seed: int) -> Method:
+    """Bonawitz 2017: send 64 bits an entry, under pairwise masks that cancel in the sum.
+
+    Hidden contributions have no zeros, so that all of them is sent.
+    """
+
+    def send_(part: Tensor, client: int, cohort: Cohort, round: int) -> int:
+        if method.send_ is not None:
+            method.send_(part, client, cohort, round)
+        conceal_(part, client, cohort.clients, round, seed=seed)
+        return 2 * method.bytes_up
+
+    return method._replace(send_=send_, bytes_up=2 * method.bytes_up)
+
+
+def private(
+    method: Method, *, clip: float, std: float, seed: int, where: Tensor | None = None
+) -> Method:
+    """McMahan 2018: clip each client's change, add noise to what they come to.
+
+    Args:
+        clip: S, the largest norm of a change.
+        std: of the noise in each entry of the combined change.
+        where: (P,) bool, the entries that get noise; None: all.
+    """
+
+    def combine(parts: Tensor, cohort: Cohort, round: int) -> Tensor:
+        total = method.combine(parts, cohort, round)
+        if std:
+            add_noise_(total, std, unit=1 / FIXED_POINT, seed=seed, round=round, where=where)
+        return total
+
+    return method._replace(
+        factor=partial(clip_factor, bound=clip), combine=combine, steps_empty=True
+    )
