@@ -75,17 +75,17 @@ def cli(small_data, capsys):
 @pytest.fixture
 def learners(monkeypatch):
     """The learners of the runs that a test makes, as the runs leave them."""
-    import session
+    from training import session
 
-    made = []
+    recorded = []
 
     class Recorded(session.Learner):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            made.append(self)
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings)
+            recorded.append(self)
 
     monkeypatch.setattr(session, "Learner", Recorded)
-    return made
+    return recorded
 
 
 def assert_frozen_stayed(learner) -> None:
@@ -103,11 +103,11 @@ class Threads:
 
     def __init__(self, size):
         self.size, self.values, self.barrier = size, [None] * size, threading.Barrier(size)
-        self.own = threading.local()
+        self.local = threading.local()
 
     @property
     def rank(self):
-        return self.own.rank
+        return self.local.rank
 
     def gather(self, value):
         self.values[self.rank] = value
@@ -125,7 +125,7 @@ def in_threads(size, work):
     group, results = Threads(size), {}
 
     def run(rank):
-        group.own.rank = rank
+        group.local.rank = rank
         results[rank] = work(group)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
