@@ -145,8 +145,8 @@ class Centralized:
     def _checked_losses(self) -> list[float]:
         """Bring the losses to the CPU, in one transfer, and refuse those of a divergence."""
         fresh = [loss for loss in self.losses if isinstance(loss, Tensor)]
-        known = self.losses[: len(self.losses) - len(fresh)]
-        self.losses = known + (torch.stack(fresh).tolist() if fresh else [])
+        earlier = self.losses[: len(self.losses) - len(fresh)]
+        self.losses = earlier + (torch.stack(fresh).tolist() if fresh else [])
         for step, loss in enumerate(self.losses, self.step - len(self.losses) + 1):
             if not math.isfinite(loss):
                 raise Diverged(

@@ -46,8 +46,8 @@ class Dataset(NamedTuple):
     train: ImageSet
     test: ImageSet
     classes: list[str]
-    superclasses: list[str]
-    superclass_of: list[int]
+    superclasses: list[str] = []
+    superclass_of: list[int] = []
 
 
 def random(seed: int, purpose: str, *counters: int) -> np.random.Generator:
@@ -421,13 +421,13 @@ def draw_batches(
     generator = random(seed, "local batches", round, client)
     count = batch_size * steps
     epochs = [generator.permutation(shard) for _ in range(math.ceil(count / len(shard)))]
-    kept, patches = keep
-    draws = np.empty((count, 4 + kept), np.int64)
+    seen, patches = keep
+    draws = np.empty((count, 4 + seen), np.int64)
     draws[:, 0] = np.concatenate(epochs)[:count]
     draws[:, 1:3] = generator.integers(0, 2 * PADDING + 1, (count, 2))
     draws[:, 3] = generator.integers(0, 2, count)
-    if kept:
-        chosen = generator.random((count, patches)).argsort(axis=1)[:, :kept]
+    if seen:
+        chosen = generator.random((count, patches)).argsort(axis=1)[:, :seen]
         draws[:, 4:] = np.sort(chosen, axis=1)
     return torch.from_numpy(draws).view(steps, batch_size, -1)
 

@@ -155,10 +155,10 @@ def drop_(vector: Tensor, drop: float, *, seed: int = 0, round: int = 0, client:
     """
     key = [seed, zlib.crc32(b"dare")]
     generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, round, client]))
-    kept = torch.from_numpy(generator.random(len(vector), dtype=np.float32) >= drop)
-    kept = kept.to(vector.device)
-    vector.masked_fill_(~kept, 0)
-    return kept
+    stays = torch.from_numpy(generator.random(len(vector), dtype=np.float32) >= drop)
+    stays = stays.to(vector.device)
+    vector.masked_fill_(~stays, 0)
+    return stays
 
 
 def dare(vector: Tensor, drop: float, *, seed: int = 0, round: int = 0, client: int = 0) -> Tensor:
@@ -311,7 +311,7 @@ def disentanglement_error(
         inputs: of each task.
     """
     together, total = add_task_vectors(theta, vectors), 0.0
-    for vector, own in zip(vectors, inputs, strict=True):
-        alone = logits(theta + vector, own).argmax(dim=-1)
-        total += (logits(together, own).argmax(dim=-1) != alone).double().mean().item()
+    for vector, task in zip(vectors, inputs, strict=True):
+        alone = logits(theta + vector, task).argmax(dim=-1)
+        total += (logits(together, task).argmax(dim=-1) != alone).double().mean().item()
     return total

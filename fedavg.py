@@ -303,8 +303,8 @@ class FedAvg:
             record["unchanged"] = NO_WEIGHT if len(cohort.clients) else NO_CLIENT
         if dropped := [int(k) for k in cohort.sent if k not in cohort.clients]:
             record["dropped_out"] = dropped
-        if held := {name: state.bytes for name, state in self.states.items() if state.bytes}:
-            record["state_bytes"] = held
+        if memory := {name: state.bytes for name, state in self.states.items() if state.bytes}:
+            record["state_bytes"] = memory
         return record | {
             "seconds": 0.0,
             "bytes_up": sum(sent for _, sent in self.done.values()),

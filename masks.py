@@ -19,18 +19,12 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-RULES = {  # rule -> (what it ranks by, the sign of the key)
-    "least-sensitive": ("sensitivity", 1),
-    "most-sensitive": ("sensitivity", -1),
-    "lowest-magnitude": ("magnitude", 1),
-    "highest-magnitude": ("magnitude", -1),
-    "random": ("random", 1),
-}
 CONSENSUS = ("mean", "max", "median-rank", "vote")
 CHUNK = 1 << 18  # entries; bounds the temporaries that hold every client's value of an entry
 
@@ -49,16 +43,43 @@ class NothingKept(ValueError):
 # ---------------------------------------------------------------------------- keys and budgets
 
 
+class Rule(NamedTuple):
+    """What a mask keeps: the entries of the lowest keys.
+
+    keys: (theta (P,), scores (P,) or None, seed) -> (P,).
+    scores: whether it ranks by sensitivities, for which images are scored.
+    sign: of the key against the quantity that a threshold is compared with.
+    """
+
+    keys: Callable[[Tensor, Tensor | None, int], Tensor]
+    scores: bool = False
+    sign: int = 1
+
+
+def _random_keys(theta: Tensor, scores: Tensor | None, seed: int) -> Tensor:
+    generator = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(b"random mask")]))
+    return torch.from_numpy(generator.random(theta.numel())).to(theta.device)
+
+
+RULES = {
+    "least-sensitive": Rule(lambda theta, scores, seed: scores, scores=True),
+    "most-sensitive": Rule(lambda theta, scores, seed: -scores, scores=True, sign=-1),
+    "lowest-magnitude": Rule(lambda theta, scores, seed: theta.abs()),
+    "highest-magnitude": Rule(lambda theta, scores, seed: -theta.abs(), sign=-1),
+    "random": Rule(_random_keys),
+}
+
+
 def needs_scores(rule: str) -> bool:
     """Tell whether a rule ranks by sensitivities, for which images are scored."""
-    return RULES[rule][0] == "sensitivity"
+    return RULES[rule].scores
 
 
 def ranking(rule: str, theta: Tensor, scores: Tensor | None = None, seed: int = 0) -> Tensor:
     """Return the keys (P,) by which a rule ranks entries; the lowest are kept.
 
     Args:
-        scores: (P,) sensitivities; only the two sensitivity rules need them.
+        scores: (P,) sensitivities; only rules that need them see them.
         seed: of the random rule.
 
     Raises:
@@ -66,12 +87,7 @@ def ranking(rule: str, theta: Tensor, scores: Tensor | None = None, seed: int = 
     """
     if rule not in RULES:
         raise ValueError(f"unknown mask rule {rule!r}: choose from {', '.join(RULES)}")
-    quantity, sign = RULES[rule]
-    if quantity == "random":
-        generator = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(b"random mask")]))
-        return torch.from_numpy(generator.random(theta.numel())).to(theta.device)
-    values = scores if quantity == "sensitivity" else theta.abs()
-    return values if sign > 0 else -values
+    return RULES[rule].keys(theta, scores, seed)
 
 
 def budget(size: int, sparsity: float) -> int:
@@ -251,10 +267,10 @@ def overlap(halves: Sequence[tuple[Tensor, Tensor]]) -> dict:
     sizes = [side.sum(dim=1).double().cpu() for side in (first, second)]
     iou = both / (sizes[0][:, None] + sizes[1] - both)
     clients, density = len(iou), (sum(sizes) / (2 * first.shape[1])).mean().item()
-    own = iou.trace().item()
-    others = (iou.sum().item() - own) / (clients * (clients - 1)) if clients > 1 else None
+    diagonal = iou.trace().item()
+    others = (iou.sum().item() - diagonal) / (clients * (clients - 1)) if clients > 1 else None
     chance = density / (2 - density)
-    return {"iou": others, "ceiling": own / clients, "chance": chance, "matrix": iou.tolist()}
+    return {"iou": others, "ceiling": diagonal / clients, "chance": chance, "matrix": iou.tolist()}
 
 
 # ---------------------------------------------------------------------------- storage

@@ -24,7 +24,7 @@ import pickle
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -41,13 +41,17 @@ HEAD = ("head.weight", "head.bias")
 
 @dataclass(frozen=True)
 class ViTShape:
-    """Sizes of a vision transformer; `grid` is the side of its position grid in patches."""
+    """Sizes of a vision transformer; `grid` is the side of its position grid in patches.
+
+    module: (shape, classes) -> the model; None: VisionTransformer.
+    """
 
     width: int
     depth: int
     heads: int
     patch: int = 16
     grid: int = 14
+    module: Callable[[ViTShape, int], nn.Module] | None = None
 
 
 MODELS = {
@@ -240,7 +244,8 @@ def build_vit(name: str, classes: int, seed: int = 0) -> VisionTransformer:
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
-    model = VisionTransformer(MODELS[name], classes)
+    shape = MODELS[name]
+    model = (shape.module or VisionTransformer)(shape, classes)
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in model.named_parameters():
         if parameter.dim() > 1 and not key.startswith("head."):
@@ -357,9 +362,9 @@ def _is_parameter(name: Any, value: Any) -> bool:
 def check_backbone(model: VisionTransformer, tensors: dict[str, Tensor], path: str | Path) -> None:
     """Raise ValueError unless keys and shapes are those of the model's backbone; names the first
     that differs."""
-    own = {k: p for k, p in model.named_parameters() if not k.startswith("head.")}
-    for key in [*own, *tensors]:
-        ours = tuple(own[key].shape) if key in own else "absent"
+    expected = {k: p for k, p in model.named_parameters() if not k.startswith("head.")}
+    for key in [*expected, *tensors]:
+        ours = tuple(expected[key].shape) if key in expected else "absent"
         theirs = tuple(tensors[key].shape) if key in tensors else "absent"
         if ours != theirs:
             raise ValueError(

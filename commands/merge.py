@@ -32,7 +32,7 @@ class Merge(NamedTuple):
         list[str], "run folders, of one model and one start", "path", "RUN", "positional"
     ]
     rule: Annotated[str, "how the runs' changes become one; add: their sum", RULES] = "mean"
-    scale: Annotated[float, "factor on it", "finite"] = 1.0
+    scale: Annotated[float, "factor on the merged change", "finite"] = 1.0
     ties_keep: Annotated[
         float | None,
         "ties: share of its entries that each change keeps, the largest [0.2]",

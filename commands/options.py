@@ -230,14 +230,24 @@ def add_option(add: Callable, name: str, hint: Any, default: Any) -> None:
 
 def helped(name: str, text: str, default: Any) -> str:
     """Return an option's help with its default, unless it says that itself."""
-    followed = [entry.defaults[name] for entry in data.DATASETS.values() if name in entry.defaults]
-    if followed:
-        first, *others = zip(data.DATASETS, followed, strict=True)
-        shown = "; ".join([f"{first[1]}", *(f"{entry}: {value}" for entry, value in others)])
+    shown = default
+    if default is None:
+        shown = by_data(name)
+    elif isinstance(default, float):
+        shown = f"{default:g}"
+    if "[" not in text and shown is not None and shown is not False:
         text = f"{text} [{shown}]"
-    elif "[" not in text and default not in (None, False):
-        text = f"{text} [{default:g}]" if isinstance(default, float) else f"{text} [{default}]"
     return text.replace("%", "%%")
+
+
+def by_data(name: str) -> str | None:
+    """Return the defaults that follow --data, the first data set's first; None of other options."""
+    entries = data.DATASETS.items()
+    shown = {key: entry.defaults[name] for key, entry in entries if name in entry.defaults}
+    if name == "lr":
+        shown = {key: entry.lr_help for key, entry in entries}
+    first, *others = shown or [None]
+    return first and "; ".join([f"{shown[first]}", *(f"{key}: {shown[key]}" for key in others)])
 
 
 def number(kind: type, bound: str) -> Callable[[str], Any]:
@@ -311,11 +321,19 @@ def read(group: type, values: Mapping[str, Any]) -> Any:
         if name not in values:
             raise DamagedFile(f"{name} is missing in its options")
         value = values[name]
-        whole_number = float in kinds and isinstance(value, int)
-        if value is not None and not isinstance(value, kinds) and not whole_number:
+        if not fits(value, kinds, optional=group._field_defaults.get(name, name) is None):
             raise DamagedFile(f"{name} is {value!r} in its options")
         chosen[name] = value
     return group(**chosen)
+
+
+def fits(value: Any, kinds: tuple[type, ...], optional: bool) -> bool:
+    """Tell whether a value is of an option's types; a whole number is a number, and a flag none."""
+    if value is None:
+        return optional or types.NoneType in kinds
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, (*kinds, int) if float in kinds else kinds)
 
 
 def grouped(groups: Iterable[type], values: Mapping[str, Any]) -> types.SimpleNamespace:

@@ -22,7 +22,7 @@ import masks
 import model as vit
 from federated import privacy
 from federated.methods import compares_clients
-from federated.server import ADAPTIVE
+from federated.server import ADAPTIVE, WITH_MOMENTUM
 from machine import safe_files
 from sparse_sgdm import check_sgd_options
 from training.clients import LocalSteps, trains_together
@@ -42,7 +42,7 @@ class Owned(NamedTuple):
 
 
 OWNED = {
-    "server_momentum": Owned(0.9, "server", ("fedavgm", *ADAPTIVE)),
+    "server_momentum": Owned(0.9, "server", WITH_MOMENTUM),
     "server_tau": Owned(1e-3, "server", ADAPTIVE),
     "ties_keep": Owned(0.2, "aggregate", ("ties",)),
     "dare_drop": Owned(0.9, "aggregate", ("dare",)),

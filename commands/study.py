@@ -57,7 +57,7 @@ class Report(NamedTuple):
     """Which material."""
 
     scale: Annotated[str, "whose runs", experiments.SCALES] = "paper"
-    results: Annotated[str, "where the scales' runs lie"] = "results"
+    results: Annotated[str, "where the scales' runs lie", "path"] = "results"
     out: Annotated[str, "where it all goes", "path"] = "study/latex/generated"
 
 

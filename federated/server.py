@@ -8,6 +8,8 @@
     fedyogi      v -= (1 - b2) delta^2 sign(v - delta^2)
 Source: Hsu 2019, arXiv:1909.06335 (fedavgm); Reddi 2021, arXiv:2003.00295, algorithm 2.
 
+A further rule is a function here and a line of RULES.
+
     import torch; from server import Server
     theta = torch.zeros(3)
     server = Server("fedadam", theta, lr=0.1)
@@ -16,15 +18,69 @@ Source: Hsu 2019, arXiv:1909.06335 (fedavgm); Reddi 2021, arXiv:2003.00295, algo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
-RULES = ("fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi")
-STATE = {"fedavg": (), "fedavgm": ("v",)}  # the adaptive rules keep m and v
-ADAPTIVE = RULES[2:]
 CHUNK = 262_144  # elements; keeps the temporaries of a CPU in cache
+
+
+class Rule(NamedTuple):
+    """How a change becomes a step.
+
+    step: (server, delta, *state) -> the step, which lr multiplies; updates its state in place.
+    state: names of its vectors; v starts at tau^2 where there is m.
+    scaled: whether delta comes in the scale of theta, or in the unit of the sum, where a rule
+        without memory has FedAvg's bits.
+    """
+
+    step: Callable[..., Tensor]
+    state: tuple[str, ...] = ("m", "v")
+    scaled: bool = True
+
+
+def fedavg(server: Server, delta: Tensor) -> Tensor:
+    """Step by the change itself."""
+    return delta
+
+
+def fedavgm(server: Server, delta: Tensor, v: Tensor) -> Tensor:
+    """Step by a decaying sum of the changes."""
+    return v.mul_(server.momentum).add_(delta)
+
+
+def fedadagrad(server: Server, delta: Tensor, m: Tensor, v: Tensor) -> Tensor:
+    v.add_(delta.square())
+    return _adaptive(server, delta, m, v)
+
+
+def fedadam(server: Server, delta: Tensor, m: Tensor, v: Tensor) -> Tensor:
+    v.mul_(server.beta2).add_(delta.square(), alpha=1 - server.beta2)
+    return _adaptive(server, delta, m, v)
+
+
+def fedyogi(server: Server, delta: Tensor, m: Tensor, v: Tensor) -> Tensor:
+    square = delta.square()
+    v.sub_(square * torch.sign(v - square), alpha=1 - server.beta2)
+    return _adaptive(server, delta, m, v)
+
+
+def _adaptive(server: Server, delta: Tensor, m: Tensor, v: Tensor) -> Tensor:
+    m.mul_(server.momentum).add_(delta, alpha=1 - server.momentum)
+    return m / v.sqrt().add_(server.tau)
+
+
+RULES = {
+    "fedavg": Rule(fedavg, (), scaled=False),
+    "fedavgm": Rule(fedavgm, ("v",), scaled=False),
+    "fedadagrad": Rule(fedadagrad),
+    "fedadam": Rule(fedadam),
+    "fedyogi": Rule(fedyogi),
+}
+WITH_MOMENTUM = tuple(name for name, rule in RULES.items() if rule.state)
+ADAPTIVE = tuple(name for name, rule in RULES.items() if {"m", "v"} <= {*rule.state})
 
 
 class ServerOptions(NamedTuple):
@@ -74,37 +130,24 @@ class Server:
                 f"tau {tau}, momentum {momentum}, beta2 {beta2}"
             )
         self.rule, self.lr, self.momentum, self.beta2, self.tau = rule, lr, momentum, beta2, tau
-        names = STATE.get(rule, ("m", "v"))
+        names = RULES[rule].state
         self.tensors = {name: torch.zeros_like(theta, dtype=torch.float64) for name in names}
-        if "m" in names:
+        if {"m", "v"} <= {*names}:
             self.tensors["v"].fill_(tau**2)
 
     @torch.no_grad()
     def step_(self, theta: Tensor, delta: Tensor, unit: float = 1.0) -> None:
         """Move `theta` in place by the averaged change `delta` * unit, in any numeric dtype."""
+        rule = RULES[self.rule]
         chunk = CHUNK if theta.is_cpu else max(1, theta.numel())
         for start in range(0, theta.numel(), chunk):
             at = slice(start, start + chunk)
             state = [tensor[at] for tensor in self.tensors.values()]
             part, change = theta[at], delta[at].double()
-            if self.rule in STATE:  # in the unit of delta: with beta = 0 the bits are FedAvg's
-                if state:
-                    change = state[0].mul_(self.momentum).add_(change)
-                part.copy_(change.mul(self.lr * unit).add_(part))
+            if rule.scaled:
+                part.copy_(rule.step(self, change * unit, *state).mul(self.lr).add_(part))
             else:
-                part.copy_(self._adaptive(*state, change * unit).mul_(self.lr).add_(part))
-
-    def _adaptive(self, m: Tensor, v: Tensor, delta: Tensor) -> Tensor:
-        """Update the moments; return m / (sqrt(v) + tau)."""
-        m.mul_(self.momentum).add_(delta, alpha=1 - self.momentum)
-        square = delta.square()
-        if self.rule == "fedadagrad":
-            v.add_(square)
-        elif self.rule == "fedadam":
-            v.mul_(self.beta2).add_(square, alpha=1 - self.beta2)
-        else:
-            v.sub_(square * torch.sign(v - square), alpha=1 - self.beta2)
-        return m / v.sqrt().add_(self.tau)
+                part.copy_(rule.step(self, change, *state).mul(self.lr * unit).add_(part))
 
     @property
     def bytes(self) -> int:

@@ -88,8 +88,8 @@ class GraphedStep:
                 value
             )
         elif self.graph is not None:
-            known = None if static is None else tuple(static.shape)
-            raise ValueError(f"input {name} was captured as {known}, and is {shape} now")
+            captured = None if static is None else tuple(static.shape)
+            raise ValueError(f"input {name} was captured as {captured}, and is {shape} now")
         else:
             fresh = torch.as_tensor(value, dtype=None if torch.is_tensor(value) else torch.float32)
             self.inputs[name] = fresh.detach().to(self.device, copy=True)

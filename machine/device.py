@@ -31,7 +31,7 @@ class Machine(NamedTuple):
     threads: Annotated[int | None, "CPU threads [PyTorch's choice]", "1 <= x <= 1024"] = None
     precision: Annotated[
         str,
-        "[auto: bf16 from compute capability 8.0, fp16 below, fp32 on a CPU]",
+        "arithmetic of the passes [auto: bf16 from compute capability 8.0, fp16 below, fp32 on a CPU]",
         ("auto", "fp32", "bf16", "fp16"),
     ] = "auto"
     eval_batch: Annotated[
@@ -42,7 +42,7 @@ class Machine(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """How a GPU is told of a step's kernels."""
+    """How a GPU launches a step's kernels."""
 
     cuda_graph: Annotated[
         str,

@@ -287,13 +287,13 @@ class Run:
         checkpoint = self.load(take)
         self._log = bytearray(checkpoint["log"]["text"].encode() if checkpoint else b"")
         if self.writes:
-            known = self.log_path.read_bytes() if self.log_path.exists() else b""
-            if not known.startswith(self._log):
+            written = self.log_path.read_bytes() if self.log_path.exists() else b""
+            if not written.startswith(self._log):
                 print(f"warning: {self.log_path} is not as the checkpoint knows it; written anew")
                 safe_files.write_atomically(
                     self.log_path, lambda aside: aside.write_bytes(self._log)
                 )
-            elif known != self._log:
+            elif written != self._log:
                 os.truncate(self.log_path, len(self._log))
         return checkpoint["state"] if checkpoint else None
 

@@ -99,15 +99,15 @@ def read_json(path: Path) -> dict:
         value = None
     if not isinstance(value, dict):
         raise DamagedFile(f"{path} is damaged: it is no JSON object")
-    if value.get(SEAL, found := seal(value)) != found:
+    if value.get(SEAL, computed := seal(value)) != computed:
         raise DamagedFile(f"{path} is damaged or edited: its checksum does not match")
     return value
 
 
 def seal(value: dict) -> str:
     """Return the hash of an object's keys and values but for the seal itself."""
-    kept = {name: one for name, one in value.items() if name != SEAL}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    sealed = {name: part for name, part in value.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
 
 
 def save_checked(path: Path, value: Any, purpose: str | None = None) -> None:

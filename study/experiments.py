@@ -417,8 +417,8 @@ def methods(s: Scale) -> Experiment:
 
 def at_scale(name: str) -> dict[str, Experiment]:
     """Return the experiments, by name, at one of SCALES, cheapest and most telling first."""
-    made = (
+    makers = (
         *(agreement, heads, heterogeneity, fedavg_iid, centralized),
         *(rules, sparsity, consensus, linearity, privacy, scaffold_mask, methods),
     )
-    return {make.__name__.replace("_", "-"): make(SCALES[name]) for make in made}
+    return {make.__name__.replace("_", "-"): make(SCALES[name]) for make in makers}

@@ -49,7 +49,7 @@ def draw_curves(name: str, ran: Ran, path: Path) -> None:
     panels: dict[str, dict] = {}
     for done in ran.get(name, []):
         trains, *rest = done[0].key
-        panels.setdefault(TRAINS[trains], {})[" ".join(rest)] = [one.records for one in done]
+        panels.setdefault(TRAINS[trains], {})[" ".join(rest)] = [run.records for run in done]
     plots.plot_bands(panels, path)
 
 
@@ -59,7 +59,7 @@ def draw_heterogeneity(ran: Ran, path: Path) -> None:
     for done in ran.get("heterogeneity", []):
         group = panels.setdefault(TRAINS[done[0].key[0]], {})
         values = group.setdefault(f"$J$ = {done[0].options['J']}", {})
-        values[sharding(done[0], "")] = [accuracy(one) for one in done]
+        values[sharding(done[0], "")] = [accuracy(run) for run in done]
     plots.plot_grouped(panels, path, "classes per client $N_c$")
 
 
@@ -68,8 +68,8 @@ def draw_bytes(ran: Ran, path: Path) -> None:
     panels: dict[str, dict] = {}
     reference = {}
     for done in ran.get("rules", []):
-        values = [accuracy(one) for one in done]
-        sent = [one.summary["bytes_up"] + one.summary["bytes_down"] for one in done]
+        values = [accuracy(run) for run in done]
+        sent = [run.summary["bytes_up"] + run.summary["bytes_down"] for run in done]
         panel, rule = sharding(done[0]), done[0].options["mask_rule"] or "dense"
         if rule == "dense":
             reference[panel] = "dense", float(np.mean(values))
@@ -83,10 +83,10 @@ def draw_linearity(ran: Ran, path: Path) -> None:
     """Draw accuracy against how far a model moved, and against how linear that is, matched."""
     panels: dict[str, dict] = {}
     for done, (key, what) in itertools.product(ran.get("linearity", []), DIAGNOSED.items()):
-        figures = [one.summary["final"].get(key) for one in done]
+        figures = [run.summary["final"].get(key) for run in done]
         if all(figures):
             rule = done[0].options["mask_rule"] or "dense"
-            point = float(np.mean(figures)), [accuracy(one) for one in done]
+            point = float(np.mean(figures)), [accuracy(run) for run in done]
             panels.setdefault(f"{sharding(done[0])}: {what}", {})[rule] = [point]
     plots.plot_against(panels, path, None)
 
@@ -95,7 +95,7 @@ def draw_agreement(ran: Ran, path: Path) -> None:
     """Draw how far clients' own masks agree, by classes per client, between chance and noise."""
     groups: dict[str, dict] = {}
     for done in ran.get("agreement", []):
-        overlaps = [one.summary["overlap"] for one in done]
+        overlaps = [run.summary["overlap"] for run in done]
         for key, what in OVERLAPS.items():
             if values := [o[key] for o in overlaps if o.get(key) is not None]:
                 groups.setdefault(what, {})[sharding(done[0], "")] = values
@@ -107,7 +107,7 @@ def draw_groups(ran: Ran, path: Path) -> None:
     lines: dict[str, list] = {}
     chance: list[float] = []
     for done in ran.get("agreement", []):
-        overlaps = [one.summary["overlap"] for one in done]
+        overlaps = [run.summary["overlap"] for run in done]
         chance += [overlap["chance"] for overlap in overlaps if overlap]
         for size in overlaps[0].get("groups", {}):
             values = [overlap["groups"][size] for overlap in overlaps]
@@ -139,12 +139,12 @@ def draw_density(ran: Ran, path: Path) -> None:
     density, options = first[0].summary["density"], first[0].options
     layers = list(next(iter(density.values())))
     table = {kind: np.array(list(row.values()), dtype=float) for kind, row in density.items()}
-    kept = {kind: row for kind, row in table.items() if np.nanmax(row) >= LEAST_SHOWN}
-    some = [i for i in range(len(layers)) if not all(np.isnan(row[i]) for row in kept.values())]
+    shown = {kind: row for kind, row in table.items() if np.nanmax(row) >= LEAST_SHOWN}
+    some = [i for i in range(len(layers)) if not all(np.isnan(row[i]) for row in shown.values())]
     title = f"{options['mask_rule']}, {sharding(first[0])}, frozen share {options['sparsity']:g}; "
     title += f"kinds not shown keep less than {100 * LEAST_SHOWN:g} % in every layer"
-    shown = np.array(list(kept.values()))[:, some]
-    plots.plot_density(list(kept), [layers[i] for i in some], shown, path, title)
+    shares = np.array(list(shown.values()))[:, some]
+    plots.plot_density(list(shown), [layers[i] for i in some], shares, path, title)
 
 
 def draw_shards(ran: Ran, path: Path) -> None:

@@ -133,7 +133,7 @@ def plot_bands(
         ValueError: no log holds `key`, or matplotlib is missing.
     """
     drawn = {
-        title: {label: found for label, logs in group.items() if (found := _seeds(logs, key))}
+        title: {label: band for label, logs in group.items() if (band := _seeds(logs, key))}
         for title, group in curves.items()
     }
     drawn = {title: group for title, group in drawn.items() if group}
@@ -161,7 +161,7 @@ def _seeds(logs: Sequence[Sequence[dict]], key: str) -> tuple[np.ndarray, np.nda
     """Return what all seeds have logged: x (n,), values (seeds, n); None where that is nothing."""
     series = [dict(zip(*map(list, _series(records, key)), strict=True)) for records in logs]
     shared = sorted(set.intersection(*map(set, series))) if series else []
-    values = np.array([[one[x] for x in shared] for one in series])
+    values = np.array([[points[x] for x in shared] for points in series])
     return (np.array(shared), values) if shared else None
 
 
@@ -172,10 +172,10 @@ def _series(records: Sequence[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _unit(logs) -> str:
-    known = {
+    units = {
         unit for log in logs for record in log for unit in ("round", "epoch") if unit in record
     }
-    return " or ".join(sorted(known, reverse=True))
+    return " or ".join(sorted(units, reverse=True))
 
 
 # ---------------------------------------------------------------------------- groups and relations

@@ -55,7 +55,7 @@ ON_A_GPU = {  # beside the scales, in gpu/
 }
 
 
-class Found(NamedTuple):
+class Table(NamedTuple):
     """An experiment, and the folder of its runs."""
 
     name: str
@@ -96,23 +96,25 @@ def write(scale: str, results: Path, out: Path) -> list[str]:
     for pattern in ("*.tex", "*.md", "*.pdf"):
         for old in out.glob(pattern):
             old.unlink()
-    found = at_scale(scale, results / scale)
+    tables = at_scale(scale, results / scale)
     pieces = {f"table/{n}": False for s in experiments.SCALES for n in experiments.at_scale(s)}
-    pieces |= {f"table/{one.name}": write_tables(one, out) for one in found}
-    rows = {one.name: one.rows() for one in found}
+    pieces |= {f"table/{table.name}": write_tables(table, out) for table in tables}
+    rows = {table.name: table.rows() for table in tables}
     for name, draw in FIGURES.items():
         pieces[f"figure/{name}"] = drawn(draw, rows, out / f"{name}.pdf")
-    numbers = dict.fromkeys(declared()) | quotable(found) | {"scale": scale}
+    numbers = dict.fromkeys(declared()) | quotable(tables) | {"scale": scale}
     numbers |= gpu_numbers(results / "gpu")
     (out / "numbers.tex").write_text(numbers_tex(numbers, pieces), encoding="utf-8")
     safe_files.write_json(out / "numbers.json", numbers)
-    return [name for name, made in pieces.items() if made]
+    return [name for name, there in pieces.items() if there]
 
 
-def at_scale(scale: str, folder: Path) -> list[Found]:
+def at_scale(scale: str, folder: Path) -> list[Table]:
     """Return the experiments of a scale, whose runs lie below `folder`."""
-    made = experiments.at_scale(scale).items()
-    return [Found(name, one, folder / (one.folder or name)) for name, one in made]
+    return [
+        Table(name, experiment, folder / (experiment.folder or name))
+        for name, experiment in experiments.at_scale(scale).items()
+    ]
 
 
 # ---------------------------------------------------------------------------- numbers
@@ -124,32 +126,32 @@ def declared() -> Iterator[str]:
         yield from quotable(at_scale(scale, Path("no such folder")))
 
 
-def quotable(found: list[Found]) -> dict[str, str | None]:
+def quotable(tables: list[Table]) -> dict[str, str | None]:
     """Return what can be quoted: key -> text, None where it did not run."""
     numbers: dict[str, str | None] = {}
-    for one in found:
-        numbers |= table_numbers(one) | run_numbers(one)
-    finished = [run for one in found for run in one.finished()]
+    for table in tables:
+        numbers |= table_numbers(table) | run_numbers(table)
+    finished = [run for table in tables for run in table.finished()]
     took = {(c["options"].get("runs_dir"), c["options"].get("name")): s for c, s in finished}
     hours = hours_of(list(took.values()))  # of each run once, though tables share some
     return numbers | setup_numbers("setup", [c for c, _ in finished]) | {"hours": hours}
 
 
-def table_numbers(found: Found) -> dict[str, str | None]:
+def table_numbers(table: Table) -> dict[str, str | None]:
     """Return an experiment's table under NAME/KEY/COLUMN, and the best rows by validation."""
-    heading, *lines = found.experiment.lines(found.folder)
-    width = len(found.experiment.columns)
+    heading, *lines = table.experiment.lines(table.folder)
+    width = len(table.experiment.columns)
     headed = [column.replace(f"{VALIDATION} to", "to") for column in heading]
     numbers: dict[str, str | None] = {}
     best: dict[str, tuple[list[int], list[str] | None]] = {}
     for line in lines:
         for column, text in list(zip(headed, line, strict=True))[width:]:
             ran = NOT_RUN not in line
-            numbers[key_of(found.name, *line[:width], column)] = text if ran else None
+            numbers[key_of(table.name, *line[:width], column)] = text if ran else None
         for count in range(min(width, 3)):
             for fixed in itertools.combinations(range(width), count):
                 group = (f"{heading[i]}={line[i]}" for i in fixed)
-                key = key_of(found.name, *group, "best")
+                key = key_of(table.name, *group, "best")
                 free = [i for i in range(width) if i not in fixed]
                 best[key] = free, better(best.get(key, (free, None))[1], line, heading)
     for key, (free, line) in best.items() if VALIDATION in heading else ():
@@ -159,13 +161,13 @@ def table_numbers(found: Found) -> dict[str, str | None]:
     return numbers
 
 
-def better(known: list[str] | None, line: list[str], heading: list[str]) -> list[str] | None:
+def better(best: list[str] | None, line: list[str], heading: list[str]) -> list[str] | None:
     """Return which of two lines validates better; None where neither ran."""
     at = heading.index(VALIDATION) if VALIDATION in heading else None
     if at is None or NOT_RUN in line or not line[at]:
-        return known
-    lines = [known, line] if known else [line]
-    return max(lines, key=lambda one: value_of(one[at]))
+        return best
+    lines = [best, line] if best else [line]
+    return max(lines, key=lambda row: value_of(row[at]))
 
 
 def value_of(text: str) -> float:
@@ -173,18 +175,18 @@ def value_of(text: str) -> float:
     return float(text.split()[0])
 
 
-def run_numbers(found: Found) -> dict[str, str | None]:
+def run_numbers(table: Table) -> dict[str, str | None]:
     """Return how much of an experiment ran, for how long, and the options its runs share."""
-    experiment, finished = found.experiment, list(found.finished())
+    experiment, finished = table.experiment, list(table.finished())
     needed = sum(len(row.rates) + len(row.seeds) - 1 for row in experiment.rows)
-    done = needed - sum(count for _, count in experiment.left(found.folder))
+    done = needed - sum(count for _, count in experiment.left(table.folder))
     numbers = {
-        f"{found.name}/runs/done": f"{done}",
-        f"{found.name}/runs/all": f"{needed}",
-        f"{found.name}/seeds": f"{max(len(row.seeds) for row in experiment.rows)}",
-        f"{found.name}/hours": hours_of([summary for _, summary in finished]),
+        f"{table.name}/runs/done": f"{done}",
+        f"{table.name}/runs/all": f"{needed}",
+        f"{table.name}/seeds": f"{max(len(row.seeds) for row in experiment.rows)}",
+        f"{table.name}/hours": hours_of([summary for _, summary in finished]),
     }
-    return numbers | setup_numbers(f"{found.name}/setup", [config for config, _ in finished])
+    return numbers | setup_numbers(f"{table.name}/setup", [config for config, _ in finished])
 
 
 def gpu_numbers(folder: Path) -> dict[str, str | None]:
@@ -208,9 +210,9 @@ def setup_numbers(prefix: str, configs: list[dict]) -> dict[str, str | None]:
     """Return the values that options have in these runs, each named once."""
     seen: dict[str, dict] = {name: {} for name in (*SETUP, *ENVIRONMENT)}
     for config in configs:
-        told = {name: config["options"].get(name) for name in SETUP}
-        told |= {name: config["environment"].get(name) for name in ENVIRONMENT}
-        for name, value in told.items():
+        settings = {name: config["options"].get(name) for name in SETUP}
+        settings |= {name: config["environment"].get(name) for name in ENVIRONMENT}
+        for name, value in settings.items():
             if value is not None:
                 seen[name][value] = None
     return {
@@ -238,7 +240,7 @@ def numbers_tex(numbers: dict[str, str | None], pieces: dict[str, bool]) -> str:
             lines.append(f"\\defmissing{{{key}}}")
         else:
             lines.append(f"\\defresult{{{key}}}{{{tex(text)}}}{{{size(text)}}}{{{trend(text)}}}")
-    lines += [f"\\defpiece{{{name}}}{{{int(made)}}}" for name, made in pieces.items()]
+    lines += [f"\\defpiece{{{name}}}{{{int(there)}}}" for name, there in pieces.items()]
     return HEADING + "\n".join(lines) + "\n"
 
 
@@ -250,29 +252,29 @@ def size(text: str) -> str:
 
 def trend(text: str) -> str:
     """Return up or down for a difference; open where its interval covers zero, or it has none."""
-    found = VALUE.fullmatch(text)
-    if not found or not found["sign"]:
+    value = VALUE.fullmatch(text)
+    if not value or not value["sign"]:
         return ""
-    low, high = float(found["low"] or 0), float(found["high"] or 0)
+    low, high = float(value["low"] or 0), float(value["high"] or 0)
     return "open" if low <= 0 <= high else "up" if low > 0 else "down"
 
 
 # ---------------------------------------------------------------------------- tables
 
 
-def write_tables(found: Found, out: Path) -> bool:
+def write_tables(table: Table, out: Path) -> bool:
     """Write an experiment's table as Markdown, and for two columns and for one as LaTeX."""
-    lines = found.experiment.lines(found.folder)
+    lines = table.experiment.lines(table.folder)
     if all(NOT_RUN in line for line in lines[1:]):
         return False
-    (out / f"{found.name}.md").write_text(markdown_table(lines), encoding="utf-8")
-    width = len(found.experiment.columns)
+    (out / f"{table.name}.md").write_text(markdown_table(lines), encoding="utf-8")
+    width = len(table.experiment.columns)
     measures = [column for column in lines[0][width:] if column not in CAPTIONED]
     split = grouping(lines[0][:width], lines[1:])
     short = measures[:3]
     if VALIDATION in measures:
         short = [VALIDATION] if split is not None else [VALIDATION, "test %"]
-    for name, columns in ((found.name, measures), (f"{found.name}-short", short)):
+    for name, columns in ((table.name, measures), (f"{table.name}-short", short)):
         text = HEADING + latex_table(lines, width, columns, best_by=VALIDATION)
         (out / f"{name}.tex").write_text(text, encoding="utf-8")
     return True

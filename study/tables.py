@@ -141,19 +141,19 @@ class Experiment(NamedTuple):
     def seconds(self, folder: Path, row: Row) -> float | None:
         """Return how long a run of the row takes, by those that are done."""
         took = [
-            found["wall_seconds"]
+            finished["wall_seconds"]
             for runs in self.tried(folder, row).values()
-            for found in runs.values()
+            for finished in runs.values()
         ]
         return float(np.mean(took)) if took else None
 
     def tried(self, folder: Path, row: Row) -> dict[float | None, dict[int, dict]]:
         """Return the summaries, by seed, of every learning rate that the first seed has run."""
         runs = {
-            lr: {s: found for s in row.seeds if (found := summary(folder, row.cell(lr, s)))}
+            lr: {s: done for s in row.seeds if (done := summary(folder, row.cell(lr, s)))}
             for lr in row.rates
         }
-        return {lr: found for lr, found in runs.items() if row.seeds[0] in found}
+        return {lr: by_seed for lr, by_seed in runs.items() if row.seeds[0] in by_seed}
 
     def best(self, folder: Path, row: Row) -> tuple[float | None, dict[int, dict]] | None:
         """Return what `best_of` says of the row's rates; None where none has run."""
@@ -171,21 +171,21 @@ class Experiment(NamedTuple):
             if not (chosen := self.best(folder, row)):
                 lines.append([*row.key, NOT_RUN, *[""] * (len(heading) - len(row.key) - 1)])
                 continue
-            lr, found = chosen
+            lr, summaries = chosen
             lines.append([*row.key, *[f"{lr:g}" if lr is not None else ""] * rated])
-            lines[-1] += [m.text(values(m, found)) for m in self.measures]
+            lines[-1] += [m.text(values(m, summaries)) for m in self.measures]
             if self.baseline:
                 base = keys.get((*row.key[: -len(self.baseline)], *self.baseline))
                 against = self.best(folder, base) if base and base is not row else None
-                lines[-1].append(gain(self.measures[0], found, against[1]) if against else "")
-            lines[-1] += [f"{len(found)}"] + [self.other_rates(folder, row, lr)] * rated
+                lines[-1].append(gain(self.measures[0], summaries, against[1]) if against else "")
+            lines[-1] += [f"{len(summaries)}"] + [self.other_rates(folder, row, lr)] * rated
         return lines
 
     def other_rates(self, folder: Path, row: Row, chosen: float | None) -> str:
         """Return what the rates that were not chosen came to, on validation."""
         return ", ".join(
-            f"{lr:g}: {mean(VALIDATION, found):.1f}"
-            for lr, found in self.tried(folder, row).items()
+            f"{lr:g}: {mean(VALIDATION, summaries):.1f}"
+            for lr, summaries in self.tried(folder, row).items()
             if lr != chosen
         )
 
@@ -199,7 +199,7 @@ def best_of(tried: dict[float | None, dict[int, dict]]) -> tuple[float | None, d
 
     Rates are compared on the seeds that all of them have run.
     """
-    shared = set.intersection(*(set(found) for found in tried.values()))
+    shared = set.intersection(*(set(summaries) for summaries in tried.values()))
     return max(tried.items(), key=lambda item: mean(VALIDATION, item[1], shared))
 
 
@@ -210,7 +210,7 @@ def summary(folder: Path, cell: Cell) -> dict | None:
         ValueError: the folder holds another run under this name.
     """
     run = Run(folder / cell.name)
-    if (found := run.summary()) is None:
+    if (finished := run.summary()) is None:
         return None
     try:
         options = read_json(run.config_path)["options"]
@@ -225,10 +225,10 @@ def summary(folder: Path, cell: Cell) -> dict | None:
             f"{options.get(name)} there and {value} here; give another --results, or delete it"
         )
     for unit in ("round", "epoch"):
-        reached, wanted = found.get(unit), options.get(f"{unit}s")
-        if reached != wanted and None not in (reached, wanted) and "stopped_early" not in found:
+        reached, wanted = finished.get(unit), options.get(f"{unit}s")
+        if reached != wanted and None not in (reached, wanted) and "stopped_early" not in finished:
             return None  # it has been told to go on since, and has not got there
-    return found
+    return finished
 
 
 def given(cell: Cell) -> dict[str, str]:
@@ -248,21 +248,23 @@ def same(stored: object, value: str) -> bool:
         return str(stored) == value
 
 
-def values(measure: Measure, found: dict[int, dict]) -> list[float]:
+def values(measure: Measure, summaries: dict[int, dict]) -> list[float]:
     """Return a measure of several seeds, as far as they have it."""
-    figures = (measure.of(figures) for figures in found.values())
+    figures = (measure.of(figures) for figures in summaries.values())
     return [figure for figure in figures if figure is not None]
 
 
-def mean(measure: Measure, found: dict[int, dict], seeds: Collection[int] | None = None) -> float:
+def mean(
+    measure: Measure, summaries: dict[int, dict], seeds: Collection[int] | None = None
+) -> float:
     """Return the mean of a measure over these seeds, or over all; 0 where there is none."""
-    chosen = {s: f for s, f in found.items() if seeds is None or s in seeds}
+    chosen = {s: f for s, f in summaries.items() if seeds is None or s in seeds}
     return float(np.mean(values(measure, chosen) or [0.0]))
 
 
-def gain(measure: Measure, found: dict[int, dict], against: dict[int, dict]) -> str:
+def gain(measure: Measure, summaries: dict[int, dict], against: dict[int, dict]) -> str:
     """Write the mean difference over shared seeds, with its 95 % interval: +2.01 [+1.40, +2.62]."""
-    pairs = [(measure.of(found[s]), measure.of(against[s])) for s in found if s in against]
+    pairs = [(measure.of(summaries[s]), measure.of(against[s])) for s in summaries if s in against]
     gains = [a - b for a, b in pairs if a is not None and b is not None]
     text = measure.text(gains[:1], sign="+") if len(gains) == 1 else ""
     if len(gains) > 1:

@@ -131,8 +131,8 @@ def best_rows(
     for row in rows:
         if NOT_RUN not in row and row[at]:
             group = "" if sharding is None else row[sharding]
-            one = best.setdefault(group, row)
-            best[group] = max(one, row, key=lambda r: float(r[at].split()[0]))
+            leader = best.setdefault(group, row)
+            best[group] = max(leader, row, key=lambda r: float(r[at].split()[0]))
     return list(best.values())
 
 
@@ -153,8 +153,8 @@ def spread(cells: list[str] | None, count: int) -> list[str]:
 
 def tex(text: str) -> str:
     """Write a table's text in LaTeX: numbers in mathematics, nc5 as N_c = 5, 3e-05 as a power."""
-    if found := re.fullmatch(r"nc(\d+)", text):
-        return f"\\ensuremath{{N_c = {found[1]}}}"
+    if sharding := re.fullmatch(r"nc(\d+)", text):
+        return f"\\ensuremath{{N_c = {sharding[1]}}}"
     if VALUE.fullmatch(text):
         text = re.sub(r"e([+-])0*(\d+)", lambda m: f" 10^{{{m[1].strip('+')}{m[2]}}}", text)
         text = re.sub(r"^([+-]?)1 10\^", r"\g<1>10^", text).replace(" 10^", r" \cdot 10^")

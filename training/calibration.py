@@ -34,7 +34,7 @@ GROUPS = (1, 2, 5, 10, 20, 50)  # sizes of the groups of clients whose masks are
 
 
 class GivenMask(NamedTuple):
-    """A mask that is there."""
+    """A mask made before."""
 
     mask: Annotated[
         str | None, "a mask that `calibrate` wrote [everything trains]", "path", "FILE"
@@ -44,7 +44,9 @@ class GivenMask(NamedTuple):
 class Masking(NamedTuple):
     """Mask: which weights train; the head is fitted first and frozen."""
 
-    mask_rule: Annotated[str | None, "what a mask keeps trainable [none]", masks.RULES] = None
+    mask_rule: Annotated[
+        str | None, "what a mask keeps trainable [none; calibrate: least-sensitive]", masks.RULES
+    ] = None
     sparsity: Annotated[float | None, "FROZEN share, below 1 [0.9]", ">= 0"] = None
     threshold: Annotated[
         float | None,
@@ -68,7 +70,7 @@ class Masking(NamedTuple):
         ">= 1",
     ] = None
     calibration_fraction: Annotated[
-        float | None, "share of the clients that score [1.0]", "0 < x <= 1"
+        float | None, "share of the clients that score [1]", "0 < x <= 1"
     ] = None
     damp: Annotated[
         float | None,
@@ -131,7 +133,7 @@ class Calibration:
         self.preprocess = workspace.preprocess(torch.float32)
         draws = data.random(self.seed, "calibration labels")
         self.uniform = torch.from_numpy(draws.random(len(workspace.dataset.train.labels)))
-        self.sign = masks.RULES[options.mask_rule][1]
+        self.sign = masks.RULES[options.mask_rule].sign
         self.limits = dict(
             sparsity=options.sparsity,
             threshold=None if options.threshold is None else self.sign * options.threshold,

@@ -133,7 +133,8 @@ def tokens(
     preprocess, group = workspace.preprocess(), workspace.group
     images = {part: images.images for part, images in workspace.sets.items()}
     patches = (preprocess.image_size // model.shape.patch) ** 2
-    read = 1 + patches * (first < model.shape.depth)  # after the last block: the class token
+    class_token = first == model.shape.depth and type(model) is vit.VisionTransformer
+    read = 1 if class_token else 1 + patches  # after the last block nothing else is read
     shape = read, model.shape.width
     count = sum(map(len, images.values()))
     needed = count * math.prod(shape) * workspace.dtype.itemsize

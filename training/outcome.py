@@ -74,10 +74,10 @@ class Outcome:
             raise DamagedFile(f"{self.run.checkpoint_path} holds no trained weights") from None
         self.best = best
         if best:
-            kept = checkpoint["state"].get("best")
-            if not kept:  # or begun without --early-stop, and never better since
+            weights = checkpoint["state"].get("best")
+            if not weights:  # or begun without --early-stop, and never better since
                 raise ValueError(f"{folder} has kept no best weights: --early-stop keeps them")
-            self.reached[unit], self.theta = kept["at"], kept["weights"]
+            self.reached[unit], self.theta = weights["at"], weights["weights"]
 
     @functools.cached_property
     def workspace(self) -> Workspace:
