@@ -20,8 +20,8 @@ import contextlib
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ except ImportError:  # macOS and Windows have no Triton; the reference serves th
 CPU_CHUNK = 1_000_000  # elements of per-sample gradients held at a time: they stay in cache
 GPU_CHUNK = 1 << 27  # the same on a GPU: half a gigabyte of fp32
 SQUARES_BLOCK = 1024
+CHECKED = 2  # samples on which the batched scores are compared with autograd's
+TOLERANCE = 3.0  # times the root of the precision: relative error of a right tensor
 BATCH = 64  # images to score at a time; changes no score
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -149,13 +151,19 @@ def fisher_diagonal(
 ) -> dict[str, Tensor]:
     """Return the mean over samples of each parameter's squared per-sample gradient.
 
-    Linear, LayerNorm and Conv2d with kernel = stride take part in one batched backward pass, and so
-    do parameters (1, ...) that broadcast over the batch, such as class tokens and position grids.
-    Any other parameter falls back to per-sample gradients by torch.func, which is said once.
+    Plain Linear, LayerNorm and Conv2d with kernel = stride take part in one batched backward pass,
+    and so do parameters (1, ...) that broadcast over the batch, such as class tokens and position
+    grids. All others are scored sample by sample, which is said once. On the first samples every
+    tensor's scores are compared with autograd's own per-sample gradients: one that differs is
+    scored sample by sample too.
+
+    The model is scored in eval mode, without autocast, and left as it was: modes, buffers,
+    requires_grad.
 
     Args:
-        model: on one device.
-        batches: inputs (N, ...), or pairs (inputs, given (N,)); logits (N, C) come out.
+        model: on one device; answers with logits (N, C), alone, first in a tuple, under "logits" in
+            a dictionary or as an attribute.
+        batches: inputs (N, ...), or pairs (inputs, given (N,)).
         parameters: names to score; None scores all.
         labels: "sampled" draws y from the model's own p(y|x), by `seed` and the sample's place in
             the stream, or by the uniform numbers in [0, 1) that are `given`; "true" takes the int64
@@ -167,10 +175,21 @@ def fisher_diagonal(
         name -> tensor of the parameter's shape, in `dtype`; all are views of one vector.
 
     Raises:
-        ValueError: nothing to score, no samples, an unknown option, or a score that is not finite.
+        ValueError: nothing to score, no samples, an unknown option, other outputs than logits, a
+            model whose logits are random or depend on the rest of a batch, or a score that is not
+            finite.
     """
     scorer = Scorer(model, parameters=parameters, labels=labels, score=score, dtype=dtype)
     return scorer.diagonal(batches, seed)
+
+
+class _Ways(NamedTuple):
+    """How the per-sample gradients of each parameter are had."""
+
+    hooked: dict[nn.Module, dict[str, str]]  # in a batch: weight or bias -> its name in the model
+    broadcast: list[str]  # in a batch, by a copy for each sample
+    mapped: list[str]  # sample by sample, by torch.func
+    looped: list[str]  # sample by sample, by autograd
 
 
 class Scorer:
@@ -195,124 +214,274 @@ class Scorer:
         self.names = list(self.parameters) if parameters is None else list(parameters)
         if not self.names:
             raise ValueError("the model has no parameters to score")
+        if unknown := [name for name in self.names if name not in self.parameters]:
+            raise ValueError(f"the model has no parameter {unknown[0]!r} to score")
         self.labels, self.score, self.dtype = labels, score, dtype
-        self._kinds: dict[torch.Size, _Kinds] = {}  # by the shape of a sample
+        self._ways: dict[torch.Size, _Ways] = {}  # by the shape of a sample
 
     def diagonal(self, batches: Iterable, seed: int = 0) -> dict[str, Tensor]:
         """Return what `fisher_diagonal` does of these batches, of the weights as they are now."""
-        own = self.parameters
-        sizes = [own[n].numel() for n in self.names]
-        flat = torch.zeros(sum(sizes), dtype=self.dtype, device=own[self.names[0]].device)
-        parts = zip(self.names, flat.split(sizes), strict=True)
-        sums = {name: part.view(own[name].shape) for name, part in parts}
+        sums = self._zeros()
         generator = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(b"fisher labels")]))
-        trainable = {name: p.requires_grad for name, p in own.items()}
         count = 0
-        try:
-            for p in own.values():
-                p.requires_grad_(False)
+        with _standing_still(self.model):
             for batch in batches:
                 inputs, given = batch if isinstance(batch, tuple | list) else (batch, None)
-                kinds = self._sorted(inputs)
                 if self.labels == "sampled" and (given is None or not given.is_floating_point()):
                     given = torch.from_numpy(generator.random(len(inputs)))
                 elif given is None or (self.labels == "true" and given.is_floating_point()):
                     raise ValueError("labels 'true' needs batches of (inputs, labels)")
-                self._add(sums, kinds, inputs, given)
+                self._add(sums, self._ways_of(inputs), inputs, given)
                 count += len(inputs)
-        finally:
-            for name, p in own.items():
-                p.requires_grad_(trainable[name])
         if count == 0:
             raise ValueError("the calibration set is empty")
-        flat /= count
-        if not torch.isfinite(flat).all():
-            name = next(n for n, total in sums.items() if not torch.isfinite(total).all())
-            raise ValueError(f"the sensitivity of {name} is not finite")
+        for total in sums.values():
+            total /= count
+        for name, total in sums.items():
+            if not torch.isfinite(total).all():
+                raise ValueError(f"the sensitivity of {name} is not finite")
         return sums
 
-    def _sorted(self, inputs: Tensor) -> _Kinds:
-        """Return how the parameters' per-sample gradients are had of such inputs (N, ...)."""
-        shape = inputs.shape[1:]
-        if shape in self._kinds:
-            return self._kinds[shape]
-        probe = torch.cat([inputs[:1], inputs[:1]])
-        hooked, out = _modules_called_once(self.model, probe)
-        covered = {name for names in hooked.values() for name in names.values()}
-        rest = [name for name in self.names if name not in covered]
-        broadcast = self._broadcasting(rest, probe, out)
-        kinds = _Kinds(hooked, broadcast, [name for name in rest if name not in broadcast])
-        if kinds.single:
-            warnings.warn(
-                f"per-sample gradients one by one for {', '.join(kinds.single)}", stacklevel=4
-            )
-        if torch.isfinite(out).all():  # else no comparison told anything
-            self._kinds[shape] = kinds
-        return kinds
+    def _zeros(self) -> dict[str, Tensor]:
+        """Return a zero for each parameter that is scored, all views of one vector."""
+        chosen = [self.parameters[name] for name in self.names]
+        sizes = [p.numel() for p in chosen]
+        flat = torch.zeros(sum(sizes), dtype=self.dtype, device=chosen[0].device)
+        parts = zip(self.names, flat.split(sizes), chosen, strict=True)
+        return {name: part.view(p.shape) for name, part, p in parts}
 
-    @torch.no_grad()
-    def _broadcasting(self, names: list[str], probe: Tensor, out: Tensor) -> list[str]:
-        """Return the parameters of which each sample reads its own copy, along the first axis."""
-        names = [n for n in names if self.parameters[n].shape[:1] == (1,)]
-        copies = {n: torch.cat([self.parameters[n], self.parameters[n] + 1]) for n in names}
-        try:
-            changed = torch.func.functional_call(self.model, copies, (probe,))
-            alone = torch.allclose(changed[0], out[0], rtol=1e-4, atol=1e-5)
-        except (RuntimeError, IndexError):
-            alone = False
-        if alone or len(names) < 2:
-            return names if alone else []
-        return [n for name in names for n in self._broadcasting([name], probe, out)]
+    # ------------------------------------------------------------------------ one batch
 
-    def _add(self, sums: dict[str, Tensor], kinds: _Kinds, inputs: Tensor, given: Tensor) -> None:
+    def _add(self, sums: dict[str, Tensor], ways: _Ways, inputs: Tensor, given: Tensor) -> None:
         """Add the squared per-sample gradients of one batch; floats `given` stand for draws."""
         copies = {}
-        for name in kinds.broadcast:
+        for name in ways.broadcast:
             p = self.parameters[name].detach()
             copies[name] = p.expand(len(inputs), *p.shape[1:]).clone().requires_grad_()
-        with torch.enable_grad(), self._hooked(sums, kinds):
-            logits = torch.func.functional_call(self.model, copies, (inputs,))
+        with torch.enable_grad(), self._hooked(sums, ways):
+            logits = _logits(torch.func.functional_call(self.model, copies, (inputs,)))
             labels = _sampled_labels(logits, given) if given.is_floating_point() else given
             if logits.requires_grad:  # something is hooked or copied
                 _summed_score(logits, labels, self.score).backward()
         for name, copy in copies.items():
-            sums[name] += copy.grad.square().sum(dim=0, keepdim=True)
-        if kinds.single:
-            self._add_one_by_one(sums, kinds.single, inputs, labels)
+            if copy.grad is not None:
+                sums[name] += copy.grad.square().sum(dim=0, keepdim=True)
+        if ways.mapped:
+            self._add_mapped(sums, ways.mapped, inputs, labels)
+        if ways.looped:
+            self._add_looped(sums, ways.looped, inputs, labels)
 
     @contextlib.contextmanager
-    def _hooked(self, sums: dict[str, Tensor], kinds: _Kinds) -> Iterator[None]:
+    def _hooked(self, sums: dict[str, Tensor], ways: _Ways) -> Iterator[None]:
         """Let the batched modules add their squares to `sums` in the block's backward pass."""
         handles = []
-        for module, names in kinds.hooked.items():
+        for module, names in ways.hooked.items():
             if mine := {kind: sums[name] for kind, name in names.items() if name in sums}:
-                handles.append(module.register_forward_hook(_recorder(mine)))
+                hook = _recorder(mine)
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _add_one_by_one(
+    def _add_mapped(
         self, sums: dict[str, Tensor], names: list[str], inputs: Tensor, labels: Tensor
     ) -> None:
+        """Add squares of gradients that torch.func takes of all samples at once."""
         chosen = {name: self.parameters[name].detach() for name in names}
 
         def sample_score(values: dict, x: Tensor, y: Tensor) -> Tensor:
-            logits = torch.func.functional_call(self.model, values, (x[None],))
+            logits = _logits(torch.func.functional_call(self.model, values, (x[None],)))
             return _summed_score(logits, y[None], self.score)
 
         gradients = torch.func.vmap(torch.func.grad(sample_score), in_dims=(None, 0, 0))
         for name, grad in gradients(chosen, inputs, labels).items():
             sums[name] += grad.square().sum(dim=0)
 
+    def _add_looped(
+        self, sums: dict[str, Tensor], names: list[str], inputs: Tensor, labels: Tensor
+    ) -> None:
+        """Add squares of gradients that autograd takes of one sample after the other."""
+        chosen = [self.parameters[name] for name in names]
+        try:
+            for p in chosen:
+                p.requires_grad_(True)
+            for x, y in zip(inputs, labels, strict=True):
+                with torch.enable_grad():
+                    value = _summed_score(_logits(self.model(x[None])), y[None], self.score)
+                if not value.requires_grad:
+                    continue
+                grads = torch.autograd.grad(value, chosen, allow_unused=True)
+                for name, grad in zip(names, grads, strict=True):
+                    if grad is not None:
+                        sums[name] += grad.square()
+        finally:
+            for p in chosen:
+                p.requires_grad_(False)
 
-class _Kinds(NamedTuple):
-    """The ways to per-sample gradients: modules in a batch, copies, the other names one by one."""
+    # ------------------------------------------------------------------------ the first batch
 
-    hooked: dict[nn.Module, dict[str, str]]  # weight or bias -> its name in the model
-    broadcast: list[str]
-    single: list[str]
+    def _ways_of(self, inputs: Tensor) -> _Ways:
+        """Return how the parameters' per-sample gradients are had of such inputs (N, ...)."""
+        shape = inputs.shape[1:]
+        if shape in self._ways:
+            return self._ways[shape]
+        samples = inputs[:CHECKED]
+        out = self._checked_logits(samples)
+        hooked = _modules_called_once(self.model, samples)
+        covered = {name for names in hooked.values() for name in names.values()}
+        rest = [name for name in self.names if name not in covered]
+        broadcast = self._broadcasting(rest, inputs[:1])
+        mapped = [name for name in rest if name not in broadcast]
+        ways = _Ways(hooked, broadcast, mapped, [])
+        if not torch.isfinite(out).all():  # no comparison would tell anything
+            return ways
+        ways = self._verified(ways, samples, out.argmax(dim=1))
+        if singly := [name for name in self.names if name in {*ways.mapped, *ways.looped}]:
+            warnings.warn(f"per-sample gradients one by one for {', '.join(singly)}", stacklevel=4)
+        self._ways[shape] = ways
+        return ways
+
+    @torch.no_grad()
+    def _checked_logits(self, samples: Tensor) -> Tensor:
+        """Return the logits of some samples; refuse a model that has no per-sample gradients."""
+        out, again = (_logits(self.model(samples)) for _ in range(2))
+        if len(out) != len(samples):
+            raise ValueError(f"{len(samples)} samples have {len(out)} rows of logits")
+        alone = _logits(self.model(samples[:1]))
+        if not torch.isfinite(out).all():
+            return out
+        if not torch.equal(out, again) and not _close(out, again):
+            raise ValueError(
+                "the model's logits of the same samples differ between two calls, in eval mode "
+                "too: there is something random in it"
+            )
+        if not _close(alone, out[:1]):
+            raise ValueError(
+                "the logits of a sample depend on the others in its batch, in eval mode too (batch "
+                "statistics?): it has no gradients of its own"
+            )
+        return out
+
+    @torch.no_grad()
+    def _broadcasting(self, names: list[str], sample: Tensor) -> list[str]:
+        """Return the parameters of which each sample reads its own copy, along the first axis."""
+        names = [n for n in names if self.parameters[n].shape[:1] == (1,)]
+        copies = {n: torch.cat([self.parameters[n], self.parameters[n] + 1]) for n in names}
+        probe = torch.cat([sample, sample])
+        try:
+            out = _logits(self.model(probe))
+            changed = _logits(torch.func.functional_call(self.model, copies, (probe,)))
+            alone = torch.allclose(changed[0], out[0], rtol=1e-4, atol=1e-5)
+        except (RuntimeError, IndexError, ValueError):
+            alone = False
+        if alone or len(names) < 2:
+            return names if alone else []
+        return [n for name in names for n in self._broadcasting([name], sample)]
+
+    def _verified(self, ways: _Ways, samples: Tensor, labels: Tensor) -> _Ways:
+        """Return the ways that give autograd's own squares of these samples, tensor by tensor."""
+        truth = self._zeros()
+        self._add_looped(truth, self.names, samples, labels)
+        names = {name for module in ways.hooked.values() for name in module.values()}
+        names |= {*ways.broadcast}
+        batched = _Ways(ways.hooked, ways.broadcast, [], [])
+        differ = self._differing(batched, names & truth.keys(), truth, samples, labels)
+        hooked = {
+            module: {kind: name for kind, name in parts.items() if name not in differ}
+            for module, parts in ways.hooked.items()
+        }
+        hooked = {module: parts for module, parts in hooked.items() if parts}
+        broadcast = [name for name in ways.broadcast if name not in differ]
+        mapped = [n for n in self.names if n in {*ways.mapped, *differ}]
+        alone = _Ways({}, [], mapped, [])
+        looped = self._differing(alone, mapped, truth, samples, labels) if mapped else set()
+        mapped = [name for name in mapped if name not in looped]
+        return _Ways(hooked, broadcast, mapped, [n for n in self.names if n in looped])
+
+    def _differing(
+        self,
+        ways: _Ways,
+        names: Iterable[str],
+        truth: dict[str, Tensor],
+        samples: Tensor,
+        labels: Tensor,
+    ) -> set[str]:
+        """Return those of some names whose squares are not the true ones."""
+        sums = self._zeros()
+        try:
+            self._add(sums, ways, samples, labels)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+            return {*names}
+        precision = max(torch.finfo(self.parameters[name].dtype).eps for name in self.names)
+        noise = precision * max(_rms(total) for total in truth.values())  # of a sum that cancels
+        return {
+            name
+            for name in names
+            if not _norm(sums[name] - truth[name])
+            <= TOLERANCE * precision**0.5 * _norm(truth[name]) + noise * truth[name].numel() ** 0.5
+        }
+
+
+def _rms(values: Tensor) -> float:
+    return _norm(values) / max(1, values.numel()) ** 0.5
+
+
+def _norm(values: Tensor) -> float:
+    return torch.linalg.vector_norm(values.double()).item()
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Tell whether logits agree up to rounding."""
+    tolerance = TOLERANCE * torch.finfo(a.dtype).eps ** 0.5
+    return _norm(a - b) <= tolerance * max(_norm(a), a.numel() ** 0.5)
+
+
+@contextlib.contextmanager
+def _standing_still(model: nn.Module) -> Iterator[None]:
+    """Hold a model in eval mode, frozen and without autocast; leave it as it was."""
+    modes = {module: module.training for module in model.modules()}
+    trainable = {p: p.requires_grad for p in model.parameters()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    device = next(iter(trainable)).device.type if trainable else "cpu"
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)  # it passes modules by
+        for p in trainable:
+            p.requires_grad_(False)
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for p, trains in trainable.items():
+            p.requires_grad_(trains)
+        for module, training in modes.items():
+            module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+def _logits(output: Any) -> Tensor:
+    """Return the logits (N, C) in a model's output.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if isinstance(output, Mapping):
+        output = output.get("logits")
+    elif isinstance(output, tuple | list) and not hasattr(output, "logits"):
+        output = output[0] if output else None
+    output = getattr(output, "logits", output)
+    if not isinstance(output, Tensor) or output.dim() != 2 or not output.is_floating_point():
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"a model that is scored answers with logits (N, C), alone, first in a tuple or as "
+            f"'logits'; this one with {shape}"
+        )
+    return output
 
 
 def _sampled_labels(logits: Tensor, u: Tensor) -> Tensor:
@@ -326,55 +495,85 @@ def _summed_score(logits: Tensor, labels: Tensor, score: str) -> Tensor:
     return values.gather(1, labels[:, None]).sum()
 
 
-def _modules_called_once(
-    model: nn.Module, probe: Tensor
-) -> tuple[dict[nn.Module, dict[str, str]], Tensor]:
+# ---------------------------------------------------------------------------- layers in a batch
+
+
+def _modules_called_once(model: nn.Module, samples: Tensor) -> dict[nn.Module, dict[str, str]]:
     """Return the modules whose per-sample gradients can be had in a batch, with the names of their
-    parameters, and the logits."""
+    parameters."""
     owners: dict[nn.Parameter, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[parameter] = owners.get(parameter, 0) + 1
-    known = {
+    plain = {
         module: prefix
         for prefix, module in model.named_modules()
-        if _is_known(module) and all(owners[p] == 1 for p in module.parameters())
+        if _is_plain(module) and all(owners[p] == 1 for p in module.parameters())
     }
-    calls = dict.fromkeys(known, 0)
+    calls = dict.fromkeys(plain, 0)
 
-    def count(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        whole_batch = len(inputs[0]) == len(probe) and inputs[0].dim() > 1
+    def count(module: nn.Module, inputs: tuple, named: dict, output: Tensor) -> None:
+        x = _input_of(inputs, named)
+        whole_batch = x is not None and x.dim() > 1 and len(x) == len(samples)
         calls[module] += 1 if whole_batch else 2
 
-    handles = [module.register_forward_hook(count) for module in known]
+    handles = [module.register_forward_hook(count, with_kwargs=True) for module in plain]
     try:
         with torch.no_grad():
-            out = model(probe)
+            model(samples)
     finally:
         for handle in handles:
             handle.remove()
-    once = [module for module, times in calls.items() if times == 1]
     return {
-        m: {k: f"{known[m]}.{k}".lstrip(".") for k, _ in m.named_parameters()} for m in once
-    }, out
+        module: {kind: f"{plain[module]}.{kind}".lstrip(".") for kind, _ in parameters}
+        for module, times in calls.items()
+        if times == 1 and (parameters := list(module.named_parameters()))
+    }
 
 
-def _is_known(module: nn.Module) -> bool:
-    if isinstance(module, nn.Conv2d):
+def _input_of(inputs: tuple, named: dict) -> Tensor | None:
+    """Return the one tensor that a module was called with, by position or by name."""
+    values = [*inputs, *named.values()]
+    return values[0] if len(values) == 1 and isinstance(values[0], Tensor) else None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Tell whether a module is exactly one whose per-sample gradients are known.
+
+    A subclass may do anything, and so may hooks and reparametrisations. One that computes what its
+    base does, by other operations, says so: `computes = nn.Conv2d` in its class.
+    """
+    kind = getattr(type(module), "computes", type(module))
+    if kind not in (nn.Linear, nn.LayerNorm, nn.Conv2d) or not isinstance(module, kind):
+        return False
+    if module._forward_pre_hooks or any(True for _ in module.children()):
+        return False
+    if not {name for name, _ in module.named_parameters()} <= {"weight", "bias"}:
+        return False
+    if kind is nn.Conv2d:
         simple = module.kernel_size == module.stride and module.padding in ((0, 0), "valid")
         return simple and module.groups == 1 and module.dilation == (1, 1)
-    return isinstance(module, nn.Linear | nn.LayerNorm)
+    return isinstance(module.weight, nn.Parameter) or kind is nn.LayerNorm
 
 
 def _recorder(sums: dict[str, Tensor]) -> Callable:
     """Return the forward hook that adds a module's squared per-sample gradients to `sums`."""
 
-    def forward(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        if torch.is_grad_enabled():
-            x = inputs[0].detach()
-            if not output.requires_grad:
-                output.requires_grad_()  # nothing trains: the graph begins here
-            output.register_hook(lambda grad: _add_squares(module, sums, x, grad.detach()))
+    def forward(module: nn.Module, inputs: tuple, named: dict, output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        x, entered = _input_of(inputs, named).detach(), None
+        if not output.requires_grad:  # nothing trains: the graph begins here
+            entered = output.requires_grad_().clone()  # which may be changed in place
+        version = x._version
+
+        def backward(grad: Tensor) -> None:
+            if x._version != version:
+                raise RuntimeError("the input of a layer was changed in place")
+            _add_squares(module, sums, x, grad.detach())
+
+        output.register_hook(backward)
+        return entered
 
     return forward
 
@@ -397,6 +596,8 @@ def _add_squares(module: nn.Module, sums: dict[str, Tensor], x: Tensor, grad: Te
     if isinstance(module, nn.Conv2d):
         x = _patches(x, *module.kernel_size)
         grad = grad.flatten(2).transpose(1, 2)
+    if x.dtype != grad.dtype:  # of a model with autocast of its own
+        x, grad = x.to(sums_dtype := next(iter(sums.values())).dtype), grad.to(sums_dtype)
     x, grad = (v.reshape(len(v), -1, v.shape[-1]) for v in (x, grad))
     if "weight" in sums:
         square_accumulate_(sums["weight"].view(sums["weight"].shape[0], -1), grad, x)

@@ -89,6 +89,8 @@ WEIGHTS = {
 class PatchConv(nn.Conv2d):
     """A convolution whose kernel equals its stride, as one matrix product."""
 
+    computes = nn.Conv2d  # for fisher.py: its result is the convolution's
+
     def forward(self, images: Tensor) -> Tensor:
         p = self.kernel_size[0]
         n, c, h, w = images.shape

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import needs_cuda
 
-import cuda_graph
-from cuda_graph import CaptureError, GraphedStep
+from machine import cuda_graph
+from machine.cuda_graph import CaptureError, GraphedStep
 
 
 class Descent:

@@ -159,7 +159,9 @@ def test_alpha_goes_from_one_class_a_client_to_the_prior():
 @pytest.mark.parametrize("make", [
     lambda labels, seed: shard_iid(labels, 100_000, seed),
     lambda labels, seed: shard_by_class(labels, 100_000, 3, seed),
-    lambda labels, seed: shard_dirichlet(labels, 100_000, 0.5, seed),
+    pytest.param(
+        lambda labels, seed: shard_dirichlet(labels, 100_000, 0.5, seed), marks=pytest.mark.slow
+    ),
 ], ids=["iid", "class", "dirichlet"])  # fmt: skip
 def test_a_hundred_thousand_clients(make):
     labels = np.random.default_rng(0).integers(0, 100, 1_000_000)
@@ -176,6 +178,16 @@ def test_shards_are_a_function_of_the_seed(make):
     first, again, other = make(0), make(0), make(1)
     assert all(map(np.array_equal, first, again))
     assert not all(map(np.array_equal, first, other))
+
+
+def test_one_function_deals_by_whichever_rule_is_named():
+    labels = balanced()
+    for settings, expected in (
+        ({}, shard_iid(labels, 50, 3)),
+        ({"nc": 4}, shard_by_class(labels, 50, 4, 3)),
+        ({"dirichlet": 0.5}, shard_dirichlet(labels, 50, 0.5, 3)),
+    ):
+        assert all(map(np.array_equal, data.shard(labels, 50, seed=3, **settings), expected))
 
 
 @pytest.mark.parametrize(("make", "message"), [

@@ -1,8 +1,9 @@
-"""The loss scale: the same for all clients of a round, whatever their order."""
+"""Devices are chosen or refused; the loss scale does not depend on the order of clients."""
 
+import pytest
 import torch
 
-from loss_scale import LossScale
+from machine.device import LossScale, choose_device, choose_precision, exact_products
 
 
 def needs(limit):
@@ -58,3 +59,44 @@ def test_what_fails_at_any_scale_says_nothing_about_the_scale():
     scale.attempt(*needs(32.0))
     scale.next_round()
     assert scale.state.tolist() == [32.0, 32.0, 0.0]
+
+
+def test_a_device_that_is_not_here_is_refused_by_its_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    for name in ("meta", "gpu", ""):
+        with pytest.raises(ValueError, match=f"--device {name}: choose auto, cpu, cuda or cuda:N"):
+            choose_device(name)
+    with pytest.raises(ValueError, match="--device cuda:0: PyTorch sees no CUDA device here"):
+        choose_device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    names = [choose_device(name, local_rank=1, processes=2) for name in ("auto", "cuda")]
+    assert names == [torch.device("cuda:1")] * 2
+    with pytest.raises(ValueError, match="--device cuda: cuda:2 is wanted, and 2 are here"):
+        choose_device("cuda", local_rank=2, processes=3)
+    with pytest.raises(ValueError, match="--device cuda:0: 2 processes need a device each"):
+        choose_device("cuda:0", processes=2)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
+)
+def test_the_precision_follows_the_device(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_precision("auto", torch.device("cuda:0")) == dtype
+    assert choose_precision("auto", torch.device("cpu")) == torch.float32
+    assert choose_precision("bf16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_products_are_exact_inside_and_as_before_after_an_error():
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_tf32
+    try:
+        settings.allow_tf32 = True
+        with pytest.raises(KeyError), exact_products():
+            assert not settings.allow_tf32
+            raise KeyError
+        assert settings.allow_tf32
+    finally:
+        settings.allow_tf32 = before

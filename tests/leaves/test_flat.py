@@ -1,12 +1,84 @@
-"""The entries that train: the norm that bounds their gradient is torch's, under a mask theirs."""
+"""Parameters and gradients are views of two vectors; the norm that bounds a gradient is torch's."""
 
 import math
 
 import pytest
 import torch
-from test_learner import build
+from built import build
+from test_model import randomise
 
-from entries import clip_divisor
+import flat as flat_file
+from flat import Entries, FlatView, Sgd, clip_divisor
+from model import build_vit
+
+# ---------------------------------------------------------------------------- the view
+
+
+def test_parameters_and_gradients_are_views_of_two_vectors():
+    model, plain = (randomise(build_vit("vit_demo", 5)) for _ in range(2))
+    flat = FlatView(model.named_parameters())
+    images = torch.randn(2, 3, 32, 32)
+    model(images).square().sum().backward()
+    plain(images).square().sum().backward()
+    for name, p in plain.named_parameters():
+        assert torch.equal(flat.view(flat.theta, name), p)
+        assert torch.equal(flat.view(flat.grad, name), p.grad)
+    assert all(offset % 64 == 0 for offset in flat.offsets.values())
+    assert flat.size == sum(p.numel() for p in plain.parameters()) < flat.theta.numel()
+    padding = torch.ones_like(flat.theta)
+    for name in flat.shapes:
+        flat.view(padding, name).zero_()
+    assert padding.sum() == flat.theta.numel() - flat.size
+    assert not flat.theta[padding.bool()].any() and not flat.grad[padding.bool()].any()
+    flat.theta.zero_()
+    assert not model(images).any()
+
+
+def test_a_view_of_a_stack_keeps_the_leading_axis():
+    flat = FlatView(torch.nn.Linear(5, 3).named_parameters())
+    stack = torch.randn(4, flat.theta.numel())
+    assert flat.view(stack, "weight").shape == (4, 3, 5)
+    assert torch.equal(flat.view(stack, "bias")[2], flat.view(stack[2], "bias"))
+
+
+def test_other_precisions():
+    model = randomise(build_vit("vit_demo", 5))
+    names = dict(model.named_parameters())
+    exact = {name: p.detach().clone() for name, p in names.items()}
+    flat = FlatView([(n, p) for n, p in names.items() if n.startswith("blocks.1.")],
+                    compute_dtype=torch.bfloat16)  # fmt: skip
+    assert flat.theta.dtype == torch.float32 and flat.grad.dtype == torch.bfloat16
+    assert names["blocks.1.mlp.fc1.weight"].dtype == torch.bfloat16
+    assert names["blocks.0.mlp.fc1.weight"].dtype == torch.float32
+    view = flat.view(flat.theta, "blocks.1.mlp.fc1.weight")
+    assert torch.equal(view, exact["blocks.1.mlp.fc1.weight"])
+    flat.reset(torch.full_like(flat.theta, 1 / 3))
+    assert torch.equal(flat.compute, flat.theta.bfloat16())
+    assert (names["blocks.1.attn.proj.bias"] == torch.tensor(1 / 3).bfloat16()).all()
+    double = FlatView(build_vit("vit_demo", 5).named_parameters(), dtype=torch.float64)
+    assert double.theta.dtype == double.grad.dtype == torch.float64
+    with pytest.raises(ValueError, match="at least one parameter"):
+        FlatView([])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_filled_gradient_is_that_of_backward_and_zero_where_the_loss_does_not_reach(dtype):
+    model = build_vit("vit_demo", 10, seed=0)
+    flat = FlatView(model.named_parameters(), compute_dtype=dtype)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        model.head.weight.fill_(0.1)
+    model(images).square().sum().backward()
+    once = flat.grad.clone()
+    flat.fill_grad(model(images).square().sum())
+    assert once.any() and torch.equal(flat.grad, once)
+    flat.fill_grad(model(images).square().sum(), add=True)
+    assert torch.equal(flat.grad, 2 * once)
+    flat.fill_grad(model.features(images).sum())
+    assert not flat.view(flat.grad, "head.weight").any() and flat.grad.any()
+
+
+# ---------------------------------------------------------------------------- what trains
 
 
 @pytest.mark.parametrize("size", [1, 1023, 262_144, 262_145, 700_001])
@@ -34,12 +106,44 @@ def test_what_is_not_finite_stays_so(bad):
 def test_under_a_mask_the_norm_is_of_what_trains(small_data, compact):
     mask = ("--head", "ridge", "--mask-rule", "random", "--sparsity", "0.9" if compact else "0.2")
     plain = ("--momentum", "0", "--lr", "1", "--clip-norm", "0.01", "--precision", "fp32")
-    learner, training = build(small_data, *mask, *plain, "--J", "1")
+    learner, clients = build(small_data, *mask, *plain, "--J", "1")
     entries = learner.entries
     assert entries.compact == compact
     start = entries.theta.clone()
-    training.one(4, round=1)
+    clients.train_client(start, 4, round=1)
     grad = learner.flat.grad
     assert grad[entries.index].norm() > 0.01 and grad.norm() > 1.05 * grad[entries.index].norm()
     # a step of lr 1; the differences of fp32 parameters round to 2^-24 of their size
     assert (start - entries.theta).double().norm().item() == pytest.approx(0.01, rel=1e-4)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(("prox", "corrected"), [(0.0, False), (0.1, True)])
+def test_the_compact_step_has_the_bits_of_the_masked_one(monkeypatch, momentum, prox, corrected):
+    def walk(below):
+        monkeypatch.setattr(flat_file, "COMPACT_BELOW", below)
+        generator = torch.Generator().manual_seed(0)
+        model = randomise(build_vit("vit_demo", 5))
+        flat = FlatView(model.named_parameters())
+        start = flat.theta.clone()
+        mask = torch.rand(start.shape, generator=generator).lt(0.3) & flat.marked()
+        sgd = Sgd(momentum=momentum, weight_decay=0.01, clip_norm=0.5)
+        entries = Entries(flat, mask, sgd, prox=prox, corrected=corrected)
+        assert entries.compact == (below == 1) and entries.size == mask.sum()
+        if corrected:
+            entries.correct(torch.randn(entries.size, generator=generator))
+        if prox:
+            entries.pull_to(entries.theta + 0.01)
+        for j in range(3):
+            flat.grad.copy_(torch.randn(start.shape, generator=generator))
+            entries.step(0.1, first=j == 0, grad_scale=4.0)
+        theta = entries.gather().clone()
+        assert torch.equal(flat.theta[mask], theta) and (theta != start[mask]).all()
+        assert torch.equal(flat.theta[~mask], start[~mask])
+        entries.load(start[mask])
+        assert torch.equal(flat.theta, start)
+        return theta, entries.momentum
+
+    compact, masked = walk(1), walk(0)
+    assert torch.equal(compact[0], masked[0])
+    assert compact[1] is masked[1] is None or torch.equal(compact[1], masked[1])

@@ -1,4 +1,4 @@
-"""The ViT equals torchvision's and its own equations; checkpoints and the flat view hold."""
+"""The ViT equals torchvision's and its own equations; checkpoints load whole or not at all."""
 
 import argparse
 import hashlib
@@ -15,13 +15,16 @@ import torch.nn.functional as F
 
 import model as vit
 from model import (
-    FlatView,
     build_vit,
+    fingerprint,
     first_trained_block,
     load_weights,
     read_checkpoint,
+    scoped_names,
     trained_names,
 )
+
+DINO = vit.WEIGHTS["dino"]
 
 
 def randomise(model, seed=0):
@@ -225,8 +228,8 @@ def test_dino_offline_says_where_the_file_goes(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match="^--weights dino: cannot download .*--data synth"
     ) as error:
-        vit.download_dino(tmp_path)
-    assert str(tmp_path / vit.DINO_FILE) in str(error.value)
+        vit.download("dino", tmp_path)
+    assert str(tmp_path / DINO.file) in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -236,7 +239,7 @@ def small_dino(monkeypatch):
     torch.save(demo_state(), saved := io.BytesIO())
     saved = saved.getvalue()
     monkeypatch.setitem(vit.MODELS, "vit_s16", vit.MODELS["vit_demo"])
-    monkeypatch.setattr(vit, "DINO_BYTES", len(saved) - 100)
+    monkeypatch.setitem(vit.WEIGHTS, "dino", DINO._replace(bytes=len(saved) - 100))
 
     def serve(change=lambda content: content):
         def download(url, path, progress):
@@ -252,15 +255,15 @@ def small_dino(monkeypatch):
 
 def test_dinos_first_use_is_pinned_and_a_changed_file_refused(tmp_path, small_dino, capsys):
     asked = small_dino()
-    path = vit.download_dino(tmp_path / "new")
-    assert "pinned" in capsys.readouterr().out and vit.download_dino(tmp_path / "new") == path
-    assert asked == [vit.DINO_URL]
+    path = vit.download("dino", tmp_path / "new")
+    assert "pinned" in capsys.readouterr().out and vit.download("dino", tmp_path / "new") == path
+    assert asked == [DINO.url]
     pin = path.with_name(path.name + ".sha256")
     assert set(path.parent.iterdir()) == {path, pin}
     assert pin.read_text() == hashlib.sha256(path.read_bytes()).hexdigest() + "\n"
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(ValueError, match="is damaged: its SHA-256 differs"):
-        vit.download_dino(tmp_path / "new")
+        vit.download("dino", tmp_path / "new")
 
 
 def test_a_download_that_is_stopped_leaves_nothing(tmp_path, monkeypatch):
@@ -270,7 +273,7 @@ def test_a_download_that_is_stopped_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", stopped)
     with pytest.raises(KeyboardInterrupt):
-        vit.download_dino(tmp_path)
+        vit.download("dino", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -293,7 +296,7 @@ def flipped(content):
 def test_what_is_not_dinos_checkpoint_is_not_kept(change, message, tmp_path, small_dino):
     small_dino(change)
     with pytest.raises(ValueError, match=f"^--weights dino: cannot download .*{message}"):
-        vit.download_dino(tmp_path)
+        vit.download("dino", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -301,10 +304,10 @@ def test_dinos_checkpoint_has_dinos_keys_and_shapes(tmp_path, small_dino, monkey
     monkeypatch.setitem(vit.MODELS, "vit_s16", vit.ViTShape(48, 1, 3, patch=8, grid=4))
     small_dino()
     with pytest.raises(ValueError, match="another architecture, blocks.1"):
-        vit.download_dino(tmp_path)
+        vit.download("dino", tmp_path)
 
 
-# ---------------------------------------------------------------------------- building, flat view
+# ---------------------------------------------------------------------------- building, naming
 
 
 def test_a_model_is_a_function_of_its_seed_and_starts_with_a_zero_head():
@@ -342,53 +345,6 @@ def test_what_trains_is_named_from_the_first_block_on():
         trained_names(model, "head", freeze_head=True)
 
 
-def test_parameters_and_gradients_are_views_of_two_vectors():
-    model, plain = (randomise(build_vit("vit_demo", 5)) for _ in range(2))
-    flat = FlatView(model.named_parameters())
-    images = torch.randn(2, 3, 32, 32)
-    model(images).square().sum().backward()
-    plain(images).square().sum().backward()
-    for name, p in plain.named_parameters():
-        assert torch.equal(flat.view(flat.theta, name), p)
-        assert torch.equal(flat.view(flat.grad, name), p.grad)
-    assert all(offset % 64 == 0 for offset in flat.offsets.values())
-    assert flat.size == sum(p.numel() for p in plain.parameters()) < flat.theta.numel()
-    padding = torch.ones_like(flat.theta)
-    for name in flat.shapes:
-        flat.view(padding, name).zero_()
-    assert padding.sum() == flat.theta.numel() - flat.size
-    assert not flat.theta[padding.bool()].any() and not flat.grad[padding.bool()].any()
-    flat.theta.zero_()
-    assert not model(images).any()
-
-
-def test_a_view_of_a_stack_keeps_the_leading_axis():
-    flat = FlatView(torch.nn.Linear(5, 3).named_parameters())
-    stack = torch.randn(4, flat.theta.numel())
-    assert flat.view(stack, "weight").shape == (4, 3, 5)
-    assert torch.equal(flat.view(stack, "bias")[2], flat.view(stack[2], "bias"))
-
-
-def test_other_precisions():
-    model = randomise(build_vit("vit_demo", 5))
-    names = dict(model.named_parameters())
-    exact = {name: p.detach().clone() for name, p in names.items()}
-    flat = FlatView([(n, p) for n, p in names.items() if n.startswith("blocks.1.")],
-                    compute_dtype=torch.bfloat16)  # fmt: skip
-    assert flat.theta.dtype == torch.float32 and flat.grad.dtype == torch.bfloat16
-    assert names["blocks.1.mlp.fc1.weight"].dtype == torch.bfloat16
-    assert names["blocks.0.mlp.fc1.weight"].dtype == torch.float32
-    view = flat.view(flat.theta, "blocks.1.mlp.fc1.weight")
-    assert torch.equal(view, exact["blocks.1.mlp.fc1.weight"])
-    flat.reset(torch.full_like(flat.theta, 1 / 3))
-    assert torch.equal(flat.compute, flat.theta.bfloat16())
-    assert (names["blocks.1.attn.proj.bias"] == torch.tensor(1 / 3).bfloat16()).all()
-    double = FlatView(build_vit("vit_demo", 5).named_parameters(), dtype=torch.float64)
-    assert double.theta.dtype == double.grad.dtype == torch.float64
-    with pytest.raises(ValueError, match="at least one parameter"):
-        FlatView([])
-
-
 def test_a_model_on_kept_patches_is_the_model_of_those_patches():
     model = build_vit("vit_demo", 10)
     images, generator = torch.randn(3, 3, 32, 32), torch.Generator().manual_seed(0)
@@ -423,18 +379,19 @@ def test_the_first_trained_block(names, first):
     assert first_trained_block(names, 12) == first
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_filled_gradient_is_that_of_backward_and_zero_where_the_loss_does_not_reach(dtype):
-    model = build_vit("vit_demo", 10, seed=0)
-    flat = FlatView(model.named_parameters(), compute_dtype=dtype)
-    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+def test_a_scope_names_the_backbones_parameters_by_patterns():
+    model = build_vit("vit_demo", 5)
+    names = scoped_names(model, ["blocks.1.*.bias", "norm.weight", "norm.*"])
+    assert names[0] == "blocks.1.norm1.bias" and names[-2:] == ["norm.weight", "norm.bias"]
+    assert len(names) == 8
+    with pytest.raises(ValueError, match="--mask-scope head.*: no parameter of the backbone"):
+        scoped_names(model, ["norm.*", "head.*"])
+
+
+def test_a_fingerprint_is_of_the_backbone_alone():
+    model, other = (build_vit("vit_demo", 5, seed=s) for s in (0, 0))
     with torch.no_grad():
-        model.head.weight.fill_(0.1)
-    model(images).square().sum().backward()
-    once = flat.grad.clone()
-    flat.fill_grad(model(images).square().sum())
-    assert once.any() and torch.equal(flat.grad, once)
-    flat.fill_grad(model(images).square().sum(), add=True)
-    assert torch.equal(flat.grad, 2 * once)
-    flat.fill_grad(model.features(images).sum())
-    assert not flat.view(flat.grad, "head.weight").any() and flat.grad.any()
+        other.head.weight.fill_(1)
+        assert fingerprint(model) == fingerprint(other)
+        other.norm.bias[0] = 1
+    assert fingerprint(model) != fingerprint(other)

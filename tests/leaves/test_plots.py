@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-import plots
+from study import plots
 
 pytest.importorskip("matplotlib")
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from walk import Walk
 
-from runs import Interrupted, Run, drive
-from safe_files import SEAL, DamagedFile, fcntl, load_checked, save_checked, write_json
+from machine.runs import Interrupted, Run, drive
+from machine.safe_files import SEAL, DamagedFile, fcntl, load_checked, save_checked, write_json
 
 
 @pytest.fixture

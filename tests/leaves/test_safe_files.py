@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from safe_files import (
+from machine.safe_files import (
     DamagedFile,
     forget_asides,
     load_checked,

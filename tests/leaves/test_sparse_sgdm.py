@@ -315,6 +315,7 @@ for capability, half in ((75, "fp16"), (80, "bf16"), (90, "bf16")):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sparse_sgdm.triton is None, reason="no Triton")
 def test_the_kernel_compiles_for_turing_ampere_and_hopper_without_a_gpu(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

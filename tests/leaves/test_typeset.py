@@ -1,6 +1,6 @@
 """Tables in print say what their lines say, one group beside another."""
 
-from typeset import best_rows, grouping, latex_table, layout, markdown_table, tex
+from study.typeset import best_rows, grouping, latex_table, layout, markdown_table, tex
 
 LINES = [
     ["sharding", "rule", "lr", "validation", "to dense"],
