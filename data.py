@@ -63,7 +63,8 @@ def random(seed: int, purpose: str, *counters: int) -> np.random.Generator:
 def load_cifar100(folder: str | Path) -> Dataset:
     """Load CIFAR-100 from `folder`; torchvision downloads it where it is missing or damaged.
 
-    No file is read before torchvision has checked its MD5.
+    Its files (train, test, meta) lie in cifar-100-python/, as torchvision unpacks them, or in
+    cifar-100/ or the folder itself, as Kaggle does. None is read before its MD5 has been checked.
 
     Raises:
         ValueError: no network, a damaged folder, or no torchvision; the message says what to do.
@@ -72,16 +73,23 @@ def load_cifar100(folder: str | Path) -> Dataset:
         from torchvision.datasets import CIFAR100
     except (ImportError, RuntimeError) as error:
         raise ValueError(f"CIFAR-100 needs a torchvision that matches torch: {error}") from None
-    base = Path(folder) / CIFAR100.base_folder
     try:
-        train = CIFAR100(str(folder), train=True, download=True)
-        test = CIFAR100(str(folder), train=False)
+        base = _cifar_base(Path(folder), CIFAR100)
+        cifar = type("CIFAR100", (CIFAR100,), {"base_folder": base.name})
+        train = cifar(str(base.parent), train=True, download=True)
+        test = cifar(str(base.parent), train=False)
     except Exception as error:  # the network, torchvision and the file system raise many types
+        if parquet := _cifar_parquet(Path(folder)):
+            raise ValueError(
+                f"{parquet} is CIFAR-100 as the hub's parquet files, and the python version is "
+                f"needed: put {CIFAR100.filename} into {folder}, from {CIFAR100.url}"
+            ) from None
         reason = str(error).partition("\n")[0].partition(". You can use download=True")[0]
         raise ValueError(
-            f"no whole CIFAR-100 in {folder} ({reason}): delete {base} if it is there and run "
-            f"again. Without a network, first put {CIFAR100.filename} into {folder}, from "
-            f"{CIFAR100.url}, or take --data synthetic, which needs no files"
+            f"no whole CIFAR-100 in {folder} ({reason}): delete "
+            f"{Path(folder, CIFAR100.base_folder)} if it is there and run again. Without a "
+            f"network, first put {CIFAR100.filename} into {folder}, from {CIFAR100.url}, or take "
+            "--data synthetic, which needs no files"
         ) from None
     fine_to_coarse, superclasses = _cifar_superclasses(base)
     sets = (
@@ -92,6 +100,24 @@ def load_cifar100(folder: str | Path) -> Dataset:
         for part in (train, test)
     )
     return Dataset(*sets, list(train.classes), superclasses, fine_to_coarse)
+
+
+def _cifar_base(folder: Path, cifar: type) -> Path:
+    """Return where CIFAR-100's files lie: in torchvision's folder, or whole in one of Kaggle's."""
+    from torchvision.datasets.utils import check_integrity
+
+    base, meta = folder / cifar.base_folder, [cifar.meta["filename"], cifar.meta["md5"]]
+    for other in (folder / "cifar-100", folder):
+        sums = [*cifar.train_list, *cifar.test_list, meta]
+        if not base.exists() and all(check_integrity(other / name, md5) for name, md5 in sums):
+            return other
+    return base
+
+
+def _cifar_parquet(folder: Path) -> Path | None:
+    """Return a parquet file of the train or test set that lies in a folder or directly below it."""
+    files = [*folder.glob("*.parquet"), *folder.glob("*/*.parquet")]
+    return next((path for path in files if path.name.startswith(("train-", "test-"))), None)
 
 
 def _cifar_superclasses(base: Path) -> tuple[list[int], list[str]]:
@@ -201,16 +227,36 @@ DATASETS = {
 
 # ---------------------------------------------------------------------------- splits and shards
 
+Labels = Sequence[int] | np.ndarray | Tensor  # (N,) classes from 0 on, some perhaps of no sample
 
-def split_validation(
-    labels: np.ndarray, fraction: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+
+def whole_labels(labels: Labels) -> np.ndarray:
+    """Return labels as int64.
+
+    Raises:
+        ValueError: none, not one a sample, fractions, or negative ones.
+    """
+    try:
+        array = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    except (TypeError, ValueError, RuntimeError):  # ragged, bfloat16, on its way to a gradient
+        array = np.empty((), object)
+    if array.ndim == 1 and not len(array):
+        raise ValueError("there are no samples: the labels are empty")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        kind = f"of type {getattr(labels, 'dtype', array.dtype)} and shape {array.shape}"
+        raise ValueError(f"labels must be one whole number a sample, not {kind}")
+    if (array < 0).any() or array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"labels must be classes from 0 on, not {array.min()} to {array.max()}")
+    return array.astype(np.int64, copy=False)
+
+
+def split_validation(labels: Labels, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split the samples into (train, validation) indices, sorted, stratified by class.
 
     Args:
-        labels: (N,) integer classes.
         fraction: share of every class that goes to validation, in [0, 1).
     """
+    labels = whole_labels(labels)
     if not 0 <= fraction < 1:
         raise ValueError(f"the validation fraction must lie in [0, 1), not {fraction}")
     by_class, rank, counts = _ranked_by_class(labels, random(seed, "validation"))
@@ -218,12 +264,13 @@ def split_validation(
     return np.sort(by_class[~held_out]), np.sort(by_class[held_out])
 
 
-def draw_by_class(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+def draw_by_class(labels: Labels, count: int, seed: int) -> np.ndarray:
     """Draw `count` distinct samples, every class in proportion: sorted int64 indices.
 
     Raises:
         ValueError: count lies outside 1..N.
     """
+    labels = whole_labels(labels)
     if not 1 <= count <= len(labels):
         raise ValueError(f"{count} samples cannot be drawn from {len(labels)}")
     by_class, rank, counts = _ranked_by_class(labels, random(seed, "samples by class"))
@@ -237,50 +284,56 @@ def _ranked_by_class(
     """Shuffle and sort by class: the order, ranks within a class, sizes of their classes."""
     order = generator.permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
-    counts = np.bincount(labels)
+    counts = np.unique(labels, return_counts=True)[1]
     rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     return by_class, rank, np.repeat(counts, counts)
 
 
 def shard(
-    labels: np.ndarray,
+    labels: Labels,
     clients: int,
     *,
     nc: int | None = None,
     dirichlet: float | None = None,
     seed: int = 0,
+    cover: bool = True,
 ) -> list[np.ndarray]:
     """Deal the samples to clients: by classes, by a Dirichlet mixture, or at random.
 
     Args:
-        labels: (N,) integer classes.
         nc: classes per client.
         dirichlet: concentration of the clients' mixtures.
+        cover: of `shard_by_class`.
 
     Returns:
         One int64 index array per client.
     """
     if nc is not None:
-        return shard_by_class(labels, clients, nc, seed)
+        return shard_by_class(labels, clients, nc, seed, cover)
     if dirichlet is not None:
         return shard_dirichlet(labels, clients, dirichlet, seed)
     return shard_iid(labels, clients, seed)
 
 
-def shard_iid(labels: np.ndarray, clients: int, seed: int) -> list[np.ndarray]:
+def shard_iid(labels: Labels, clients: int, seed: int) -> list[np.ndarray]:
     """Deal the samples at random, sizes differing by at most one: one int64 array per client."""
+    labels = whole_labels(labels)
     _check_clients(labels, clients)
     order = random(seed, "iid shards").permutation(len(labels))
     return _split_by_client(order, np.arange(len(labels)) % clients, clients)
 
 
 def shard_by_class(
-    labels: np.ndarray, clients: int, classes_per_client: int, seed: int
+    labels: Labels, clients: int, classes_per_client: int, seed: int, cover: bool = True
 ) -> list[np.ndarray]:
     """Give every client samples of exactly `classes_per_client` distinct classes.
 
     Every sample goes to exactly one client, classes are shared by an (almost) equal number of
     clients, and sizes are as equal as the counts allow.
+
+    Args:
+        cover: False lets few clients leave classes out: clients * classes_per_client of them are
+            used, drawn at random, and the samples of the others go to nobody.
 
     Returns:
         One int64 index array per client.
@@ -288,6 +341,7 @@ def shard_by_class(
     Raises:
         ValueError: unless classes <= clients * classes_per_client <= samples can be met.
     """
+    labels = whole_labels(labels)
     _check_clients(labels, clients)
     classes, class_sizes = np.unique(labels, return_counts=True)
     if not 1 <= classes_per_client <= len(classes):
@@ -296,9 +350,13 @@ def shard_by_class(
         )
     slots = clients * classes_per_client
     if slots < len(classes):
-        raise ValueError(
-            f"{clients} clients of {classes_per_client} classes cannot cover {len(classes)} classes"
-        )
+        if cover:
+            raise ValueError(
+                f"{clients} clients of {classes_per_client} classes cannot cover {len(classes)} "
+                "classes; --cover partial leaves some out"
+            )
+        used = np.sort(random(seed, "classes in use").permutation(len(classes))[:slots])
+        classes, class_sizes = classes[used], class_sizes[used]
     capacity = np.minimum(class_sizes, clients)
     if slots > capacity.sum():
         raise ValueError(
@@ -324,7 +382,7 @@ def shard_by_class(
     return _split_by_client(np.concatenate(indices), np.concatenate(owners), clients)
 
 
-def shard_dirichlet(labels: np.ndarray, clients: int, alpha: float, seed: int) -> list[np.ndarray]:
+def shard_dirichlet(labels: Labels, clients: int, alpha: float, seed: int) -> list[np.ndarray]:
     """Draw each client's class mixture from Dirichlet(alpha * prior); sizes differ by at most one.
 
     A small alpha gives nearly one class per client, a large one the prior. Every sample is used
@@ -333,6 +391,7 @@ def shard_dirichlet(labels: np.ndarray, clients: int, alpha: float, seed: int) -
     Raises:
         ValueError: alpha is not positive, or more clients than samples.
     """
+    labels = whole_labels(labels)
     _check_clients(labels, clients)
     if not (alpha > 0 and math.isfinite(alpha)):
         raise ValueError(f"the Dirichlet concentration must be positive, not {alpha}")
@@ -417,7 +476,14 @@ def draw_batches(
     The last axis holds image index, crop row, crop column (0..2 * PADDING), flip (0 or 1), and with
     keep = (R, T) which R of an image's T patches are kept, in order. A local epoch is a fresh
     permutation of the shard; a shard smaller than a batch repeats.
+
+    Raises:
+        ValueError: the client has no sample, or there is nothing to draw.
     """
+    if not len(shard):
+        raise ValueError(f"client {client} has no sample to draw batches from")
+    if batch_size < 1 or steps < 1:
+        raise ValueError(f"{steps} batches of {batch_size} samples: there must be some of each")
     generator = random(seed, "local batches", round, client)
     count = batch_size * steps
     epochs = [generator.permutation(shard) for _ in range(math.ceil(count / len(shard)))]
@@ -439,6 +505,8 @@ def draw_epoch(
 
     What does not fill the last batch is left out of this epoch, unless it is all there is.
     """
+    if not len(train):
+        raise ValueError("there are no samples to draw an epoch from")
     size = min(batch_size, len(train))
     return draw_batches(train, size, len(train) // size, seed=seed, round=epoch, keep=keep)
 

@@ -267,10 +267,11 @@ class FedAvg:
         client, method = int(cohort.clients[place]), self.method
         row = self.total[place % len(self.total)]
         part = row if method.send_ is None else torch.zeros_like(row)
-        weight = float(cohort.weights[place]) * method.factor(theta_k, self.theta)
-        largest = add_delta_(part, theta_k, self.theta, weight)
+        factor = method.factor(theta_k, self.theta)
+        largest = add_delta_(part, theta_k, self.theta, float(cohort.weights[place]) * factor)
         check_losses(t, client, losses)
-        check_change(t, client, largest.item() * max(1.0, float(sum(cohort.weights))))
+        scale = max(1.0, float(sum(cohort.weights))) * max(1.0, factor)
+        check_change(t, client, largest.item() * scale)
         sent = method.bytes_up
         if method.send_ is not None:
             sent = method.send_(part, client, cohort, t)
@@ -344,7 +345,9 @@ def checked(cohort: Cohort) -> Cohort:
     weights = np.asarray(cohort.weights, np.float64)
     for client, weight in zip(cohort.clients, weights, strict=True):
         if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"client {int(client)} has weight {weight}: it must be at least 0")
+            raise ValueError(
+                f"client {int(client)} has weight {weight}: it must be finite, at least 0"
+            )
     return cohort._replace(weights=weights)
 
 

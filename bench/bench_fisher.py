@@ -24,7 +24,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from fisher import fisher_diagonal
-from model import FlatView, build_vit, trained_names
+from flat import FlatView
+from model import build_vit, trained_names
 from sparse_sgdm import sparse_sgdm_
 
 

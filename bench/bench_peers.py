@@ -34,14 +34,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import peers
 from timing import ROOT, keep_memory, megabytes, quantiles, write_csv
+from work import Work, build_learner, build_loop, one_round
 
-import data
-import fedavg
-import train
-from federation import federate
-from learner import Learner
-from ranks import launched_group
-from workspace import Workspace
+from machine.ranks import launched_group
 
 SHARED = "fedavg --data synthetic --weights none --head linear --clients 100 --fraction 0.1 --J 4"
 SETTINGS = {  # options, rounds with the first
@@ -66,94 +61,26 @@ METHODS = {  # function of Work, setting
 TOLERANCE = 1e-5
 
 
-class Work:
-    """What is to be done: the same for every method, in this process or in a peer's workers."""
-
-    def __init__(self, setting: str, rounds: int, threads: int, best: bool = False):
-        self.setting, self.rounds, self.best, self.threads = setting, rounds, best, threads
-        arguments = f"{SHARED} {SETTINGS[setting][0]} --device cpu --threads {threads}"
-        self.options = train.resolve(train.build_parser().parse_args(arguments.split()))
-        self.workspace = Workspace(self.options)
-        self.shards, self.images = self.workspace.shards(), self.workspace.sets["train"]
-        self.sizes = [len(shard) for shard in self.shards]
-        assert len(set(self.sizes)) == 1  # so that peers' unweighted means are FedAvg's
-        self.preprocess, self.trains = self.workspace.preprocess(), setting != "transport"
-        self.ticks, self.rank = [], int(os.environ.get("RANK", 0))
-
-    def tick(self, model: torch.nn.Module | None = None) -> None:
-        """Note the time: once before the first round, then after every round."""
-        self.ticks.append(time.perf_counter())
-
-    def clients(self, round: int) -> list[int]:
-        """Return who takes part in a round 1, 2, ..."""
-        o = self.options
-        return fedavg.sample_clients(o.clients, o.fraction, seed=o.seed, round=round).tolist()
-
-    def draws(self, client: int, round: int) -> torch.Tensor:
-        """Return the (J, B, 4) draws of a client's local steps."""
-        o, shard = self.options, self.shards[client]
-        counters = dict(seed=o.seed, round=round, client=client)
-        return data.draw_batches(shard, o.batch_size, o.J, **counters)
-
-    def order(self, client: int, round: int) -> torch.Tensor:
-        """Return the (J * B,) images of a client's local steps."""
-        return self.draws(client, round)[..., 0].flatten()
-
-    def batches(self, client: int, round: int):
-        """Return the client's (images, labels) batches, uint8: by index, or by a DataLoader."""
-        order, size = self.order(client, round), self.options.batch_size
-        if self.best:
-            return ((self.images.images[at], self.images.labels[at]) for at in order.split(size))
-        subset = torch.utils.data.Subset(
-            torch.utils.data.TensorDataset(*self.images), order.tolist()
-        )
-        return torch.utils.data.DataLoader(subset, batch_size=size)
-
-    def optimiser(self, parameters, lr: float | None = None) -> torch.optim.Optimizer:
-        """Return a new torch.optim.SGD."""
-        o, fused = self.options, True if self.best else None
-        return torch.optim.SGD(parameters, lr=lr or o.lr, momentum=o.momentum, fused=fused)
-
-    def loss(self, model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Return the mean cross-entropy of a uint8 batch."""
-        return torch.nn.functional.cross_entropy(model(self.preprocess(x)), y)
-
-    def local_training(self, model: torch.nn.Module, client: int, round: int) -> None:
-        """Train a client's model where it stands, as any PyTorch user would."""
-        if not self.trains:
-            self.shift(model.parameters(), client)
-            return
-        optimiser = self.optimiser(model.parameters())
-        for x, y in self.batches(client, round):
-            optimiser.zero_grad()
-            self.loss(model, x, y).backward()
-            optimiser.step()
-
-    @torch.no_grad()
-    def shift(self, tensors, client: int) -> None:
-        """Stand in for training: add the client's constant."""
-        torch._foreach_add_(list(tensors), 1e-5 * (client + 1))
+def arguments_of(setting: str, threads: int, rounds: int) -> str:
+    """Return the fedavg command line of a setting."""
+    where = f"--device cpu --threads {threads}"
+    return f"{SHARED} {SETTINGS[setting][0]} {where} --rounds {rounds}"
 
 
 def project(work: Work) -> dict[str, torch.Tensor]:
     """Run this project's loop."""
-    with launched_group() as group, tempfile.TemporaryDirectory() as folder:
-        work.workspace.group, model = group, work.workspace.build_model()
-        learner = Learner(work.workspace, model, work.options, Path(folder), work.shards)
-        federation = federate(learner, work.shards)
-
-        def shifted(client: int, round: int) -> torch.Tensor:
-            work.shift([federation.theta], client)
-            return torch.zeros(1)
-
+    with launched_group() as group:
+        work.workspace.group = group
+        learner = build_learner(work.workspace, work.options)
+        loop = build_loop(learner, work.options, work.shards)
         if not work.trains:
-            federation.train_client = shifted
+            loop.train = lambda theta, clients, round: work.shifted(learner, theta, clients)
         work.tick()
         for _ in range(work.rounds):
-            while federation.advance() is None:
-                pass
+            one_round(loop)
             work.tick()
-    return model.state_dict()
+        learner.entries.load(loop.theta)
+    return learner.model.state_dict()
 
 
 def plain_usual(work: Work) -> dict[str, torch.Tensor]:
@@ -196,14 +123,15 @@ def run_one(setting: str, method: str, rounds: int, threads: int, out: Path) -> 
     name, kind = METHODS[method]
     threads //= int(os.environ.get("WORLD_SIZE", 1))
     function = globals().get(name) or getattr(peers, name)
-    made = time.perf_counter()
-    work = Work(setting, rounds, threads, best=kind != "usual")
+    started = time.perf_counter()
+    best, trains = kind != "usual", setting != "transport"
+    work = Work(arguments_of(setting, threads, rounds), best=best, trains=trains)
     ready = time.perf_counter()
     weights = function(work)
     assert len(work.ticks) == rounds + 1, len(work.ticks)
     if work.rank == 0:
         times = {"seconds": np.diff([ready, *work.ticks]).tolist(), "ticks": work.ticks}
-        times |= {"data_s": ready - made, "peak_mb": megabytes()}
+        times |= {"data_s": ready - started, "peak_mb": megabytes()}
         torch.save(times | {"weights": weights}, out)
 
 
@@ -235,8 +163,8 @@ def run(setting: str, method: str, rounds: int, threads: int) -> dict | None:
 def command(setting: str, threads: int) -> float:
     """Return the seconds from `train.py fedavg` to its log of round 1, the start evaluated too."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = f"{SHARED} {SETTINGS[setting][0]} --device cpu --threads {threads} --rounds 2"
-        arguments += f" --eval-every 2 --runs-dir {folder} --name x"
+        arguments = f"{arguments_of(setting, threads, 2)} --eval-every 2"
+        arguments += f" --runs-dir {folder} --name x"
         log = Path(folder) / "x" / "log.jsonl"
         started = time.perf_counter()
         child = [sys.executable, str(ROOT / "train.py"), *arguments.split()]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -20,13 +21,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from timing import quantiles, write_csv
+from timing import ROOT, quantiles, write_csv
 
 import model
-import runs
-import train
+from machine.runs import Run
 
-ROOT = Path(__file__).parent.parent
 SETTINGS = {
     "vit_demo": "--model vit_demo --image-size 32 --batch-size 8",
     "vit_468k": "--model vit_468k --image-size 32 --batch-size 8",
@@ -49,9 +48,9 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         command += ["--runs-dir", folder, "--name", "x"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
-        made = runs.Run(Path(folder) / "x")
-        theta = made.load()["state"]["process"]["theta"]
-        return [r["seconds"] for r in made.records()[2:]], theta
+        finished = Run(Path(folder) / "x")
+        theta = finished.load()["state"]["process"]["theta"]
+        return [r["seconds"] for r in finished.records()[2:]], theta
 
 
 def main() -> None:
@@ -65,14 +64,14 @@ def main() -> None:
     for setting in options.settings:
         seconds = {(1, 2): [], (2, 1): []}
         for _ in range(options.repeat):
-            for shape, found in seconds.items():
+            for shape, repetitions in seconds.items():
                 rounds, theta = run(setting, *shape, options.rounds)
-                found.append(rounds)
+                repetitions.append(rounds)
         assert torch.equal(theta, run(setting, 1, 1, options.rounds)[1])
-        one, two = (np.array(found).ravel() for found in seconds.values())
-        for name, values in (("1 process x 2 threads", one), ("2 processes x 1 thread", two)):
+        threads, ranks = (np.array(values).ravel() for values in seconds.values())
+        for name, values in (("1 process x 2 threads", threads), ("2 processes x 1 thread", ranks)):
             rows.append({"setting": setting, "figure": f"{name}, s a round"} | quantiles(values))
-        rows.append({"setting": setting, "figure": "speed-up, paired"} | quantiles(one / two))
+        rows.append({"setting": setting, "figure": "speed-up, paired"} | quantiles(threads / ranks))
         rows[-1]["goal"] = GOALS.get(setting, "")
         print(*rows[-3:], sep="\n")
     write_csv(options.csv, rows, note="each process's threads are in the figure's name")
@@ -81,5 +80,7 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--train"]:
         model.MODELS["vit_468k"] = model.ViTShape(96, 4, 3, patch=8, grid=4)
-        sys.exit(train.main(sys.argv[2:]))
-    main()
+        sys.argv = [str(ROOT / "train.py"), *sys.argv[2:]]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        main()

@@ -19,8 +19,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -28,13 +28,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from timing import interleaved, keep_memory, quantiles, timed, write_csv
+from work import build_learner, build_loop, opened
 
 import data
-import train
-from fedavg import sample_clients
-from federation import federate
-from learner import Learner
-from workspace import Workspace
+from training.workspace import Workspace
 
 SHARED = (
     "fedavg --data synthetic --weights none --head linear --clients 100 --fraction 0.1 --J 4 "
@@ -51,8 +48,8 @@ PRODUCT = 8192  # side of the matrices whose product is the matrix units' rate
 class Floor:
     """The bare passes of a round's clients, on a model of its own."""
 
-    def __init__(self, workspace: Workspace, shards: list[np.ndarray]):
-        self.workspace, self.shards, self.options = workspace, shards, workspace.options
+    def __init__(self, workspace: Workspace, options: SimpleNamespace, shards: list[np.ndarray]):
+        self.workspace, self.shards, self.options = workspace, shards, options
         self.model, self.preprocess = workspace.build_model(), workspace.preprocess()
         with torch.no_grad():
             self.model.head.weight.normal_(std=0.02)  # so that the backward pass carries values
@@ -61,9 +58,15 @@ class Floor:
 
     def batches(self, client: int, round: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return the client's inputs and labels, ready for the model."""
-        o, train_set = self.options, self.workspace.sets["train"]
-        counters = dict(seed=o.seed, round=round, client=client)
-        draws = data.draw_batches(self.shards[client], o.batch_size, o.J, **counters)
+        train_set, (steps, size) = self.workspace.sets["train"], self.options.local_steps
+        draws = data.draw_batches(
+            self.shards[client],
+            size,
+            steps,
+            seed=self.options.source.seed,
+            round=round,
+            client=client,
+        )
         at = [d[:, 0].to(train_set.labels.device) for d in draws]
         return [(self.preprocess(train_set.images[i]), train_set.labels[i]) for i in at]
 
@@ -106,17 +109,15 @@ def measure(name: str, graph: str, options: argparse.Namespace) -> list[dict]:
     arguments, count, goal = SETTINGS[name]
     arguments = f"{SHARED} {arguments} --device {options.device} --threads {options.threads}"
     arguments += f" --cuda-graph {graph}"
-    o = train.resolve(train.build_parser().parse_args(arguments.split()))
-    workspace = Workspace(o)
+    o, workspace = opened(arguments)
     precision = str(workspace.dtype).removeprefix("torch.")
-    shards, device = workspace.shards(), workspace.device.type
-    with tempfile.TemporaryDirectory() as folder:
-        learner = Learner(workspace, workspace.build_model(), o, Path(folder), shards)
-    federation, floor = federate(learner, shards), Floor(workspace, shards)
+    shards, device = workspace.shards(o.sharding), workspace.device.type
+    learner = build_learner(workspace, o)
+    federation, floor = build_loop(learner, o, shards), Floor(workspace, o, shards)
     sums = []
     for round in range(1, 2 + (options.rounds or count)):
         seconds = np.zeros(2)
-        clients = sample_clients(o.clients, o.fraction, seed=o.seed, round=round)
+        clients = federation.cohort(round).clients
         for client in clients:
             batches = floor.batches(int(client), round)
             seconds += (
@@ -128,9 +129,10 @@ def measure(name: str, graph: str, options: argparse.Namespace) -> list[dict]:
         floor.passes(batches)
     operations = len(clients) * counter.get_total_flops()
     rounds, passes = np.array(sums[1:]).T
+    images = len(clients) * o.local_steps.J * o.local_steps.batch_size
     size = federation.theta.numel()
     bandwidth = copy_bandwidth(size, device)
-    moved = bytes_of_round(size, len(clients), o.J) / bandwidth
+    moved = bytes_of_round(size, len(clients), o.local_steps.J) / bandwidth
     rows = [
         {"figure": "round, s", **quantiles(rounds)},
         {"figure": "bare passes, s", **quantiles(passes)},
@@ -138,7 +140,7 @@ def measure(name: str, graph: str, options: argparse.Namespace) -> list[dict]:
         {"figure": "copy bandwidth, GB/s", "median": float(f"{bandwidth / 1e9:.4g}")},
         {"figure": "round / floor", **quantiles(rounds / (passes + moved)), "goal": goal},
         {"figure": "round / passes", **quantiles(rounds / passes)},
-        {"figure": "images/s", **quantiles(len(clients) * o.J * o.batch_size / rounds)},
+        {"figure": "images/s", **quantiles(images / rounds)},
         {"figure": "TFLOP/s", **quantiles(operations / rounds, 1e12)},
     ]
     if device != "cpu":

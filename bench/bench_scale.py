@@ -17,18 +17,18 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from timing import MALLOC, interleaved, keep_memory, megabytes, quantiles, timed, write_csv
+from work import build_learner, build_loop, one_round, opened
 
 import data
-import train
-from federation import federate
-from learner import Learner
-from workspace import Workspace
+from fedavg import FedAvg
+from training.learner import Learner
 
 CLIENTS = (100, 1_000, 10_000, 100_000)
 LABELS = np.arange(200_000) % 100
@@ -40,15 +40,14 @@ SHARDINGS = {
 GOALS = {"round, to K = 100": 1.05, "set-up, s": 2.0}
 
 
-def make_learner(what: str, folder: str, threads: int) -> Learner:
-    """Return a learner of the synthetic data set, head or all."""
+def make_learner(what: str, folder: str, threads: int) -> tuple[Learner, SimpleNamespace]:
+    """Return a learner of the synthetic data set, head or all, and its options."""
     arguments = (
         f"fedavg --data synthetic --head linear --batch-size 8 --J 4 --lr 0.01 --val-fraction 0 "
         f"--train {what} --data-dir {folder} --device cpu --threads {threads}"
     )
-    options = train.resolve(train.build_parser().parse_args(arguments.split()))
-    workspace = Workspace(options)
-    return Learner(workspace, workspace.build_model(), options, Path(folder), [])
+    options, workspace = opened(arguments)
+    return build_learner(workspace, options), options
 
 
 def deal(learner: Learner, clients: int, sharding: str = "nc1") -> list[np.ndarray]:
@@ -57,37 +56,31 @@ def deal(learner: Learner, clients: int, sharding: str = "nc1") -> list[np.ndarr
     return [shard % images for shard in SHARDINGS[sharding](LABELS, clients)]
 
 
-def make_federation(learner: Learner, shards: list[np.ndarray]):
+def make_loop(learner: Learner, options: SimpleNamespace, shards: list[np.ndarray]) -> FedAvg:
     """Return the loop over these clients, 10 of whom train a round."""
-    learner.options.fraction = 10 / len(shards)
-    return federate(learner, shards)
+    options.participation = options.participation._replace(fraction=10 / len(shards))
+    return build_loop(learner, options, shards)
 
 
-def one_round(federation) -> None:
-    """Train a round's clients."""
-    while federation.advance() is None:
-        pass
-
-
-def setups(learner: Learner) -> list[dict]:
+def setups(learner: Learner, options: SimpleNamespace) -> list[dict]:
     """Return the seconds that dealing the samples and building the loop take."""
     rows = []
     for clients in CLIENTS:
         shards = deal(learner, clients)
         calls = {name: lambda s=s, k=clients: s(LABELS, k) for name, s in SHARDINGS.items()}
-        calls["loop"] = lambda shards=shards: make_federation(learner, shards)
+        calls["loop"] = lambda shards=shards: make_loop(learner, options, shards)
         for name, seconds in interleaved(calls, 5).items():
             rows.append(row("set-up, s", name, quantiles(seconds), clients))
     return rows
 
 
-def rounds(learner: Learner, repetitions: int) -> list[dict]:
+def rounds(learner: Learner, options: SimpleNamespace, repetitions: int) -> list[dict]:
     """Return seconds a round for every K, and the ratio to the smallest K of the same turn."""
-    loops = {k: make_federation(learner, deal(learner, k)) for k in CLIENTS}
+    loops = {k: make_loop(learner, options, deal(learner, k)) for k in CLIENTS}
     calls = {k: lambda loop=loop: one_round(loop) for k, loop in loops.items()}
     seconds, rows = interleaved(calls, repetitions), []
     for clients, values in seconds.items():
-        what = learner.options.train
+        what = options.training.train
         rows.append(row("round, s", what, quantiles(values), clients))
         ratio = quantiles(values / seconds[CLIENTS[0]])
         rows.append(row("round, to K = 100", what, ratio, clients))
@@ -97,13 +90,13 @@ def rounds(learner: Learner, repetitions: int) -> list[dict]:
 def memory(clients: int, checkpoints: list[int], threads: int) -> list[dict]:
     """Return this process's peak above data and model, after so many head-only rounds."""
     with tempfile.TemporaryDirectory() as folder:
-        learner = make_learner("head", folder, threads)
+        learner, options = make_learner("head", folder, threads)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        held = megabytes("VmRSS")
-        federation, rows, done = make_federation(learner, deal(learner, clients)), [], 0
+        before = megabytes("VmRSS")
+        loop, rows, done = make_loop(learner, options, deal(learner, clients)), [], 0
         for goal in checkpoints:
-            seconds = timed(lambda g=goal, d=done: [one_round(federation) for _ in range(d, g)])
-            figures = {"median": megabytes() - held}
+            seconds = timed(lambda g=goal, d=done: [one_round(loop) for _ in range(d, g)])
+            figures = {"median": megabytes() - before}
             rows.append(row("peak above data, MB", "head", figures, clients, goal))
             figures = {"median": float(f"{seconds / (goal - done):.4g}")}
             rows.append(row("mean round, s", "head", figures, clients, goal))
@@ -135,9 +128,9 @@ def main() -> None:
     os.environ |= settings
     with tempfile.TemporaryDirectory() as folder:
         for what in ("head", "all"):
-            learner = make_learner(what, folder, options.threads)
-            rows += setups(learner) if what == "head" else []
-            rows += rounds(learner, options.rounds * (5 if what == "head" else 1))
+            learner, o = make_learner(what, folder, options.threads)
+            rows += setups(learner, o) if what == "head" else []
+            rows += rounds(learner, o, options.rounds * (5 if what == "head" else 1))
     torch.set_num_threads(options.threads)
     write_csv(options.csv, rows, samples=len(LABELS))
 

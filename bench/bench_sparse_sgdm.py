@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from timing import interleaved, keep_memory, quantiles, write_csv
 
-from cuda_graph import record
+from machine.cuda_graph import record
 from sparse_sgdm import sparse_sgdm_
 
 DENSITIES = (1.0, 0.5, 0.1)

@@ -30,19 +30,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import bench_peers
+from bench_peers import plain_usual
 from timing import ROOT, interleaved, keep_memory, quantiles, write_csv
+from work import Work, build_learner, build_loop, one_round, opened
 
 import data
-import plots
-import train
-from federation import federate
-from learner import Learner
-from workspace import Workspace
+from study import plots
+from training.features import set_fitted_head
+from training.workspace import Workspace
 
 SHARED = (
     "fedavg --model vit_ti16 --clients 100 --fraction 0.1 --J 4 --batch-size 32 --augment "
@@ -110,15 +110,8 @@ def validation_accuracy(workspace: Workspace, model: torch.nn.Module) -> float:
     return right / len(workspace.val_index)
 
 
-class Plain(bench_peers.Work):
+class Plain(Work):
     """The plain loop's work on real images, cropped and flipped as this project does it."""
-
-    best, trains = False, True
-
-    def __init__(self, workspace: Workspace, progress: Progress):
-        self.workspace, self.options, self.rounds = workspace, workspace.options, progress.rounds
-        self.shards, self.images = workspace.shards(), workspace.sets["train"]
-        self.preprocess, self.tick = workspace.preprocess(), progress.tick
 
     def batches(self, client: int, round: int):
         """Return the client's (images, labels) batches of a DataLoader, uint8, then augmented."""
@@ -129,20 +122,23 @@ class Plain(bench_peers.Work):
             yield data.crop_and_flip(x, draws), y
 
 
-def run_project(workspace: Workspace, progress: Progress, target: float) -> None:
+def run_project(
+    workspace: Workspace, options: SimpleNamespace, progress: Progress, target: float
+) -> None:
     """Run this project's loop until it has `target`, at most progress.rounds rounds."""
     with tempfile.TemporaryDirectory() as folder:
-        workspace.options.data_dir = folder  # no features of other runs
-        model, shards = workspace.build_model(), workspace.shards()
-        (Path(folder) / "checkpoint.pt").touch()  # as if resumed: nothing is made to evaluate it
+        workspace.source = workspace.source._replace(data_dir=folder)  # no features of other runs
+        model, shards = workspace.build_model(), workspace.shards(options.sharding)
         progress.started = time.perf_counter()
-        learner = Learner(workspace, model, workspace.options, Path(folder), shards)
+        if options.head.head != "linear":
+            set_fitted_head(workspace, model, options.head.head, options.head.head_images)
+        learner = build_learner(workspace, options, model)
         learner.keep_activations()
-        federation = federate(learner, shards)
+        loop = build_loop(learner, options, shards)
         progress.tick(model)
         while progress.round < progress.rounds and progress.curve[-1]["val_acc"] < target:
-            while federation.advance() is None:
-                pass
+            one_round(loop)
+            learner.entries.load(loop.theta)
             progress.tick(model)
 
 
@@ -150,14 +146,16 @@ def run(setting: str, target: float, options: argparse.Namespace) -> list[dict]:
     """Run one setting; returns its evaluations."""
     weights = f"--weights {options.data_dir / 'vit_tiny_patch16_224.pth'}"
     given = f"{SHARED} {weights} --data-dir {options.data_dir} --threads {options.threads}"
-    arguments = f"{given} --rounds {options.rounds} {SETTINGS[setting]}".split()
-    workspace = Workspace(train.resolve(train.build_parser().parse_args(arguments)))
-    rounds = workspace.options.rounds
-    progress = Progress(setting, workspace, options.eval_every, rounds)
+    arguments = f"{given} --rounds {options.rounds} {SETTINGS[setting]}"
     if setting.startswith("plain"):
-        bench_peers.plain_usual(Plain(workspace, progress))
+        work = Plain(arguments)
+        progress = Progress(setting, work.workspace, options.eval_every, work.rounds)
+        work.tick = progress.tick
+        plain_usual(work)
     else:
-        run_project(workspace, progress, target)
+        o, workspace = opened(arguments)
+        progress = Progress(setting, workspace, options.eval_every, o.rounds.rounds)
+        run_project(workspace, o, progress, target)
     return progress.curve
 
 
@@ -201,10 +199,9 @@ def best_plain(curves: dict[str, list[dict]]) -> dict:
 def prepare(setting: str, threads: int) -> Callable[[], object]:
     """Return a call that trains a setting's next client, on generated images."""
     given = f"{SHARED} --data synthetic --weights none --threads {threads} {PACED[setting]}"
-    workspace = Workspace(train.resolve(train.build_parser().parse_args(given.split())))
-    shards, progress = workspace.shards(), Progress(setting, workspace, 1, 1)
     if setting.startswith("plain"):
-        work, model, turn = Plain(workspace, progress), workspace.build_model(), itertools.count()
+        work, turn = Plain(given), itertools.count()
+        model = work.workspace.build_model()
         total = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
 
         def client() -> None:
@@ -214,12 +211,10 @@ def prepare(setting: str, threads: int) -> Callable[[], object]:
                 total[name] = total[name] + value
 
         return client
-    workspace.options.head = "linear"  # frozen where the setting freezes its own
-    with tempfile.TemporaryDirectory() as folder:
-        model = workspace.build_model()
-        learner = Learner(workspace, model, workspace.options, Path(folder), shards)
+    options, workspace = opened(given)
+    learner = build_learner(workspace, options)  # its head is not fitted, but frozen as in a run
     learner.keep_activations()
-    return federate(learner, shards).advance
+    return build_loop(learner, options, workspace.shards(options.sharding)).advance
 
 
 def pace(settings: Iterable[str], turns: int, threads: int) -> dict[str, dict]:

@@ -63,8 +63,8 @@ def pfl(work) -> dict[str, torch.Tensor]:
     )
     local = NNTrainHyperParams(
         local_num_epochs=1,
-        local_learning_rate=work.options.lr,
-        local_batch_size=work.options.batch_size,
+        local_learning_rate=work.options.sgd.lr,
+        local_batch_size=work.options.local_steps.batch_size,
     )
     backend = SimulatedBackend(dataset, dataset)
     Algorithm().run(
@@ -97,9 +97,9 @@ def fedlab(work) -> dict[str, torch.Tensor]:
         def evaluate(self):
             work.tick()
 
-    model, o = work.workspace.build_model(), work.options
-    handler = Handler(model, work.rounds, o.fraction)
-    pipeline = Pipeline(handler, Trainer(model, o.clients))
+    model, fraction = work.workspace.build_model(), work.options.participation.fraction
+    handler = Handler(model, work.rounds, fraction)
+    pipeline = Pipeline(handler, Trainer(model, len(work.shards)))
     work.tick()
     pipeline.main()
     return handler.model.state_dict()
@@ -115,7 +115,8 @@ def flower(work) -> dict[str, torch.Tensor]:
 
     workers = work.threads if work.best else 1
     share = work.threads // workers
-    task = (work.setting, work.rounds, share, work.best)
+    arguments = f"{work.arguments} --threads {share}"
+    task = (arguments, work.best, work.trains)
     model, many = work.workspace.build_model(), len(work.clients(1))
     client_app, server_app, final = ClientApp(), ServerApp(), {}
 
@@ -154,11 +155,11 @@ def flower(work) -> dict[str, torch.Tensor]:
 
 
 @functools.cache
-def flower_work(setting: str, rounds: int, threads: int, best: bool):
+def flower_work(arguments: str, best: bool, trains: bool):
     """Return a worker's Work and model."""
-    from bench_peers import Work
+    from work import Work
 
-    work = Work(setting, rounds, threads, best)
+    work = Work(arguments, best=best, trains=trains)
     return work, work.workspace.build_model()
 
 

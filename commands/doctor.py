@@ -139,7 +139,7 @@ def trial_learner(
         o.sgd,
         o.head,
         o.masking,
-        None,
+        o.given_mask.mask,
         o.client_terms,
     )
     learner.keep_activations()

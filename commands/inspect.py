@@ -7,7 +7,6 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 
-import model as vit
 from commands.options import Line, made_by
 from machine import runs, safe_files
 from machine.device import Machine
@@ -15,7 +14,7 @@ from machine.status import print_figures
 from study import plots
 from training import outcome
 from training.outcome import Best, Outcome
-from training.workspace import Sharding, Source, Workspace
+from training.workspace import NORMALISATIONS, Sharding, Source, Workspace
 
 
 class RunFolder(NamedTuple):
@@ -23,6 +22,9 @@ class RunFolder(NamedTuple):
 
     run_folder: Annotated[str, "a run's folder, such as runs/NAME", "path", "RUN", "positional"]
     data_dir: Annotated[str, "folder of data and weights", "path"] = "data"
+    weights: Annotated[
+        str | None, "the weights that the run began with [where they were]", "path", "FILE"
+    ] = None
 
 
 class PerClient(NamedTuple):
@@ -73,8 +75,8 @@ SHARDS = (Shown, Sharding, Source, Machine)
 def outcome_of(line: Line) -> Outcome:
     """Return what the run of a command line has come to."""
     o, machine = line.groups, getattr(line.groups, "machine", Machine("cpu", precision="fp32"))
-    made = made_by(o.run_folder.run_folder, o.run_folder.data_dir, machine)
-    return Outcome(o.run_folder.run_folder, made, o.best.best)
+    folder, data_dir, weights = o.run_folder
+    return Outcome(folder, made_by(folder, data_dir, machine, weights), o.best.best)
 
 
 def run_eval(line: Line) -> None:
@@ -94,10 +96,10 @@ def run_export(line: Line) -> None:
     finished, o = outcome_of(line), line.groups.export
     outcome.export(finished.model(), Path(o.file), with_head=o.with_head)
     reached = " ".join(f"{unit} {at}" for unit, at in finished.reached.items())
-    model, (mean, std) = finished.made.backbone.model, finished.workspace.normalisation()
+    model, pixels = finished.made.backbone.model, finished.workspace.normalisation()
+    mean, std = NORMALISATIONS[pixels]
     print(f"{o.file}: {model} at {reached}, pixels normalised by {mean}, {std}")
-    again = "half" if mean == vit.HALF[0] else "imagenet"
-    print(f"load it by --model {model} --weights {o.file} --normalisation {again}")
+    print(f"load it by --model {model} --weights {o.file} --normalisation {pixels}")
 
 
 def run_plot(line: Line) -> None:

@@ -54,6 +54,9 @@ class Merge(NamedTuple):
     seed: Annotated[int | None, "dare: of what drops [0]", "0 <= x <= 9223372036854775807"] = None
     out: Annotated[str | None, "where the merged weights go [nowhere]", "path", "FILE"] = None
     data_dir: Annotated[str, "folder of data and weights", "path"] = "data"
+    weights: Annotated[
+        str | None, "the weights that the runs began with [where they were]", "path", "FILE"
+    ] = None
 
 
 OPTIONS = (Merge, Machine)
@@ -110,7 +113,7 @@ class Merger:
         exact = machine._replace(precision="fp32")  # frozen parameters keep all their bits
         starts, ends = [], []
         for folder in folders:
-            made = made_by(folder, options.data_dir, exact)
+            made = made_by(folder, options.data_dir, exact, options.weights)
             finished = Outcome(folder, made)
             learner = finished.untrained_learner()
             start = learner.flat.theta.clone()

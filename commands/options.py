@@ -23,7 +23,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import data
@@ -179,14 +179,19 @@ def add_group(parser: argparse.ArgumentParser, group: type) -> None:
     """Declare a group's options."""
     title = " ".join((group.__doc__ or "").split()).rstrip(".")
     add = parser.add_argument_group(title[:1].lower() + title[1:]).add_argument
-    hints = typing.get_type_hints(group, include_extras=True)
-    for name in group._fields:
-        add_option(add, name, hints[name], group._field_defaults.get(name))
+    for name, hint in annotated(group).items():
+        add_option(add, name, hint, group._field_defaults.get(name))
+
+
+@functools.cache
+def annotated(group: type) -> dict[str, Any]:
+    """Return the types of a group's options with what is said of them, by name."""
+    return typing.get_type_hints(group, include_extras=True)
 
 
 def add_option(add: Callable, name: str, hint: Any, default: Any) -> None:
     """Declare one option; add: add_argument of a parser or a group of it."""
-    kind, *notes = typing.get_args(hint)
+    hint, *notes = typing.get_args(hint)
     names, text, settings = [f"--{name.replace('_', '-')}"], "", {"default": default}
     bound = choices = place = None
     for note in notes:
@@ -204,19 +209,17 @@ def add_option(add: Callable, name: str, hint: Any, default: Any) -> None:
             settings["metavar"] = note
         else:
             text = note
-    kinds = [k for k in typing.get_args(kind) or (kind,) if k is not types.NoneType]
-    if typing.get_origin(kind) in (list, tuple):
-        kinds = [kind]
-    optional = types.NoneType in typing.get_args(kind)
-    if kinds == [bool]:
+    allowed = [kind for kind in kinds(hint) if kind is not types.NoneType]
+    optional = len(allowed) < len(kinds(hint))
+    if allowed == [bool]:
         settings["action"] = argparse.BooleanOptionalAction if optional else "store_true"
-    elif typing.get_origin(kinds[0]) in (list, tuple):
-        settings["nargs"] = "*" if place and default is not None else "+"
-        kinds = list(typing.get_args(kinds[0])[:1])
+    elif typing.get_origin(allowed[0]) in (list, Sequence):
+        settings["nargs"] = "*" if place and optional else "+"
+        allowed = typing.get_args(allowed[0])
     if choices is not None:
         settings["choices"] = choices
     elif bound is not None:
-        settings["type"] = number(int if int in kinds else float, bound)
+        settings["type"] = number(int if int in allowed else float, bound)
     settings["help"] = helped(name, text, default)
     if place == "remainder":
         settings["nargs"] = argparse.REMAINDER
@@ -304,10 +307,13 @@ def path(text: str) -> str:
 def fields(group: type) -> dict[str, tuple[type, ...]]:
     """Return the types of a group's options, by name."""
     hints = typing.get_type_hints(group)
-    kinds = {name: typing.get_args(hint) or (hint,) for name, hint in hints.items()}
-    return {
-        name: tuple(typing.get_origin(kind) or kind for kind in own) for name, own in kinds.items()
-    }
+    return {name: tuple(typing.get_origin(k) or k for k in kinds(h)) for name, h in hints.items()}
+
+
+def kinds(hint: Any) -> tuple[type, ...]:
+    """Return the types that a hint allows: those of a union, or the one that it is."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
 
 
 def read(group: type, values: Mapping[str, Any]) -> Any:
@@ -317,23 +323,23 @@ def read(group: type, values: Mapping[str, Any]) -> Any:
         DamagedFile: a value that is missing or of another type, as in a file that was edited.
     """
     chosen = {}
-    for name, kinds in fields(group).items():
+    for name, allowed in fields(group).items():
         if name not in values:
             raise DamagedFile(f"{name} is missing in its options")
         value = values[name]
-        if not fits(value, kinds, optional=group._field_defaults.get(name, name) is None):
+        if not fits(value, allowed, optional=group._field_defaults.get(name, name) is None):
             raise DamagedFile(f"{name} is {value!r} in its options")
         chosen[name] = value
     return group(**chosen)
 
 
-def fits(value: Any, kinds: tuple[type, ...], optional: bool) -> bool:
+def fits(value: Any, allowed: tuple[type, ...], optional: bool) -> bool:
     """Tell whether a value is of an option's types; a whole number is a number, and a flag none."""
     if value is None:
-        return optional or types.NoneType in kinds
+        return optional or types.NoneType in allowed
     if isinstance(value, bool):
-        return bool in kinds
-    return isinstance(value, (*kinds, int) if float in kinds else kinds)
+        return bool in allowed
+    return isinstance(value, (*allowed, int) if float in allowed else allowed)
 
 
 def grouped(groups: Iterable[type], values: Mapping[str, Any]) -> types.SimpleNamespace:
@@ -361,11 +367,12 @@ def federation(o: types.SimpleNamespace) -> Federation:
     )
 
 
-def made_by(folder: str, data_dir: str, machine: Machine) -> Made:
+def made_by(folder: str, data_dir: str, machine: Machine, weights: str | None = None) -> Made:
     """Return the options of the run in a folder, on this machine.
 
     Args:
         machine: its precision in place of the run's, unless it is auto.
+        weights: where those that the run began with are now; None: where they were.
 
     Raises:
         ValueError: no run folder, or one whose config is damaged.
@@ -375,6 +382,8 @@ def made_by(folder: str, data_dir: str, machine: Machine) -> Made:
     command, precision = stored.get("command"), stored.get("precision")
     here = machine._asdict() | {"data_dir": data_dir, "cuda_graph": "off"}
     here["precision"] = precision if machine.precision == "auto" else machine.precision
+    here["normalisation"] = stored.get("pixels")  # whatever the file is called now
+    here["weights"] = stored.get("weights") if weights is None else weights
     if command in ("ridge", "calibrate"):
         raise ValueError(f"{folder} holds no checkpoint: a run of {command}, without one")
     try:

@@ -24,6 +24,7 @@ from federated import privacy
 from federated.methods import compares_clients
 from federated.server import ADAPTIVE, WITH_MOMENTUM
 from machine import safe_files
+from machine.device import choose_device
 from sparse_sgdm import check_sgd_options
 from training.clients import LocalSteps, trains_together
 from training.session import check_tensorboard
@@ -102,6 +103,7 @@ def resolve(o: Options) -> Options:
     if o.command == "fedavg":
         refuse(of_methods(o))
         fill_privacy(o)
+    refuse(of_the_device(o))
     return o
 
 
@@ -153,7 +155,8 @@ def of_the_model(o: Options) -> Iterator[tuple[Any, str]]:
         o.sparsity is not None and o.threshold is not None,
         "argument --threshold: not allowed with argument --sparsity",
     )
-    needs = vit.WEIGHTS[o.weights].model if o.weights in vit.WEIGHTS else o.model
+    named = o.model is not None and o.weights in vit.WEIGHTS
+    needs = vit.WEIGHTS[o.weights].model if named else o.model
     yield (
         needs != o.model,
         f"--weights {o.weights} is a {needs}, not {o.model}: --weights FILE or none",
@@ -176,6 +179,14 @@ def check_names(o: Options) -> None:
 
 def of_files(o: Options) -> Iterator[tuple[Any, str]]:
     yield o.personalised and not o.per_client, "--personalised belongs to --per-client"
+
+
+def of_the_device(o: Options) -> Iterator[tuple[Any, str]]:
+    device = choose_device(o.device) if o.cuda_graph == "on" else None
+    yield (
+        device is not None and device.type != "cuda",
+        f"--cuda-graph on: it needs a CUDA device, and this is a {device}",
+    )
 
 
 # ---------------------------------------------------------------------------- masks

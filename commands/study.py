@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -38,11 +38,11 @@ class Sweep(NamedTuple):
     """Which runs."""
 
     experiment: Annotated[
-        tuple[str, ...],
+        Sequence[str] | None,  # list is a field here
         f"{', '.join(experiments.at_scale('smoke'))} [all of them]",
         "NAME",
         "positional",
-    ] = ()
+    ] = None
     scale: Annotated[
         str,
         "sizes: paper for a GPU, cpu for two cores, smoke for minutes",
@@ -68,7 +68,7 @@ def run_sweep(line: Line) -> None:
     """Run what is missing of the experiments, several runs at a time, and write their tables."""
     o = line.groups.sweep
     every = experiments.at_scale(o.scale)
-    for name in o.experiment:
+    for name in o.experiment or ():
         if name not in every:
             raise ValueError(f"no experiment is called {name!r}: choose from {', '.join(every)}")
     chosen = {name: every[name] for name in o.experiment or every}

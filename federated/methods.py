@@ -113,7 +113,12 @@ def compares_clients(aggregate: str) -> bool:
 def with_variates(method: Method, shared: Shared) -> Method:
     """Send SCAFFOLD's variates along: the change of c_k up, c down."""
     up, down = (count + shared.bytes for count in (method.bytes_up, method.bytes_down))
-    return method._replace(bytes_up=up, bytes_down=down)
+
+    def send_(part: Tensor, client: int, cohort: Cohort, round: int) -> int:
+        return method.send_(part, client, cohort, round) + shared.bytes
+
+    send = None if method.send_ is None else send_
+    return method._replace(send_=send, bytes_up=up, bytes_down=down)
 
 
 def hidden(method: Method, seed: int) -> Method:

@@ -31,7 +31,8 @@ class Machine(NamedTuple):
     threads: Annotated[int | None, "CPU threads [PyTorch's choice]", "1 <= x <= 1024"] = None
     precision: Annotated[
         str,
-        "arithmetic of the passes [auto: bf16 from compute capability 8.0, fp16 below, fp32 on a CPU]",
+        "arithmetic of the passes [auto: bf16 from compute capability 8.0, fp16 below, fp32 on a "
+        "CPU]",
         ("auto", "fp32", "bf16", "fp16"),
     ] = "auto"
     eval_batch: Annotated[

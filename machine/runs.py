@@ -29,6 +29,8 @@ import contextlib
 import json
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -44,6 +46,7 @@ else:  # copied beside it
 OPENING = ("config.json", "lock", "shards.npz", "head.pt", "mask.pt")  # written before the log
 FORMAT = 1  # of the folder; a folder of another format is refused by number
 CHECKPOINT = 2  # the same of a checkpoint
+PUT_BACK = "Put the run's own file in its place, or take another --name"
 
 
 class Interrupted(Exception):
@@ -52,6 +55,12 @@ class Interrupted(Exception):
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
         self.exit_status = 128 + signum
+
+
+def say(line: str) -> None:
+    """Print a line; what the output's encoding cannot hold is escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 # ---------------------------------------------------------------------------- the folder
@@ -83,13 +92,16 @@ class Run:
         """Create the folder, or check that it was made by the same options.
 
         Args:
-            options: JSON values by name; all but those named in `free` must equal the folder's.
+            options: values by name, as JSON can hold them (numbers of numpy, paths and tuples are
+                taken); all but those named in `free` must equal the folder's.
             extra: what else config.json records (versions, statistics); never compared.
 
         Raises:
             ValueError: the folder belongs to other options (they are named), is open in another
-                process, or cannot be written.
+                process, or cannot be written; or JSON cannot hold an option.
         """
+        options = safe_files.as_json(options, "options")
+        extra = safe_files.as_json(extra or {}, "extra")
         if self.config_path.exists():
             self._check_options(options, set(free))
         if not self.writes:
@@ -100,11 +112,11 @@ class Run:
             for folder in (self.folder, *self.folder.glob("*/")):
                 if folder == self.folder or not (folder / "config.json").exists():  # another run
                     safe_files.forget_asides(folder)  # no other process writes here now
-            config = {"format": FORMAT, "options": options} | (extra or {})
+            config = {"format": FORMAT, "options": options} | extra
             self._made_here = not self.config_path.exists()
             if self._made_here:
                 defining = {name: options[name] for name in set(options) - set(free)}
-                config["id"] = safe_files.seal(json.loads(json.dumps(defining)))
+                config["id"] = safe_files.seal(defining)
             else:
                 config["id"] = self.id()
             if self._made_here or self.config()["options"] != options:
@@ -148,8 +160,6 @@ class Run:
             raise ValueError(
                 f"{self.config_path}: not of format {FORMAT}, which this version reads"
             )
-        if not isinstance(config.get("options"), dict):
-            raise safe_files.DamagedFile(f"{self.config_path} is damaged: it holds no options")
         return config
 
     def _check_options(self, options: dict, free: set[str]) -> None:
@@ -157,12 +167,12 @@ class Run:
         differ = [
             f"{name} is {stored.get(name)!r} there and {options.get(name)!r} here"
             for name in sorted({*stored, *options} - free)
-            if stored.get(name) != json.loads(json.dumps(options.get(name)))
+            if stored.get(name) != options.get(name)
+            and json.dumps(stored.get(name)) != json.dumps(options.get(name))  # nan is not nan
         ]
         if differ:
             raise ValueError(
-                f"{self.folder} was made by other options: {'; '.join(differ)}. "
-                "Take another --name, or delete the folder"
+                f"{self.folder} was made by other options: {'; '.join(differ)}. Take another --name"
             )
 
     def id(self) -> str:
@@ -183,14 +193,17 @@ class Run:
 
     def kept(self, name: str) -> Any:
         """`load_checked` what was kept under this name; no other file passes for it."""
-        return safe_files.load_checked(self.folder / name, self.purpose(name))
+        try:
+            return safe_files.load_checked(self.folder / name, self.purpose(name))
+        except safe_files.WrongFile as error:
+            raise safe_files.WrongFile(f"{error}. {PUT_BACK}") from None
 
     def log(self, record: dict) -> None:
-        """Append one record to the log."""
+        """Append one record to the log; ValueError names what of it JSON cannot hold."""
         if not self.writes:
             return
         safe_files.check_held(self.folder)
-        line = (json.dumps(record) + "\n").encode()
+        line = (json.dumps(safe_files.as_json(record, "record")) + "\n").encode()
         try:
             with open(self.log_path, "ab") as file:
                 file.write(line)
@@ -247,36 +260,35 @@ class Run:
                 gone, the checkpoint before takes its place.
 
         Raises:
-            DamagedFile: there are checkpoints, and none of them is whole.
+            DamagedFile: there are checkpoints, and none of them can be gone on from.
         """
-        damaged = []
+        damaged, way = [], f"Delete {self.folder} to start over"
         for path in (self.checkpoint_path, self.previous_path):
             if not path.exists():
                 continue
             try:
                 checkpoint = safe_files.load_checked(path, self.purpose("checkpoint"))
                 if not isinstance(checkpoint, dict) or not {"log", "state"} <= checkpoint.keys():
-                    raise safe_files.DamagedFile(f"{path} is no checkpoint of a run")
+                    raise safe_files.WrongFile(f"{path} is whole, and no checkpoint of a run")
                 if checkpoint.get("format") != CHECKPOINT:
                     raise ValueError(
                         f"{path}: not of format {CHECKPOINT}, which this version reads; go on with "
                         "the version that made it"
                     )
                 take(checkpoint["state"])
-            except FileNotFoundError as error:
-                damaged.append(f"{error.filename} is gone")
-                continue
-            except safe_files.DamagedFile as error:
-                damaged.append(str(error))
+            except (FileNotFoundError, safe_files.DamagedFile) as error:
+                gone = isinstance(error, FileNotFoundError)
+                message = f"{error.filename} is gone" if gone else str(error)
+                damaged.append(message.removesuffix(f". {PUT_BACK}"))
+                if gone or isinstance(error, safe_files.WrongFile):  # nothing is to be deleted
+                    way = PUT_BACK
                 continue
             for message in damaged:
-                print(f"warning: {message}; going on from {path.name}")
+                say(f"warning: {message}; going on from {path.name}")
             self._fell_back |= bool(damaged)
             return checkpoint
         if damaged:
-            raise safe_files.DamagedFile(
-                f"{'; '.join(damaged)}. Delete {self.folder} to start over"
-            )
+            raise safe_files.DamagedFile(f"{'; '.join(damaged)}. {way}")
         return None
 
     def restore(self, take: Callable[[Any], object] = lambda state: None) -> dict | None:
@@ -289,7 +301,7 @@ class Run:
         if self.writes:
             written = self.log_path.read_bytes() if self.log_path.exists() else b""
             if not written.startswith(self._log):
-                print(f"warning: {self.log_path} is not as the checkpoint knows it; written anew")
+                say(f"warning: {self.log_path} is not as the checkpoint knows it; written anew")
                 safe_files.write_atomically(
                     self.log_path, lambda aside: aside.write_bytes(self._log)
                 )
@@ -315,7 +327,7 @@ class Run:
         except FileNotFoundError:
             return None
         except safe_files.DamagedFile as error:
-            print(f"warning: {error}; the run's end is repeated")
+            say(f"warning: {error}; the run's end is repeated")
             return None
 
 
@@ -340,7 +352,10 @@ def evaluations_since_best(records: list[dict]) -> int:
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying; a second SIGINT interrupts at once."""
+    """Collect SIGINT and SIGTERM in a list instead of dying; a second SIGINT interrupts at once.
+
+    None is caught outside the main thread, where Python allows no handler.
+    """
     caught: list[int] = []
 
     def note(signum, frame):
@@ -348,12 +363,14 @@ def caught_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         caught.append(signum)
 
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {s: signal.signal(s, note) for s in signals}
     try:
         yield caught
     finally:
         for signum, handler in before.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, handler or signal.SIG_DFL)  # None: set by no Python
 
 
 def drive(
@@ -447,7 +464,7 @@ def _begin(
         return 0.0
     best.update(state.get("best", {}))
     if run.writes:
-        print(f"{run.folder} goes on from {unit} {getattr(process, unit)}", flush=True)
+        say(f"{run.folder} goes on from {unit} {getattr(process, unit)}")
     if changes := _differences(state["environment"], environment):
         at = int(getattr(process, unit))
         run.log({"note": f"not bit-exact from {unit} {at + 1} on: {changes}"})

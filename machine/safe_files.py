@@ -1,7 +1,8 @@
 """Files that are whole or not there, and never taken for others; folders that one process holds.
 
 A file is written aside, fsynced and renamed. It holds a SHA-256 of itself and of what it is for:
-neither damage nor a file that was put in its place passes for it.
+neither damage nor a file that was put in its place passes for it. What could not be read back is
+refused when it is saved.
 
     from safe_files import *; from pathlib import Path
     save_checked(Path("x.pt"), {"n": 3}, purpose="x of run 7")
@@ -14,16 +15,21 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import hashlib
+import io
 import json
 import os
 import pickle
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 try:
     import fcntl
@@ -37,6 +43,7 @@ RESERVED = '<>:"|?*\\'  # in the names of files on Windows
 DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{d}{i}" for d in ("COM", "LPT") for i in range(1, 10))}
 DAY = 86400.0  # seconds, after which what was half written is nobody's
 LONGEST = 200  # bytes of a part of a folder's name; file systems take 255
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of a file system that cannot sync a folder
 
 _locks: dict[Path, Any] = {}  # of the folders that this process has open
 atexit.register(lambda: [file.close() for file in _locks.values()])
@@ -44,6 +51,10 @@ atexit.register(lambda: [file.close() for file in _locks.values()])
 
 class DamagedFile(ValueError):
     """A file is truncated or its checksum does not match."""
+
+
+class WrongFile(DamagedFile):
+    """A file is whole, and not what was to be read: deleting it would lose something."""
 
 
 # ---------------------------------------------------------------------------- files
@@ -80,11 +91,44 @@ def forget_asides(folder: Path, age: float | None = None) -> None:
 
 
 def write_json(path: Path, value: Any, sealed: bool = False) -> None:
-    """Write `value` as indented JSON, atomically; a sealed object holds its own hash."""
+    """Write what `as_json` takes, indented and atomically; a sealed object holds its own hash."""
+    value = as_json(value, path.name)
     if sealed:
-        value = value | {SEAL: seal(json.loads(json.dumps(value)))}
+        value |= {SEAL: seal(value)}
     text = json.dumps(value, indent=2) + "\n"
     write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def as_json(value: Any, where: str) -> Any:
+    """Return what a value's JSON reads as: arrays and tensors as numbers or lists, paths as text.
+
+    Raises:
+        ValueError: JSON cannot hold it; the message names the place in it, below `where`.
+    """
+    try:
+        return json.loads(json.dumps(value, default=_listed))
+    except TypeError:
+        parts = enumerate(value) if isinstance(value, list | tuple) else ()
+        for name, part in value.items() if isinstance(value, dict) else parts:
+            as_json(part, f"{where}.{name}")
+    except (ValueError, RuntimeError):  # within itself, too deep, a tensor without values
+        pass
+    raise ValueError(f"{where}: {_kind(value)}, which JSON cannot hold")
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, np.generic | np.ndarray | Tensor):
+        listed = value.tolist()
+        if type(listed) is not type(value):  # as a long double is
+            return listed
+    raise TypeError
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"
 
 
 def read_json(path: Path) -> dict:
@@ -113,9 +157,18 @@ def seal(value: dict) -> str:
 def save_checked(path: Path, value: Any, purpose: str | None = None) -> None:
     """torch.save `value` atomically, with a footer that holds its hash.
 
+    numpy's scalars are saved as Python's, its arrays as tensors.
+
     Args:
         purpose: what the file is for, if `load_checked` is to refuse any other in its place.
+
+    Raises:
+        ValueError: `load_checked` could not read it back; the message names the place in it.
     """
+    try:
+        value = _readable(value, ())
+    except RecursionError:
+        raise ValueError(f"{path.name}: a value within itself, or too deep to be saved") from None
 
     def write(aside: Path) -> None:
         try:
@@ -130,6 +183,40 @@ def save_checked(path: Path, value: Any, purpose: str | None = None) -> None:
     write_atomically(path, write)
 
 
+def _readable(value: Any, where: tuple) -> Any:
+    """Return a value with numpy's parts as torch loads them; `where` are the keys that lead there.
+
+    Raises ValueError for what torch would not load.
+    """
+    kind = type(value)
+    if kind in (type(None), bool, float, str) or kind is int and value.bit_length() < 64:
+        return value
+    if kind in (Tensor, torch.nn.Parameter) and not vars(value):
+        return value
+    if kind in (list, tuple):
+        return kind([_readable(part, (*where, i)) for i, part in enumerate(value)])
+    if kind in (dict, OrderedDict):
+        parts = [(_readable(k, where), _readable(v, (*where, k))) for k, v in value.items()]
+        readable = kind(parts)
+        if kind is OrderedDict:  # a module's state has its versions there
+            vars(readable).update(_readable(vars(value), where))
+        return readable
+    if isinstance(value, np.generic) and type(scalar := value.item()) is not kind:
+        return _readable(scalar, where)
+    try:
+        if kind is np.ndarray:
+            return torch.from_numpy(value.copy())
+        torch.save(value, buffer := io.BytesIO())
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+        return value
+    except Exception:  # pickle, torch and what is pickled raise many types
+        place = ".".join(map(str, where)) or "the value"
+        raise ValueError(
+            f"{place}: {_kind(value)}, which could not be read back; tensors, numpy arrays, "
+            "numbers, text, and lists, tuples and dicts of these can"
+        ) from None
+
+
 def load_checked(path: Path, purpose: str | None = None) -> Any:
     """Load what `save_checked` wrote, on the CPU, tensors and plain values only.
 
@@ -137,7 +224,8 @@ def load_checked(path: Path, purpose: str | None = None) -> Any:
         purpose: what the file was saved for; None takes any.
 
     Raises:
-        DamagedFile: the file is shorter or other than what was written, or for something else.
+        DamagedFile: the file is shorter or other than what was written.
+        WrongFile: it is whole, and for something else, or not of plain values.
     """
     size, length = path.stat().st_size, len(BOUND) + 2 * DIGEST
     with open(path, "rb") as file:
@@ -149,14 +237,16 @@ def load_checked(path: Path, purpose: str | None = None) -> Any:
     if digest != _sha256(path, size - length, bound):
         raise DamagedFile(f"{path} is damaged: its checksum does not match")
     if purpose is not None and bound != _bound(purpose):
-        raise DamagedFile(f"{path} is whole, and belongs elsewhere: it was made for something else")
+        raise WrongFile(f"{path} is whole, and belongs elsewhere: it was made for something else")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise DamagedFile(f"{path} holds more than tensors and plain values") from None
-    except Exception as error:  # torch.load raises many types on what torch.save did not write
+        raise WrongFile(f"{path} is whole, and holds more than tensors and plain values") from None
+    except Exception as error:  # torch.load raises many types on what it does not know
         reason = str(error).partition("\n")[0]
-        raise DamagedFile(f"{path} is damaged: torch cannot load it ({reason})") from None
+        raise WrongFile(
+            f"{path} is whole, and torch {torch.__version__} cannot load it ({reason})"
+        ) from None
 
 
 def _bound(purpose: str) -> bytes:
@@ -175,11 +265,14 @@ def _sha256(path: Path, length: int, then: bytes) -> bytes:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring what was renamed in a folder to disk."""
+    """Bring what was renamed in a folder to disk, where the file system can."""
     if os.name == "posix":  # Windows cannot open a folder
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in NO_SYNC:
+                raise
         finally:
             os.close(descriptor)
 

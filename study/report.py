@@ -1,7 +1,7 @@
 """The report's tables, figures and quoted numbers, from the logs of one scale's runs, and of those
 that a GPU made beside the scales.
 
-    python train.py report --scale cpu      # report/build.sh calls this, and then LaTeX
+    python train.py report --scale cpu      # study/latex/build.sh calls this, and then LaTeX
 
     numbers.tex, numbers.json   every figure that the prose may quote, under a readable key:
                                 EXPERIMENT/ROW'S KEY/COLUMN; EXPERIMENT/COLUMN=VALUE/best/COLUMN,

@@ -107,8 +107,9 @@ class Clients:
         Raises:
             ClientError: a loss is not finite, or a state leaves the fixed point's range.
         """
-        if self.terms:
-            fedavg.check_losses(round, client, losses)
+        if not self.terms:
+            return theta_k
+        fedavg.check_losses(round, client, losses)
         rate = self.lr(round) * self.effort(client, round)
         try:
             for term in reversed(self.terms):

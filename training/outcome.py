@@ -91,26 +91,44 @@ class Outcome:
             return [self.workspace.train_index]
         return self.workspace.shards(self.made.sharding)
 
+    @property
+    def suffices(self) -> bool:
+        """Whether the checkpoint holds the whole backbone, so that its start is not needed."""
+        made = self.made
+        masked = made.mask is not None or made.masking.mask_rule is not None
+        headed = made.head.head == "linear" or (self.run.folder / "head.pt").exists()
+        return made.training.train == "all" and headed and not masked
+
     def start(self) -> vit.VisionTransformer:
         """Return the model with the backbone weights that the run began with.
 
         Raises:
-            ValueError: the weights have changed since.
+            ValueError: the weights have moved, or changed since.
         """
-        model = self.workspace.build_model()
+        weights = self.made.backbone.weights
+        try:
+            model = self.workspace.build_model()
+        except ValueError as error:
+            raise ValueError(
+                f"{self.run.folder} needs the weights that it began with ({error}): --weights FILE "
+                "says where they are now"
+            ) from None
         if vit.fingerprint(model) != self.made.weights_sha256:
             raise ValueError(
-                f"{self.run.folder} began with other weights than --weights "
-                f"{self.made.backbone.weights} now are"
+                f"{self.run.folder} began with other weights than --weights {weights} now are"
             )
         return model
 
-    def untrained_learner(self) -> Learner:
-        """Return the learner that the run had, as it began."""
+    def frame(self) -> vit.VisionTransformer:
+        """Return a model for the checkpoint's weights: the start, where it does not hold all."""
+        return self.workspace.build_model(load=False) if self.suffices else self.start()
+
+    def untrained_learner(self, model: vit.VisionTransformer | None = None) -> Learner:
+        """Return the learner that the run had, as it began, or of another model."""
         made = self.made
         return prepare(
             self.workspace,
-            self.start(),
+            self.start() if model is None else model,
             self.run,
             self.shards,
             made.training,
@@ -123,13 +141,13 @@ class Outcome:
 
     def learner(self) -> Learner:
         """Return the learner that the run had, holding the checkpoint's parameters."""
-        learner = self.untrained_learner()
+        learner = self.untrained_learner(self.frame())
         learner.entries.load(self.theta)
         return learner
 
     def model(self) -> vit.VisionTransformer:
         """Return the model in fp32, from the checkpoint alone: what does not train is as it was."""
-        model, made = self.start(), self.made
+        model, made = self.frame(), self.made
         if made.head.head != "linear":
             head, images = made.head.head, made.head.head_images
             set_fitted_head(self.workspace, model, head, images, self.run)
@@ -228,6 +246,7 @@ def add_personalised(
         federation.schedule,
         federation.rounds,
         terms=list(terms.values()),
+        cuda_graph=federation.cuda_graph,
     )
     status = Status("personalised clients", len(rows))
     for done, row in enumerate(rows, 1):

@@ -101,6 +101,7 @@ def open_run(
         head_splits(workspace, stored["head_images"])
     split = hashlib.sha256(b"".join(x.tobytes() for x in [workspace.val_index, *(shards or [])]))
     made_from = {"split_sha256": split.hexdigest(), "weights_sha256": vit.fingerprint(model)}
+    made_from["pixels"] = workspace.normalisation()
     if stored.get("mask") is not None:
         mask = given_mask(stored["mask"], model, run.folder / "mask.pt")
         made_from["mask_sha256"] = mask.sha256
@@ -114,7 +115,8 @@ def open_run(
     if shards:
         sizes = [len(shard) for shard in shards]
         extra["shards"] = {"clients": len(sizes), "smallest": min(sizes), "largest": max(sizes)}
-    run.open(stored | made_from, extra, free=set(stored) - set(defining(stored)))
+    free = set(stored) - set(defining(stored)) | same_files(run, made_from)
+    run.open(stored | made_from, extra, free=free)
     if shards and run.writes and not (run.folder / "shards.npz").exists():
         ends = np.cumsum([len(shard) for shard in shards])
         clients = np.concatenate(shards)
@@ -127,6 +129,13 @@ def open_run(
 
         safe_files.write_atomically(run.folder / "shards.npz", write)
     return run
+
+
+def same_files(run: runs.Run, made_from: dict) -> set[str]:
+    """Return the options that name the files that a run was made with, whatever their paths."""
+    before = run.config()["options"] if run.config_path.exists() else {}
+    hashes = {"weights": "weights_sha256", "mask": "mask_sha256"}
+    return {n for n, key in hashes.items() if key in before and before[key] == made_from.get(key)}
 
 
 def git_commit() -> str | None:

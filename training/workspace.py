@@ -128,27 +128,32 @@ class Workspace:
             raise ValueError(f"{options}: {error}") from None
         return [self.train_index[part] for part in parts]
 
-    def build_model(self) -> vit.VisionTransformer:
-        """Build the model with its backbone weights and a zero head, in fp32 on the device."""
-        backbone = self.backbone
-        model = vit.build_vit(backbone.model, self.classes, self.source.seed)
-        if backbone.weights in vit.WEIGHTS:
-            with self.group.first_then_others():  # the first one downloads
-                path = vit.download(backbone.weights, self.source.data_dir)
-            vit.load_weights(model, path)
-        elif backbone.weights != "none":
-            vit.load_weights(model, backbone.weights)
+    def build_model(self, load: bool = True) -> vit.VisionTransformer:
+        """Build the model with its backbone weights and a zero head, in fp32 on the device.
+
+        Args:
+            load: False leaves the weights at their random start, for others to be put in.
+        """
+        weights = self.backbone.weights if load else "none"
+        model = vit.build_vit(self.backbone.model, self.classes, self.source.seed)
+        if weights in vit.WEIGHTS:
+            weights = vit.download(weights, self.source.data_dir)
+        if weights != "none":
+            vit.load_weights(model, weights)
         return model.to(self.device)
 
-    def normalisation(self) -> tuple[tuple, tuple]:
-        """Return mean and standard deviation of the pixels that the weights expect."""
-        chosen = NORMALISATIONS.get(self.backbone.normalisation)
-        return chosen or vit.default_normalisation(self.backbone.weights)
+    def normalisation(self) -> str:
+        """Return how the weights expect their pixels: one of NORMALISATIONS."""
+        if self.backbone.normalisation != "auto":
+            return self.backbone.normalisation
+        statistics = vit.default_normalisation(self.backbone.weights)
+        return next(name for name, known in NORMALISATIONS.items() if known == statistics)
 
     def preprocess(self, dtype: torch.dtype | None = None) -> data.Preprocess:
         """Return the resize and normalisation that the weights expect; dtype: the precision's."""
         size, dtype = self.backbone.image_size, dtype or self.dtype
-        return data.Preprocess(size, *self.normalisation(), self.device, dtype)
+        mean, std = NORMALISATIONS[self.normalisation()]
+        return data.Preprocess(size, mean, std, self.device, dtype)
 
     def some_images(self, index: np.ndarray, count: int, *purpose: str | int) -> Tensor:
         """Draw up to `count` of these training images, without replacement."""

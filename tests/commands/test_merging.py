@@ -7,9 +7,8 @@ import shutil
 import pytest
 import torch
 
-import merging
-import runs
-import safe_files
+from commands.merge import RULES
+from machine import runs, safe_files
 
 TINY = ("fedavg", "--data", "synthetic", "--rounds", 2, "--clients", 10, "--fraction", 0.3)
 TINY = (*TINY, "--batch-size", 8, "--eval-every", 2)
@@ -37,7 +36,7 @@ def two_runs(cli, small_data):
 
 def test_every_rule_makes_a_model_of_two_runs(cli, two_runs):
     seen = {}
-    for rule in merging.RULES:
+    for rule in RULES:
         images = ("--fisher-images", 8) if rule == "fisher" else ()
         status, out, err = cli("merge", *two_runs, "--rule", rule, *images)
         assert status == 0, err
@@ -47,7 +46,7 @@ def test_every_rule_makes_a_model_of_two_runs(cli, two_runs):
     moved = {rule: float(found["distance"]) for rule, found in seen.items()}
     assert moved["add"] == pytest.approx(2 * moved["mean"], rel=1e-5)
     assert moved["sign"] == pytest.approx(moved["mean"], rel=1e-5)
-    assert len({found["test_loss"] for found in seen.values()}) == len(merging.RULES)
+    assert len({found["test_loss"] for found in seen.values()}) == len(RULES)
 
 
 def test_one_run_is_itself_nothing_or_unlearned(cli, two_runs):

@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import sweep
-from tables import Row
+from commands import study
+from study.tables import Row
 
 KILLED = """
 import os, signal, subprocess, sys
 sys.path.insert(0, sys.argv[1])
-from sweep import end_with_parent
+from commands.study import end_with_parent
 print(subprocess.Popen(["sleep", "60"], preexec_fn=end_with_parent).pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow  # a process
 @pytest.mark.skipif(sys.platform != "linux", reason="a process is not told of its parent's end")
 def test_a_process_ends_with_the_one_that_started_it():
     command = [sys.executable, "-c", KILLED, str(ROOT)]
@@ -48,8 +49,8 @@ def test_a_run_that_two_tables_share_starts_once(tmp_path, monkeypatch):
         is_alive = lambda self: False  # noqa: E731
 
     context = argparse.Namespace(Process=Process, set_forkserver_preload=lambda names: None)
-    monkeypatch.setattr(sweep.multiprocessing, "get_context", lambda kind: context)
-    monkeypatch.setattr(sweep, "wait", lambda sentinels: None)
+    monkeypatch.setattr(study.multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.setattr(study, "wait", lambda sentinels: None)
     twice = lambda failed: [] if started else [(tmp_path, cell), (tmp_path, cell)]  # noqa: E731
-    assert sweep.run_cells(twice, jobs=2) == set()
+    assert study.run_cells(twice, jobs=2) == set()
     assert len(started) == 1

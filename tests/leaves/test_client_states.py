@@ -2,15 +2,28 @@
 
 import copy
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import in_threads
 
-from client_states import ClientStates, LocalEntries, Scaffold
-from fedavg import FedAvg, step_weight_sum
+from centralized import Schedule
+from fedavg import ClientError, Cohort, FedAvg, Method
+from federated.client_states import (
+    ClientStates,
+    FedIR,
+    LocalNorm,
+    Prox,
+    Scaffold,
+    Term,
+    importance_weights,
+)
+from federated.cohort import sample_clients, shares, step_weight_sum
+from flat import Sgd
 from sparse_sgdm import sparse_sgdm_
+from training.clients import Clients, LocalSteps
 
 SIZES = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 TARGETS = torch.randn(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -18,102 +31,112 @@ CURVATURE = torch.rand(12, 6, dtype=torch.float64, generator=torch.Generator().m
 LR, STEPS = 0.1, 4
 
 
+def cohort(round):
+    clients = sample_clients(12, 0.4, seed=3, round=round)
+    return Cohort(clients, clients, shares(SIZES, clients))
+
+
 def federation(momentum=0.0, mask=None, group=None, dtype=torch.float64, **store):
     """SCAFFOLD on clients of loss sum h_k (theta - t_k)^2 / 2, by the project's own step."""
-    theta = torch.zeros(6, dtype=dtype)
-    variates = Scaffold(theta, 12, **store)
+    theta, correction = torch.zeros(6, dtype=dtype), torch.zeros(6, dtype=dtype)
+    variates = Scaffold(theta, 12, correction.copy_, **store)
+    rate = LR * step_weight_sum(STEPS, momentum)
 
-    def train(client, round):
-        start, correction = theta.clone(), variates.correction(client)
-        buffer = torch.zeros_like(theta)
-        for j in range(STEPS):
-            grad = (CURVATURE[client] * (theta.double() - TARGETS[client])).to(dtype)
-            terms = buffer, mask, None, None, correction
-            sparse_sgdm_(theta, grad, *terms, lr=LR, momentum=momentum, first=j == 0)
-        variates.update(client, start, theta, LR * step_weight_sum(STEPS, momentum))
-        return torch.ones(1)
+    def train(theta, clients, round):
+        for client in map(int, clients):
+            theta_k, buffer = variates.enter(theta, client).clone(), torch.zeros_like(theta)
+            for j in range(STEPS):
+                grad = (CURVATURE[client] * (theta_k.double() - TARGETS[client])).to(dtype)
+                vectors = buffer, mask, None, None, correction
+                sparse_sgdm_(theta_k, grad, *vectors, lr=LR, momentum=momentum, first=j == 0)
+            yield variates.leave(theta_k, theta, client, rate), torch.ones(1)
 
-    process = FedAvg(
-        theta,
-        SIZES,
-        train,
-        fraction=0.4,
-        seed=3,
-        companions={"scaffold": variates},
-        group=group,
-    )
-    return process, variates
+    loop = FedAvg(theta, train, cohort, states={"scaffold": variates}, group=group)
+    return loop, variates
 
 
-def run(process, rounds):
+def run(loop, rounds):
     records = []
-    while process.round < rounds:
-        if (record := process.advance()) is not None:
+    while loop.round < rounds:
+        if (record := loop.advance()) is not None:
             records.append(record | {"seconds": 0})
     return records
 
 
+# ---------------------------------------------------------------------------- SCAFFOLD
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_scaffold_is_its_equation_and_its_variates_add_up(momentum):
-    process, variates = federation(momentum)
+    loop, variates = federation(momentum)
     theta, c = (torch.zeros(6, dtype=torch.float64) for _ in range(2))
-    own = torch.zeros(12, 6, dtype=torch.float64)
+    by_hand = torch.zeros(12, 6, dtype=torch.float64)  # c_k
     for t in range(1, 6):
-        (record,) = run(process, t)
-        clients, before = record["clients"], own.clone()
+        (record,) = run(loop, t)
+        clients, before = record["clients"], by_hand.clone()
         n, change, moved = sum(SIZES[k] for k in clients), 0.0, 0.0
         for k in clients:
             local, buffer, weight = theta.clone(), 0.0, 0.0
             for j in range(STEPS):
-                buffer = momentum * buffer + CURVATURE[k] * (local - TARGETS[k]) + c - own[k]
+                buffer = momentum * buffer + CURVATURE[k] * (local - TARGETS[k]) + c - by_hand[k]
                 local = local - LR * buffer
                 weight += sum(momentum**i for i in range(STEPS - j))
-            new = own[k] - c + (theta - local) / (LR * weight)
-            moved, own[k] = moved + new - own[k], new
+            new = by_hand[k] - c + (theta - local) / (LR * weight)
+            moved, by_hand[k] = moved + new - by_hand[k], new
             change = change + SIZES[k] / n * (local - theta)
         theta, c = theta + change, c + moved / 12
-        torch.testing.assert_close(process.theta_global, theta, rtol=0, atol=1e-10)
+        torch.testing.assert_close(loop.theta, theta, rtol=0, atol=1e-10)
         torch.testing.assert_close(variates.mean, c, rtol=0, atol=1e-10)
-        kept = torch.stack([variates.get(k) for k in range(12)])
-        torch.testing.assert_close(kept, own, rtol=0, atol=1e-10)
-        torch.testing.assert_close(kept.sum(dim=0), 12 * variates.mean, rtol=0, atol=1e-10)
+        vectors = torch.stack([variates.get(k) for k in range(12)])
+        torch.testing.assert_close(vectors, by_hand, rtol=0, atol=1e-10)
+        torch.testing.assert_close(vectors.sum(dim=0), 12 * variates.mean, rtol=0, atol=1e-10)
         absent = [k for k in range(12) if k not in clients]
-        torch.testing.assert_close(kept[absent], before[absent], rtol=0, atol=1e-10)
+        torch.testing.assert_close(vectors[absent], before[absent], rtol=0, atol=1e-10)
         assert record["state_bytes"]["scaffold"] == variates.bytes
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_on_a_constant_gradient_the_variate_is_the_gradient(momentum):
     gradient = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    variates = Scaffold(torch.zeros(3, dtype=torch.float64), clients=10)
+    start = torch.zeros(3, dtype=torch.float64)
+    variates = Scaffold(start, clients=10)
     for _ in range(3):
-        theta, buffer = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+        theta, buffer = start.clone(), start.clone()
         correction = variates.correction(4)
         for _ in range(STEPS):
             buffer = momentum * buffer + gradient + correction
             theta = theta - LR * buffer
-        rate = LR * step_weight_sum(STEPS, momentum)
-        variates.update(4, torch.zeros_like(theta), theta, rate)
+        sent = variates.leave(theta, start, client=4, rate=LR * step_weight_sum(STEPS, momentum))
+        assert torch.equal(sent, theta)
         variates.next_round()
         torch.testing.assert_close(variates.get(4), gradient, rtol=0, atol=1e-12)
         torch.testing.assert_close(variates.mean, gradient / 10, rtol=0, atol=1e-12)
 
 
+def test_steps_of_rate_zero_leave_the_variate_as_it_is():
+    variates = Scaffold(torch.zeros(2), clients=3)
+    variates.leave(torch.ones(2), torch.zeros(2), client=1, rate=0.0)
+    assert not variates.get(1).any() and variates.bytes == 0
+
+
 def test_a_client_that_did_not_take_part_keeps_its_variate():
-    process, variates = federation()
-    run(process, 2)
+    loop, variates = federation()
+    run(loop, 2)
     before = {k: variates.get(k).clone() for k in range(12)}
-    (record,) = run(process, 3)
+    (record,) = run(loop, 3)
     for k in range(12):
         assert torch.equal(variates.get(k), before[k]) == (k not in record["clients"])
 
 
 def test_under_a_mask_the_variates_of_frozen_entries_stay_zero():
     mask = torch.tensor([True, False, True, True, False, True])
-    process, variates = federation(0.9, mask)
-    run(process, 4)
+    loop, variates = federation(0.9, mask)
+    run(loop, 4)
     assert not variates.mean[~mask].any() and variates.mean[mask].all()
-    assert not process.theta_global[~mask].any() and process.theta_global[mask].all()
+    assert not loop.theta[~mask].any() and loop.theta[mask].all()
+
+
+# ---------------------------------------------------------------------------- stops and processes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -122,14 +145,14 @@ def test_a_round_in_hand_is_resumed_with_every_state(stop, dtype):
     whole, expected = federation(dtype=dtype)
     records = run(whole, 4)
     first, _ = federation(dtype=dtype)
-    found = [r | {"seconds": 0} for r in (first.advance() for _ in range(stop)) if r is not None]
+    before = [r | {"seconds": 0} for r in (first.advance() for _ in range(stop)) if r is not None]
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     file.seek(0)
     second, variates = federation(dtype=dtype)
     second.load_state_dict(torch.load(file, weights_only=True))
-    assert found + run(second, 4) == records
-    assert torch.equal(second.theta_global, whole.theta_global)
+    assert before + run(second, 4) == records
+    assert torch.equal(second.theta, whole.theta)
     assert torch.equal(variates.mean, expected.mean)
     assert all(torch.equal(variates.get(k), expected.get(k)) for k in range(12))
 
@@ -138,27 +161,37 @@ def test_a_round_in_hand_is_resumed_with_every_state(stop, dtype):
 def test_processes_share_the_clients_states(size):
     expected, variates = federation()
     run(expected, 4)
+    stopped, _ = federation()
+    for _ in range(12):
+        stopped.advance()
+    in_hand = copy.deepcopy(stopped.state_dict())
+    assert in_hand["round"] == 2 and in_hand["done"]
 
     def work(group):
-        process, own = federation(group=group)
-        run(process, 2)
-        process.advance()
-        state = copy.deepcopy(process.state_dict())  # of a round in hand
-        run(process, 4)
-        return process.theta_global, own, state
+        for state in (None, in_hand):
+            loop, shared = federation(group=group)
+            if state is not None:
+                loop.load_state_dict(state)
+            else:
+                run(loop, 2)
+                between = copy.deepcopy(loop.state_dict())
+            run(loop, 4)
+            assert torch.equal(loop.theta, expected.theta)
+        return loop.theta, shared, between
 
     results = in_threads(size, work)
-    for theta, own, _ in results.values():
-        assert torch.equal(theta, expected.theta_global) and torch.equal(own.mean, variates.mean)
-        assert all(torch.equal(own.get(k), variates.get(k)) for k in range(12))
-    alone, own = federation()
+    assert len(results) == size
+    for theta, shared, _ in results.values():
+        assert torch.equal(theta, expected.theta) and torch.equal(shared.mean, variates.mean)
+        assert all(torch.equal(shared.get(k), variates.get(k)) for k in range(12))
+    alone, again = federation()
     alone.load_state_dict(results[0][2])
     run(alone, 4)
-    assert torch.equal(alone.theta_global, expected.theta_global)
-    assert all(torch.equal(own.get(k), variates.get(k)) for k in range(12))
+    assert torch.equal(alone.theta, expected.theta)
+    assert all(torch.equal(again.get(k), variates.get(k)) for k in range(12))
 
 
-def test_files_hold_what_changed_and_every_kept_checkpoint_can_be_resumed(tmp_path):
+def test_files_hold_what_changed_and_every_checkpoint_of_the_last_can_be_resumed(tmp_path):
     expected, _ = federation()
     run(expected, 12)
     written = []
@@ -167,33 +200,30 @@ def test_files_hold_what_changed_and_every_kept_checkpoint_can_be_resumed(tmp_pa
         written.append(path.name)
         torch.save(tensor, path)
 
-    process, variates = federation(folder=tmp_path, write=write)
+    loop, _ = federation(folder=tmp_path, write=write)
     states, calls = [], 0
-    while process.round < 12:
-        process.advance()
+    while loop.round < 12:
+        loop.advance()
         calls += 1
         if calls % 3 == 0:
-            states.append(process.state_dict() | {"theta": process.theta_global.clone()})
-            mean, total = (states[-1]["companions"]["scaffold"][k] for k in ("mean", "total"))
-            kept = {"mean": mean.clone(), "total": total.clone()}
-            states[-1]["companions"]["scaffold"] |= kept
+            states.append(copy.deepcopy(loop.state_dict()))
     assert len(written) == len(set(written))  # nothing twice
     assert calls - 3 <= len(written) <= calls
     assert len(list(tmp_path.iterdir())) < 12 + 3 * 3  # old files go
     for state in states[-2:]:  # a checkpoint and its predecessor
-        again, own = federation(folder=tmp_path, write=None)
+        again, _ = federation(folder=tmp_path, write=None)
         again.load_state_dict(state)
         run(again, 12)
-        assert torch.equal(again.theta_global, expected.theta_global)
+        assert torch.equal(again.theta, expected.theta)
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_state_whose_file_is_gone_is_refused_by_name(tmp_path, size):
     def work(group):
         writes = {} if group.rank == 0 else {"write": None}
-        process, _ = federation(group=group, folder=tmp_path, **writes)
-        run(process, 3)
-        return process.state_dict()
+        loop, _ = federation(group=group, folder=tmp_path, **writes)
+        run(loop, 3)
+        return loop.state_dict()
 
     state = in_threads(size, work)[0]
     files = sorted(tmp_path.iterdir())
@@ -218,32 +248,111 @@ def test_a_change_beyond_the_fixed_point_is_refused():
 
 def test_local_entries_stay_and_the_model_gets_their_average():
     at, shared = torch.tensor([1, 4]), torch.tensor([0, 2, 3, 5])
-    theta = torch.arange(6.0, dtype=torch.float64)
-    start, local = theta.clone(), LocalEntries(theta, at, 12)
+    start = torch.arange(6.0, dtype=torch.float64)
+    local = LocalNorm(start, at, 12)
 
-    def train(client, round):
-        local.enter_(theta, client)
-        theta.add_(CURVATURE[client] * (TARGETS[client] - theta), alpha=0.3)
-        local.put(client, local.leave_(theta))
-        return torch.ones(1)
+    def train(theta, clients, round):
+        for client in map(int, clients):
+            theta_k = local.enter(theta, client)
+            theta_k = theta_k + 0.3 * CURVATURE[client] * (TARGETS[client] - theta_k)
+            sent = local.leave(theta_k, theta, client, rate=0.3)
+            assert torch.equal(sent[at], theta[at]) and torch.equal(sent[shared], theta_k[shared])
+            yield sent, torch.ones(1)
 
-    def server_step(theta, total, unit):
-        theta += total.double() * unit
-        local.average_into_(theta)
-
-    steps = dict(server_step=server_step, companions={"local": local})
-    process = FedAvg(theta, SIZES, train, fraction=0.4, seed=3, **steps)
-    expected, own = start.clone(), start[at].repeat(12, 1)
+    method = Method(after_=local.average_into_)
+    loop = FedAvg(start.clone(), train, cohort, None, method, {"local": local})
+    expected, by_hand = start.clone(), start[at].repeat(12, 1)
     for t in range(1, 5):
-        (record,) = run(process, t)
+        (record,) = run(loop, t)
         n, change = sum(SIZES[k] for k in record["clients"]), 0.0
         for k in record["clients"]:
             full = expected.clone()
-            full[at] = own[k]
+            full[at] = by_hand[k]
             full = full + 0.3 * CURVATURE[k] * (TARGETS[k] - full)
-            own[k] = full[at]
+            by_hand[k] = full[at]
             change = change + SIZES[k] / n * (full - expected)[shared]
         expected[shared] += change
-        expected[at] = own.mean(dim=0)
-        torch.testing.assert_close(process.theta_global, expected, rtol=0, atol=1e-10)
-    assert np.isclose(local.get(record["clients"][0]), own[record["clients"][0]]).all()
+        expected[at] = by_hand.mean(dim=0)
+        torch.testing.assert_close(loop.theta, expected, rtol=0, atol=1e-10)
+    assert np.isclose(local.get(record["clients"][0]), by_hand[record["clients"][0]]).all()
+
+
+# ---------------------------------------------------------------------------- other terms
+
+
+def test_importance_weights_are_the_ratio_of_class_frequencies():
+    labels = np.array([0] * 10 + [1] * 20 + [2] * 10)
+    weights = importance_weights(labels, np.array([0, 1, 1, 1]), classes=4)
+    np.testing.assert_allclose(weights, [0.25 / 0.25, 0.5 / 0.75, 0, 0], rtol=1e-15)
+
+
+def test_prox_pulls_to_the_start_and_fedir_weighs_as_the_client_does():
+    anchor, out, start = torch.zeros(3), torch.ones(2), torch.tensor([1.0, 2.0, 3.0])
+    prox, fedir = Prox(anchor.copy_), FedIR(lambda client: np.array([client, 0.5]), out)
+    for term in (prox, fedir):
+        assert torch.equal(term.enter(start, 4), start)
+        assert torch.equal(term.leave(2 * start, start, 4, rate=0.1), 2 * start)
+    assert torch.equal(anchor, start) and out.tolist() == [4, 0.5]
+
+
+class Noted(Term):
+    """Adds its number on the way in, doubles on the way out, and notes who called when."""
+
+    def __init__(self, number, notes):
+        self.number, self.notes = number, notes
+
+    def enter(self, start, client):
+        self.notes.append(("enter", self.number, client, start.item()))
+        return start + self.number
+
+    def leave(self, theta_k, theta, client, rate):
+        self.notes.append(("leave", self.number, client, theta_k.item(), theta.item(), rate))
+        return 2 * theta_k
+
+
+def clients_with(terms, lr=0.5):
+    learner = SimpleNamespace(
+        entries=SimpleNamespace(sgd=Sgd(lr=lr, momentum=0.5)),
+        workspace=SimpleNamespace(source=SimpleNamespace(seed=0)),
+        local_step=None,
+        graphed=lambda step, choice, obstacle: None,
+    )
+    return Clients(learner, [], LocalSteps(J=2, batch_size=1), Schedule(), 10, terms=terms)
+
+
+def test_terms_are_entered_in_order_and_left_in_reverse():
+    notes, theta = [], torch.tensor([10.0])
+    clients = clients_with([Noted(1, notes), Noted(2, notes), Noted(3, notes)])
+    start = clients.enter(theta, client=7)
+    sent = clients.leave(torch.tensor([5.0]), theta, 7, 1, torch.ones(2))
+    assert (start.item(), sent.item(), theta.item()) == (16, 40, 10)
+    rate = 0.5 * (1.5 + 1)  # lr times what two steps of momentum 0.5 weigh
+    assert notes == [
+        *(("enter", 1, 7, 10), ("enter", 2, 7, 11), ("enter", 3, 7, 13)),
+        *(
+            ("leave", 3, 7, 5, 10, rate),
+            ("leave", 2, 7, 10, 10, rate),
+            ("leave", 1, 7, 20, 10, rate),
+        ),
+    ]
+
+
+def test_scaffold_learns_nothing_of_entries_that_stay_local():
+    theta, at = torch.zeros(3, dtype=torch.float64), torch.tensor([1])
+    scaffold, local = Scaffold(theta, 4), LocalNorm(theta, at, 4)
+    clients = clients_with([scaffold, local])
+    sent = clients.leave(torch.tensor([1.0, 5.0, 2.0]).double(), theta, 2, 1, torch.ones(2))
+    assert sent.tolist() == [1, 0, 2] and local.get(2).tolist() == [5]
+    assert scaffold.get(2).tolist() == [-1 / 1.25, 0, -2 / 1.25]
+
+
+def test_a_client_that_diverged_keeps_nothing():
+    states = ClientStates(torch.zeros(1), clients=9)
+    states.leave = lambda theta_k, theta, client, rate: states.put(client, theta_k)
+    clients = clients_with([states])
+    with pytest.raises(ClientError, match="round 3, client 7, local step 2: the loss is nan"):
+        clients.leave(torch.ones(1), torch.zeros(1), 7, 3, torch.tensor([1.0, float("nan")]))
+    assert states.bytes == 0
+    with pytest.raises(ClientError, match="round 3: the state of client 7 changes by more than"):
+        clients.leave(torch.full((1,), 1e5), torch.zeros(1), 7, 3, torch.ones(2))
+    assert states.bytes == 0

@@ -1,18 +1,50 @@
 """Who takes part, how fast and with what weight: functions of seed, round and client."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from fedavg import FedAvg, step_weight_sum
-from participation import (
+from fedavg import Cohort, FedAvg
+from federated.cohort import (
     drop_out,
-    importance_weights,
     local_steps,
     normalised_averaging,
     sample_by_size,
+    sample_clients,
+    sample_poisson,
     shares,
+    step_weight_sum,
 )
+
+# ---------------------------------------------------------------------------- who
+
+
+@pytest.mark.parametrize(
+    ("clients", "fraction", "m"), [(100, 0.1, 10), (100, 1.0, 100), (5, 0.1, 1), (7, 0.5, 4)]
+)
+def test_the_sample_is_a_function_of_seed_and_round(clients, fraction, m):
+    draws = [sample_clients(clients, fraction, seed=0, round=t) for t in range(30)]
+    assert all(len(set(d.tolist())) == m and d.max() < clients for d in draws)
+    assert np.array_equal(draws[4], sample_clients(clients, fraction, seed=0, round=4))
+    if m < clients:
+        assert len({tuple(d) for d in draws}) > 1
+        other = [sample_clients(clients, fraction, seed=1, round=t) for t in range(30)]
+        assert not all(map(np.array_equal, draws, other))
+
+
+def test_every_client_gets_its_share_of_rounds():
+    seen = np.bincount(
+        np.concatenate([sample_clients(50, 0.2, seed=0, round=t) for t in range(2000)])
+    )
+    assert abs(seen - 400).max() < 5 * math.sqrt(2000 * 0.2 * 0.8)
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.1, math.nan])
+def test_a_fraction_outside_its_range_is_refused(fraction):
+    with pytest.raises(ValueError, match=f"not {fraction}"):
+        sample_clients(12, fraction, seed=0, round=1)
 
 
 def test_large_clients_are_drawn_in_proportion_to_their_size():
@@ -23,6 +55,16 @@ def test_large_clients_are_drawn_in_proportion_to_their_size():
     again = sample_by_size(sizes, 0.5, seed=0, round=7)
     assert np.array_equal(again, sample_by_size(sizes, 0.5, seed=0, round=7))
     assert len(set(again.tolist())) == 2
+
+
+def test_every_client_is_drawn_on_its_own_with_the_same_probability():
+    rounds = [sample_poisson(50, 0.2, seed=0, round=t) for t in range(4000)]
+    seen = np.bincount(np.concatenate(rounds), minlength=50)
+    assert abs(seen - 800).max() < 5 * math.sqrt(4000 * 0.2 * 0.8)
+    sizes = np.array([len(r) for r in rounds])  # binomial
+    assert sizes.var() == pytest.approx(50 * 0.2 * 0.8, rel=5 * math.sqrt(2 / 4000))
+    assert np.array_equal(rounds[7], sample_poisson(50, 0.2, seed=0, round=7))
+    assert any(len(sample_poisson(5, 0.1, seed=0, round=t)) == 0 for t in range(20))
 
 
 def test_a_client_drops_out_whoever_else_was_drawn():
@@ -37,6 +79,9 @@ def test_a_client_drops_out_whoever_else_was_drawn():
     assert len(drop_out(clients[:0], 0.3, seed=0, round=5)) == 0
 
 
+# ---------------------------------------------------------------------------- how many steps
+
+
 def test_stragglers_take_every_smaller_number_of_steps_alike():
     steps = np.array([local_steps(5, 0.4, seed=0, round=1, client=k) for k in range(5000)])
     counts = np.bincount(steps, minlength=6)[1:]
@@ -46,17 +91,28 @@ def test_stragglers_take_every_smaller_number_of_steps_alike():
     assert {local_steps(1, 1.0, seed=0, round=t, client=3) for t in range(20)} == {1}
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_step_weights_are_those_of_torch_sgd_under_a_constant_gradient(momentum, nesterov):
+    nesterov = nesterov and momentum > 0
+    w = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimiser = torch.optim.SGD([w], lr=0.5, momentum=momentum, nesterov=nesterov)
+    for tau in range(1, 7):
+        w.grad = torch.ones(1, dtype=torch.float64)
+        optimiser.step()
+        assert -w.item() == pytest.approx(0.5 * step_weight_sum(tau, momentum, nesterov), rel=1e-12)
+
+
+# ---------------------------------------------------------------------------- with what weight
+
+
 def test_shares_add_up_whoever_remains():
     assert shares([1, 2, 3, 4], np.array([3, 0])).tolist() == [0.8, 0.2]
 
 
-def test_importance_weights_are_the_ratio_of_class_frequencies():
-    labels = np.array([0] * 10 + [1] * 20 + [2] * 10)
-    weights = importance_weights(labels, np.array([0, 1, 1, 1]), classes=4)
-    np.testing.assert_allclose(weights, [0.25 / 0.25, 0.5 / 0.75, 0, 0], rtol=1e-15)
-
-
-# ---------------------------------------------------------------------------- FedNova
+def test_shares_of_nobody_and_of_nothing_are_no_division_by_zero():
+    assert shares([1, 2], np.empty(0, np.int64)).tolist() == []
+    assert shares([1, 0, 0], np.array([2, 1])).tolist() == [0, 0]
 
 
 SIZES, TARGETS = (
@@ -68,34 +124,38 @@ CURVATURE, LR = 0.5 + torch.arange(6.0, dtype=torch.float64), 0.02
 
 def federation(tau, momentum=0.0, nova=True):
     """Clients of loss h_k |theta - t_k|^2 / 2, each with its own number of momentum steps."""
-    theta = torch.zeros(5, dtype=torch.float64)
 
-    def train(client, round):
-        buffer = torch.zeros_like(theta)
-        for _ in range(tau[client]):
-            buffer.mul_(momentum).add_(CURVATURE[client] * (theta - TARGETS[client]))
-            theta.sub_(LR * buffer)
-        return torch.ones(1)
+    def train(theta, clients, round):
+        for client in clients:
+            theta_k, buffer = theta.clone(), torch.zeros_like(theta)
+            for _ in range(tau[client]):
+                buffer.mul_(momentum).add_(CURVATURE[client] * (theta_k - TARGETS[client]))
+                theta_k.sub_(LR * buffer)
+            yield theta_k, torch.ones(1)
 
-    def weigh(clients, round):
-        efforts = [step_weight_sum(tau[k], momentum) for k in clients]
-        return normalised_averaging(shares(SIZES, clients), efforts)
+    def cohort(round):
+        clients = sample_clients(6, 0.7, seed=1, round=round)
+        weights = shares(SIZES, clients)
+        if nova:
+            efforts = [step_weight_sum(tau[k], momentum) for k in clients]
+            weights = normalised_averaging(weights, efforts)
+        return Cohort(clients, clients, weights)
 
-    return FedAvg(theta, SIZES, train, fraction=0.7, seed=1, weigh=weigh if nova else None)
+    return FedAvg(torch.zeros(5, dtype=torch.float64), train, cohort)
 
 
-def run(process, rounds):
-    while process.round < rounds:
-        process.advance()
-    return process.theta_global
+def run(loop, rounds):
+    while loop.round < rounds:
+        loop.advance()
+    return loop.theta
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_fednova_is_its_equation(momentum):
     tau, theta = [1, 2, 3, 4, 5, 6], torch.zeros(5, dtype=torch.float64)
-    process = federation(tau, momentum)
+    loop = federation(tau, momentum)
     for _ in range(3):
-        while (record := process.advance()) is None:
+        while (record := loop.advance()) is None:
             pass
         n = sum(SIZES[k] for k in record["clients"])
         # theta += (sum p |a|) sum p d_k, d_k = delta_k / |a_k|, with delta_k and |a_k| by hand
@@ -109,7 +169,7 @@ def test_fednova_is_its_equation(momentum):
             effective += SIZES[k] / n * a
             direction += SIZES[k] / n * (local - theta) / a
         theta = theta + effective * direction
-        torch.testing.assert_close(process.theta_global, theta, rtol=0, atol=1e-10)
+        torch.testing.assert_close(loop.theta, theta, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -121,19 +181,20 @@ def test_with_equal_steps_fednova_is_fedavg_to_the_bit(momentum):
 
 def test_fednova_ends_near_the_optimum_that_unequal_steps_pull_fedavg_from():
     """Two clients of equal size and curvature, of which one takes ten times the steps."""
+
+    def train(theta, clients, round):
+        for client in clients:
+            theta_k = theta.clone()
+            for _ in range((1, 10)[client]):
+                theta_k.sub_(0.001 * (theta_k - (1.0, -1.0)[client]))
+            yield theta_k, torch.ones(1)
+
+    both, half = np.arange(2), shares([5, 5], np.arange(2))
     ends = {}
     for nova in (True, False):
+        weights = normalised_averaging(half, [1, 10]) if nova else half
+        everyone = Cohort(both, both, weights)
         theta = torch.zeros(1, dtype=torch.float64)
-
-        def train(client, round, theta=theta):
-            for _ in range((1, 10)[client]):
-                theta.sub_(0.001 * (theta - (1.0, -1.0)[client]))
-            return torch.ones(1)
-
-        def weigh(clients, round):
-            return normalised_averaging(shares([5, 5], clients), [(1, 10)[k] for k in clients])
-
-        process = FedAvg(theta, [5, 5], train, fraction=1.0, weigh=weigh if nova else None)
-        ends[nova] = run(process, 2000).item()
+        ends[nova] = run(FedAvg(theta, train, lambda round, c=everyone: c), 2000).item()
     assert abs(ends[True]) < 0.01  # the optimum is 0, halfway
     assert ends[False] == pytest.approx(-9 / 11, abs=0.01)

@@ -193,7 +193,12 @@ def test_one_function_deals_by_whichever_rule_is_named():
 @pytest.mark.parametrize(("make", "message"), [
     (lambda y: shard_iid(y, 0, 0), "not 0"),
     (lambda y: shard_iid(y, 45_001, 0), r"1..45000 \(the samples\), not 45001"),
-    (lambda y: shard_by_class(y, 33, 3, 0), "33 clients of 3 classes cannot cover 100"),
+    (
+        lambda y: shard_by_class(y, 33, 3, 0),
+        "33 clients of 3 classes cannot cover 100 classes; --cover partial leaves some out",
+    ),
+    (lambda y: shard_by_class(y, 1, 101, 0, cover=False), "not 101"),
+    (lambda y: shard_by_class(y, 4500, 11, 0, cover=False), "need 49500 parts"),
     (lambda y: shard_by_class(y, 10, 101, 0), "not 101"),
     (lambda y: shard_by_class(y, 10, 0, 0), "not 0"),
     (lambda y: shard_by_class(y, 4500, 11, 0), "need 49500 parts"),
@@ -203,6 +208,89 @@ def test_one_function_deals_by_whichever_rule_is_named():
 def test_what_cannot_be_sharded_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make(balanced())
+
+
+@pytest.mark.parametrize(("clients", "nc"), [(1, 1), (1, 99), (9, 11), (33, 3), (3, 33)])
+@pytest.mark.parametrize("labels", [balanced(), skewed(100, 5000)], ids=["balanced", "skewed"])
+def test_few_clients_may_leave_classes_out(labels, clients, nc):
+    shards = data.shard(labels, clients, nc=nc, cover=False, seed=3)
+    assert len(shards) == clients and all(s.dtype == np.int64 for s in shards)
+    counts = class_counts(shards, labels)
+    assert ((counts > 0).sum(axis=1) == nc).all()
+    sharing = (counts > 0).sum(axis=0)
+    assert sharing.max() == 1 and sharing.sum() == clients * nc  # that many classes, one client's
+    assert np.array_equal(counts.sum(axis=0), np.bincount(labels) * sharing)  # all their samples
+    assert len(np.unique(np.concatenate(shards))) == counts.sum()
+    again = shard_by_class(labels, clients, nc, 3, cover=False)
+    assert all(map(np.array_equal, shards, again))
+    if clients * nc < 99:
+        other = class_counts(data.shard(labels, clients, nc=nc, cover=False, seed=4), labels)
+        assert not np.array_equal(other.sum(axis=0) > 0, sharing > 0)
+
+
+@pytest.mark.parametrize(("clients", "nc"), [(100, 1), (10, 10), (33, 4)])
+def test_enough_clients_cover_all_classes_either_way(clients, nc):
+    both = [shard_by_class(balanced(), clients, nc, 0, cover=cover) for cover in (True, False)]
+    assert all(map(np.array_equal, *both))
+
+
+# ---------------------------------------------------------------------------- labels
+
+TAKERS = {
+    "split_validation": lambda labels: split_validation(labels, 0.25, seed=0),
+    "draw_by_class": lambda labels: [draw_by_class(labels, 50, seed=0)],
+    "shard_iid": lambda labels: data.shard(labels, 7, seed=0),
+    "shard_by_class": lambda labels: data.shard(labels, 8, nc=2, seed=0),
+    "shard_dirichlet": lambda labels: data.shard(labels, 7, dirichlet=0.5, seed=0),
+}
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+FORMS = {
+    "list": list,
+    "list of int": np.ndarray.tolist,
+    "tuple": tuple,
+    "tensors": lambda labels: list(torch.tensor(labels)),
+    **{name: lambda labels, name=name: labels.astype(name) for name in INTEGERS},
+    **{f"torch {n}": lambda labels, n=n: torch.tensor(labels.astype(n)) for n in INTEGERS},
+    "big-endian": lambda labels: labels.astype(">i4"),
+    "every second": lambda labels: np.repeat(labels, 2)[::2],
+    "read-only": lambda labels: np.broadcast_to(labels, labels.shape),
+}
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+@pytest.mark.parametrize("form", FORMS)
+def test_labels_of_every_whole_kind_are_drawn_from_alike(taker, form):
+    labels = balanced(classes=10, each=12) + 117  # most classes have no sample, one is over int8
+    labels[labels == 126] = 3
+    expected = TAKERS[taker](labels)
+    assert all(map(np.array_equal, TAKERS[taker](FORMS[form](labels)), expected))
+    assert all(part.dtype == np.int64 for part in expected)
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+def test_classes_without_a_sample_change_nothing(taker):
+    labels = balanced(classes=10, each=12)
+    expected = TAKERS[taker](labels)
+    for spread in (labels * 7 + 2, labels * 10**15):
+        assert all(map(np.array_equal, TAKERS[taker](spread), expected))
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+@pytest.mark.parametrize(("labels", "message"), [
+    ([], "there are no samples: the labels are empty"),
+    (np.zeros(0, np.int64), "there are no samples"), (torch.zeros(0), "there are no samples"),
+    (np.ones(99), r"one whole number a sample, not of type float64 and shape \(99,\)"),
+    ([0, 1.5] * 50, "whole number"), (torch.ones(99), "not of type torch.float32"),
+    (torch.ones(99, dtype=torch.bfloat16), "not of type torch.bfloat16"),
+    (torch.ones(99, requires_grad=True), "not of type torch.float32"),
+    ([0, -1] * 50, "classes from 0 on, not -1 to 0"), (np.full(99, -3, np.int8), "not -3 to -3"),
+    (np.full(99, 2**63, np.uint64), "classes from 0 on"), (["cat", "dog"] * 50, "whole number"),
+    ([None] * 99, "whole number"), (np.ones((99, 2), int), r"shape \(99, 2\)"), (3, "whole number"),
+    ([[1, 2], [3]] * 50, "whole number"), (np.ones(99, bool), "not of type bool"),
+])  # fmt: skip
+def test_what_is_no_label_is_refused_in_a_sentence(taker, labels, message):
+    with pytest.raises(ValueError, match=message):
+        TAKERS[taker](labels)
 
 
 # ---------------------------------------------------------------------------- data sets
@@ -334,6 +422,44 @@ def test_an_archive_put_there_by_hand_needs_no_network(tmp_path, small_cifar, se
     assert len(data.load_cifar100(tmp_path).train.labels) == 100 and not served[1]
 
 
+@pytest.mark.parametrize("place", [".", "cifar-100"])
+def test_cifar_as_kaggle_lays_it_out_is_taken(tmp_path, small_cifar, served, place, monkeypatch):
+    with tarfile.open(small_cifar) as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    flat = tmp_path / "data" / place
+    flat.parent.mkdir(exist_ok=True)
+    (tmp_path / "unpacked" / "cifar-100-python").rename(flat)
+    (flat / "file.txt~").touch()
+    assert len(data.load_cifar100(tmp_path / "data").train.labels) == 100 and not served[1]
+    monkeypatch.chdir(tmp_path / "data")
+    loaded = data.load_cifar100(".")
+    assert loaded.classes[7] == "class 7" and loaded.superclass_of[7] == 1 and not served[1]
+    for name in ("train", "test", "meta"):
+        good = (flat / name).read_bytes()
+        (flat / name).write_bytes(pickle.dumps([good]))
+        with pytest.raises(ValueError, match="no network.*delete cifar-100-python if it is there"):
+            data.load_cifar100(".")
+        (flat / name).write_bytes(good)
+    (flat / "meta").write_bytes(b"garbage")  # with a network it is downloaded beside
+    served[0][small_cifar.name] = small_cifar.read_bytes()
+    assert len(data.load_cifar100(".").train.labels) == 100
+    assert (flat / "meta").read_bytes() == b"garbage"
+
+
+@pytest.mark.parametrize("place", [".", "cifar100"])
+def test_the_hubs_parquet_files_are_named_for_what_they_are(tmp_path, served, place):
+    folder = tmp_path / place
+    folder.mkdir(exist_ok=True)
+    (folder / "other.parquet").touch()
+    with pytest.raises(ValueError, match="no whole CIFAR-100"):
+        data.load_cifar100(tmp_path)
+    (folder / "train-00000-of-00001.parquet").touch()
+    with pytest.raises(ValueError, match="the python version is needed: put cifar-100-python") as e:
+        data.load_cifar100(tmp_path)
+    assert "train-00000-of-00001.parquet is CIFAR-100 as the hub's parquet files" in str(e.value)
+    assert "\n" not in str(e.value) and f"into {tmp_path}, from https://" in str(e.value)
+
+
 def test_no_pickle_is_read_whose_md5_differs(tmp_path, small_cifar, served):
     class Evil:
         def __reduce__(self):
@@ -384,6 +510,18 @@ def test_an_epoch_covers_all_that_fills_batches():
     assert len(set(seen[..., 0].flatten().tolist())) == 100
     assert draw_epoch(train, 500, seed=0, epoch=0).shape == (1, 103, 4)
     assert not torch.equal(seen, draw_epoch(train, 10, seed=0, epoch=1))
+    assert sorted(draw_epoch([8, 9], 10, seed=0, epoch=0)[0, :, 0].tolist()) == [8, 9]
+
+
+def test_a_client_without_a_sample_is_named():
+    for empty in (np.zeros(0, np.int64), []):
+        with pytest.raises(ValueError, match="client 7 has no sample to draw batches from"):
+            draw_batches(empty, 8, 5, seed=0, round=1, client=7)
+        with pytest.raises(ValueError, match="there are no samples to draw an epoch from"):
+            draw_epoch(empty, 8, seed=0, epoch=0)
+    for batch_size, steps in ((0, 5), (8, 0)):
+        with pytest.raises(ValueError, match=f"{steps} batches of {batch_size} samples"):
+            draw_batches(np.arange(9), batch_size, steps, seed=0, round=1)
 
 
 def test_crop_and_flip_equal_a_plain_loop():

@@ -2,11 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from conftest import in_threads
 
 import editing
-from fedavg import FIXED_POINT, FedAvg, add_up
+from fedavg import FIXED_POINT, Cohort, FedAvg, Method
+from federated.cohort import sample_clients, shares
+from federated.methods import METHODS, Aggregation, Shared
 
 PARTS = torch.tensor(
     [[4.0, -1.0, 3.0, 0.5, 2.0], [2.0, 3.0, -5.0, 0.25, -2.0], [-3.0, 2.0, -1.0, 0.125, 0.0]],
@@ -86,10 +90,10 @@ def test_dare_keeps_the_expectation_and_its_pattern_has_no_hidden_state():
     for other in (dict(seed=2), dict(round=1), dict(client=2)):
         where = dict(seed=1, round=2, client=3) | other
         assert not torch.equal(once, editing.dare(vector, 0.9, **where))
-    kept = once != 0
+    stays = once != 0
     # five standard deviations of a binomial share
-    assert abs(kept.double().mean() - 0.1) < 5 * math.sqrt(0.1 * 0.9 / len(vector))
-    torch.testing.assert_close(once[kept], vector[kept] / (1 - 0.9), rtol=1e-12, atol=0)
+    assert abs(stays.double().mean() - 0.1) < 5 * math.sqrt(0.1 * 0.9 / len(vector))
+    torch.testing.assert_close(once[stays], vector[stays] / (1 - 0.9), rtol=1e-12, atol=0)
     assert torch.equal(editing.dare(vector, 0.0), vector)
 
 
@@ -108,13 +112,14 @@ def test_scores_weigh_entries_and_without_any_the_mean_is_plain():
 
 def test_interference_of_pairs():
     vectors = torch.tensor([[3.0, 4.0, 0.0], [3.0, -4.0, 1.0], [0.0, 2.0, 0.0]]).double()
-    found = editing.interference(vectors)
+    compared = editing.interference(vectors)
     root = math.sqrt(26)
-    close(found.norms, [5.0, root, 2.0])
+    close(compared.norms, [5.0, root, 2.0])
     pairs = [(9 - 16) / (5 * root), 8 / 10, -8 / (2 * root)]
-    assert found.cosine == pytest.approx(sum(pairs) / 3, rel=1e-12)
-    assert found.sign_agreement == pytest.approx((1 / 2 + 1 + 0) / 3, rel=1e-12)
-    assert editing.interference((vectors * 2**40).long())[1:] == pytest.approx(found[1:], rel=1e-9)
+    assert compared.cosine == pytest.approx(sum(pairs) / 3, rel=1e-12)
+    assert compared.sign_agreement == pytest.approx((1 / 2 + 1 + 0) / 3, rel=1e-12)
+    units = editing.interference((vectors * 2**40).long())
+    assert units[1:] == pytest.approx(compared[1:], rel=1e-9)
     assert editing.interference(vectors[:1])[1:] == (None, None)
 
 
@@ -143,8 +148,8 @@ def test_the_linearity_error_is_zero_of_a_linear_model_and_grows_on_a_quadratic(
         error = editing.linearity_error(lambda t: t.square(), theta, scale * tau)
         assert error == pytest.approx((rest.norm() / change.norm()).item(), rel=1e-10)
     # with theta = tau = 1 that is s / (2 + s)
-    one = torch.ones(3, dtype=torch.float64)
-    assert editing.linearity_error(torch.square, one, 3 * one) == pytest.approx(0.6, rel=1e-12)
+    ones = torch.ones(3, dtype=torch.float64)
+    assert editing.linearity_error(torch.square, ones, 3 * ones) == pytest.approx(0.6, rel=1e-12)
 
 
 def test_attention_has_a_forward_product():
@@ -188,83 +193,114 @@ def test_a_drop_outside_its_range_is_refused(drop):
 # ---------------------------------------------------------------------------- inside a round
 
 
-def merged(rule):
-    """Return FedAvg's arguments for a rule."""
-    rules = {
-        "sum": lambda rows, weights, *_: add_up(rows),
-        "ties": lambda rows, weights, *_: editing.ties(rows, weights, keep=0.4),
-        "ties keep 1": lambda rows, weights, *_: editing.ties(rows, weights, keep=1),
-        "sign": lambda rows, weights, *_: editing.sign_elected(rows, weights),
-        "fisher": lambda rows, weights, *_: fisher_mean(rows, weights),
-        "fisher, equal": lambda rows, weights, *_: editing.fisher_mean(
-            rows, weights, torch.full(rows.shape, 0.3)
-        ),
-        "fisher, none": lambda rows, weights, *_: editing.fisher_mean(
-            rows, weights, torch.zeros(rows.shape)
-        ),
-    }
-    return dict(apart=lambda round: True, combine=rules[rule])
+TARGETS = torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
+ENTRIES = Shared(torch.ones(5, dtype=torch.bool), size=5, seed=3)
 
 
-def dropping(drop):
-    def edit(contribution, client, clients, round):
-        editing.drop_(contribution, drop, seed=3, round=round, client=client)
-
-    return dict(edit=edit)
+def rule(name, **settings):
+    """Return a method of the table."""
+    return METHODS[name](Aggregation(name, **settings), ENTRIES)
 
 
-def federation(fraction=0.4, pull=None, group=None, **options):
-    theta = torch.zeros(5)
-    targets = torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
-    targets = targets.abs() if pull == "one way" else targets
+def fisher_rule(scores):
+    """Return a method that merges under scores (m, P) of the parts (m, P)."""
 
-    def train(client, round):
-        theta.add_(targets[client], alpha=0.3)
-        return theta.mean()[None]
+    def combine(parts, cohort, round):
+        return editing.fisher_mean(parts, cohort.weights, scores(parts))
 
-    return FedAvg(theta, range(1, 13), train, fraction=fraction, seed=3, group=group, **options)
+    return Method(apart=lambda round: True, combine=combine)
 
 
-def run(process, rounds):
-    while process.round < rounds:
-        process.advance()
-    return process.theta_global
+def by_first_entry(parts, cohort, round):
+    return fisher_mean(parts, cohort.weights)
+
+
+SUM_OF_PARTS = Method(apart=lambda round: True)
+FISHER = Method(apart=lambda round: True, combine=by_first_entry)
+EQUAL_FISHER = fisher_rule(lambda parts: torch.full(parts.shape, 0.3))
+NO_FISHER = fisher_rule(lambda parts: torch.zeros(parts.shape))
+
+
+def federation(method=None, fraction=0.4, one_way=False, group=None, flip=False):
+    targets = TARGETS.abs() if one_way else TARGETS
+
+    def train(theta, clients, round):
+        for client in clients:
+            theta_k = theta + 0.3 * targets[client]
+            yield theta_k, theta_k.mean()[None]
+
+    def cohort(round):
+        clients = sample_clients(12, fraction, seed=3, round=round)[:: -1 if flip else 1].copy()
+        return Cohort(clients, clients, shares(np.arange(1, 13), clients))
+
+    return FedAvg(torch.zeros(5), train, cohort, method=method or Method(), group=group)
+
+
+def run(loop, rounds):
+    while loop.round < rounds:
+        loop.advance()
+    return loop.theta
 
 
 @pytest.mark.parametrize(
-    ("options", "where"),
+    ("method", "where"),
     [
-        (merged("sum"), {}),
-        (merged("ties keep 1"), dict(fraction=0.05)),  # one client
-        (merged("sign"), dict(fraction=0.05)),
-        (merged("ties keep 1"), dict(pull="one way")),  # all agree
-        (merged("sign"), dict(pull="one way")),
-        (merged("fisher, equal"), {}),
-        (merged("fisher, none"), {}),
-        (merged("fisher"), dict(fraction=0.05)),
-        (dropping(0.0), {}),
-        (merged("sum") | dropping(0.0), {}),
+        (SUM_OF_PARTS, {}),
+        (rule("mean"), {}),
+        (rule("ties", ties_keep=1), dict(fraction=0.05)),  # one client
+        (rule("sign"), dict(fraction=0.05)),
+        (rule("ties", ties_keep=1), dict(one_way=True)),  # all agree
+        (rule("sign"), dict(one_way=True)),
+        (EQUAL_FISHER, {}),
+        (NO_FISHER, {}),
+        (FISHER, dict(fraction=0.05)),
+        (rule("dare", dare_drop=0.0), {}),
+        (rule("dare", dare_drop=0.0)._replace(apart=lambda round: True), {}),
     ],
 )
-def test_degenerate_rules_are_fedavg_to_the_bit(options, where):
-    assert torch.equal(run(federation(**where, **options), 4), run(federation(**where), 4))
+def test_degenerate_rules_are_fedavg_to_the_bit(method, where):
+    assert torch.equal(run(federation(method, **where), 4), run(federation(**where), 4))
 
 
-@pytest.mark.parametrize(
-    "options", [merged("ties"), merged("sign"), merged("fisher"), dropping(0.6)]
-)
-def test_rules_do_something(options):
-    assert not torch.equal(run(federation(**options), 4), run(federation(), 4))
+RULES = (rule("ties", ties_keep=0.4), rule("sign"), FISHER, rule("dare", dare_drop=0.6))
 
 
-@pytest.mark.parametrize("options", [merged("ties"), merged("sign"), dropping(0.6)])
+@pytest.mark.parametrize("method", RULES)
+def test_rules_do_something(method):
+    assert not torch.equal(run(federation(method), 4), run(federation(), 4))
+
+
+@pytest.mark.parametrize("method", RULES)
 @pytest.mark.parametrize("stop", [1, 4, 7])
-def test_a_round_of_a_rule_goes_on_from_its_middle_to_the_same_bits(options, stop):
-    first, second = federation(**options), federation(**options)
+def test_a_round_of_a_rule_goes_on_from_its_middle_to_the_same_bits(method, stop):
+    first, second = federation(method), federation(method)
     for _ in range(stop):
         first.advance()
     second.load_state_dict(first.state_dict())
-    assert torch.equal(run(second, 3), run(federation(**options), 3))
+    assert torch.equal(run(second, 3), run(federation(method), 3))
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_rules_know_neither_the_order_of_clients_nor_the_number_of_processes(method):
+    whole = run(federation(method), 3)
+    assert torch.equal(run(federation(method, flip=True), 3), whole)
+    for size in (2, 3):
+        ends = in_threads(size, lambda group: run(federation(method, group=group), 3))
+        assert all(torch.equal(ends[rank], whole) for rank in range(size))
+
+
+def test_what_dare_drops_is_not_sent_and_padding_costs_nothing():
+    entries = torch.tensor([True, True, True, False, False])
+    dare = METHODS["dare"](Aggregation("dare", dare_drop=0.6), Shared(entries, 3, seed=3))
+    assert dare.bytes_up == dare.bytes_down == 12
+    loop, sent = federation(dare), 0
+    while (record := loop.advance()) is None:
+        pass
+    for client in record["clients"]:
+        pattern = editing.drop_(torch.ones(5), 0.6, seed=3, round=1, client=client)
+        sent += 4 * int(pattern[:3].sum())
+    assert record["bytes_up"] == sent
+    assert record["bytes_down"] == 12 * len(record["clients"])
 
 
 def test_one_round_of_solved_quadratics_under_their_fishers_is_the_common_optimum():
@@ -272,28 +308,16 @@ def test_one_round_of_solved_quadratics_under_their_fishers_is_the_common_optimu
     generator = torch.Generator().manual_seed(2)
     targets, h = torch.rand(2, 6, 7, dtype=torch.float64, generator=generator)
     h[:, 0], h[3], h[0, 1:] = 0, 0, 1e3 * h[0, 1:]  # an entry that matters to none, a client
-    theta, sizes = torch.zeros(7, dtype=torch.float64), torch.arange(1, 7).double()
+    sizes, clients = torch.arange(1, 7).double(), np.arange(6)
 
-    def train(client, round):
-        theta.copy_(targets[client])
-        return torch.zeros(1)
+    def train(theta, clients, round):
+        for client in clients:
+            yield targets[client].clone(), torch.zeros(1)
 
-    def combine(rows, weights, clients, round):
-        return editing.fisher_mean(rows, weights, h[clients])
-
-    how = dict(fraction=1.0, apart=lambda round: True, combine=combine)
-    merged = run(FedAvg(theta, range(1, 7), train, **how), 1)
     p = (sizes / sizes.sum())[:, None]
+    everyone = Cohort(clients, clients, p[:, 0].numpy())
+    theta, method = torch.zeros(7, dtype=torch.float64), fisher_rule(lambda parts: h)
+    merged = run(FedAvg(theta, train, lambda round: everyone, method=method), 1)
     optimum = (p * h * targets).sum(dim=0)[1:] / (p * h).sum(dim=0)[1:]
     torch.testing.assert_close(merged[1:], optimum, rtol=0, atol=1e-10)
     torch.testing.assert_close(merged[0], (p * targets).sum(dim=0)[0], rtol=0, atol=1e-10)
-
-
-def test_a_round_that_was_saved_as_a_sum_or_apart_goes_on_as_the_other():
-    whole = run(federation(), 3)
-    for before, after in ({}, merged("sum")), (merged("sum"), {}):
-        first, second = federation(**before), federation(**after)
-        for _ in range(7):
-            first.advance()
-        second.load_state_dict(first.state_dict())
-        assert torch.equal(run(second, 3), whole)

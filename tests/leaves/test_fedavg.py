@@ -6,72 +6,83 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import in_threads
 
 from fedavg import (
     ClientError,
+    Cohort,
     FedAvg,
+    Method,
+    State,
     add_delta_,
+    add_up,
     apply_total_,
-    sample_clients,
-    step_weight_sum,
 )
+from federated.cohort import sample_clients, shares
+from federated.server import Server
 
 TARGETS = torch.linspace(-1, 2, 60, dtype=torch.float64).view(12, 5)
 SIZES = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 
 
-def quadratic(theta, steps=3, lr=0.3):
-    """Clients whose loss is |theta - target|^2 / 2, trained by `steps` plain steps on `theta`."""
-
-    def train(client, round):
-        losses = []
-        for _ in range(steps):
-            error = theta - TARGETS[client].to(theta.dtype)
-            losses.append(error.square().sum() / 2)
-            theta.sub_(lr * error)
-        return torch.stack(losses)
-
-    return train
+def descend(start, client, steps=3, lr=0.3):
+    """Take plain steps on |theta - target|^2 / 2; returns where they end, and their losses."""
+    theta, losses = start.clone(), []
+    for _ in range(steps):
+        error = theta - TARGETS[client].to(theta.dtype)
+        losses.append(error.square().sum() / 2)
+        theta.sub_(lr * error)
+    return theta, torch.stack(losses)
 
 
-def federation(dtype=torch.float64, **options):
-    theta = torch.zeros(5, dtype=dtype)
-    return FedAvg(theta, SIZES, quadratic(theta), **dict(fraction=0.4, seed=3) | options)
+def quadratic(theta, clients, round):
+    """Clients trained one by one."""
+    for client in clients:
+        yield descend(theta, int(client))
 
 
-def run(process, rounds):
+def drawn(round):
+    """The usual cohort: drawn evenly, weighted by samples."""
+    clients = sample_clients(12, 0.4, seed=3, round=round)
+    return Cohort(clients, clients, shares(SIZES, clients))
+
+
+def always(clients, weights=None, sent=None):
+    """The same cohort in every round."""
+    clients = np.array(clients, np.int64)
+    weights = shares(SIZES, clients) if weights is None else np.array(weights)
+    sent = clients if sent is None else np.array(sent)
+    return lambda round: Cohort(sent, clients, weights)
+
+
+def federation(dtype=torch.float64, train=quadratic, cohort=drawn, **options):
+    return FedAvg(torch.zeros(5, dtype=dtype), train, cohort, **options)
+
+
+def run(loop, rounds):
     records = []
-    while process.round < rounds:
-        if (record := process.advance()) is not None:
-            records.append({k: v for k, v in record.items() if k != "seconds"})
+    while loop.round < rounds:
+        if (record := loop.advance()) is not None:
+            records.append(record | {"seconds": 0})
     return records
 
 
-@pytest.mark.parametrize(
-    ("clients", "fraction", "m"), [(100, 0.1, 10), (100, 1.0, 100), (5, 0.1, 1), (7, 0.5, 4)]
-)
-def test_the_sample_is_a_function_of_seed_and_round(clients, fraction, m):
-    draws = [sample_clients(clients, fraction, seed=0, round=t) for t in range(30)]
-    assert all(len(set(d.tolist())) == m and d.max() < clients for d in draws)
-    assert np.array_equal(draws[4], sample_clients(clients, fraction, seed=0, round=4))
-    if m < clients:
-        assert len({tuple(d) for d in draws}) > 1
-        other = [sample_clients(clients, fraction, seed=1, round=t) for t in range(30)]
-        assert not all(map(np.array_equal, draws, other))
+def sent_through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
-def test_every_client_gets_its_share_of_rounds():
-    seen = np.bincount(
-        np.concatenate([sample_clients(50, 0.2, seed=0, round=t) for t in range(2000)])
-    )
-    assert abs(seen - 400).max() < 5 * math.sqrt(2000 * 0.2 * 0.8)
+# ---------------------------------------------------------------------------- the update
 
 
 @pytest.mark.parametrize("server_lr", [1.0, 0.5])
 def test_rounds_are_the_update_written_by_hand(server_lr):
-    process, theta = federation(server_lr=server_lr), torch.zeros(5, dtype=torch.float64)
+    theta = torch.zeros(5, dtype=torch.float64)
+    loop = federation(server=Server("fedavg", theta, lr=server_lr) if server_lr != 1 else None)
     for t in range(1, 5):
-        (record,) = run(process, t)
+        (record,) = run(loop, t)
         clients = sample_clients(12, 0.4, seed=3, round=t)
         n = sum(SIZES[k] for k in clients)
         # three steps of 0.3 towards the target leave (1 - 0.3)^3 of the distance
@@ -84,10 +95,37 @@ def test_rounds_are_the_update_written_by_hand(server_lr):
             for k in clients
         )
         assert record["train_loss"] == pytest.approx(loss.item() / 2, rel=1e-12)
-        assert record["clients"] == clients.tolist()
+        assert (record["round"], record["clients"]) == (t, clients.tolist())
         theta = theta + server_lr * change
         # the fixed point's unit is 2^-48, and each of five clients rounds once
-        torch.testing.assert_close(process.theta_global, theta, rtol=0, atol=1e-13)
+        torch.testing.assert_close(loop.theta, theta, rtol=0, atol=1e-13)
+
+
+def test_one_client_is_local_training():
+    loop, local = federation(cohort=always([4])), torch.zeros(5, dtype=torch.float64)
+    run(loop, 3)
+    for _ in range(3):
+        local, _ = descend(local, 4)
+    torch.testing.assert_close(loop.theta, local, rtol=0, atol=3 * 2.0**-48)
+
+
+def test_weights_need_not_add_up_to_one():
+    loop, theta = federation(cohort=always([2, 11], [0.25, 1.5])), torch.zeros(5).double()
+    for t in (1, 2):
+        run(loop, t)
+        pull = 0.25 * (TARGETS[2] - theta) + 1.5 * (TARGETS[11] - theta)
+        theta = theta + (1 - 0.7**3) * pull
+        torch.testing.assert_close(loop.theta, theta, rtol=0, atol=1e-13)
+
+
+def test_the_training_loss_has_the_weights_of_the_average():
+    (record,) = run(federation(cohort=always([2, 11], [0.5, 0.125])), 1)
+    means = [descend(torch.zeros(5).double(), k)[1].mean().item() for k in (2, 11)]
+    expected = (0.5 * means[0] + 0.125 * means[1]) / 0.625
+    assert record["train_loss"] == pytest.approx(expected, rel=1e-14)
+
+
+# ---------------------------------------------------------------------------- the sum
 
 
 def test_the_sum_knows_neither_order_nor_grouping():
@@ -106,153 +144,329 @@ def test_the_sum_knows_neither_order_nor_grouping():
     assert torch.equal(whole, total([0, 1]) + total([5]) + total([4, 3, 2]))
     theta = start.clone()
     apply_total_(theta, whole)
-    shares = torch.tensor(weights, dtype=torch.float64).view(6, 1)
-    exact = start.double() + (shares * (results - start).double()).sum(0)
+    portions = torch.tensor(weights, dtype=torch.float64).view(6, 1)
+    exact = start.double() + (portions * (results - start).double()).sum(0)
     torch.testing.assert_close(theta, exact.float(), rtol=1.2e-7, atol=1e-13)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e5])
-def test_an_unusable_update_names_round_and_client(bad):
-    theta = torch.zeros(3)
-
-    def train(client, round):
-        if client == 7:
-            theta[1] = bad
-        return torch.ones(2)
-
-    process = FedAvg(theta, SIZES, train, fraction=1.0)
-    with pytest.raises(ClientError, match="round 1, client 7: its update is"):
-        run(process, 1)
+def backwards(round):
+    return Cohort(*(field[::-1].copy() for field in drawn(round)))
 
 
-def test_a_loss_that_is_not_finite_names_its_step():
-    theta = torch.zeros(3)
-    process = FedAvg(theta, SIZES, lambda k, t: torch.tensor([1.0, math.inf]), fraction=0.1)
-    with pytest.raises(ClientError, match=r"round 1, client \d+, local step 2: the loss is inf"):
-        process.advance()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounds_know_no_order_of_clients(dtype):
+    loop, reverse = federation(dtype), federation(dtype, cohort=backwards)
+    run(loop, 4)
+    run(reverse, 4)
+    assert torch.equal(loop.theta, reverse.theta)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("size", [2, 3, 7])  # of seven processes two have no client
+def test_processes_share_a_round_and_meet_once(size, apart):
+    method = Method(apart=lambda round: apart, bytes_up=20)
+    alone = federation(method=method)
+    records = run(alone, 3)
+
+    def work(group):
+        loop = federation(method=method, group=group)
+        return [loop.advance() | {"seconds": 0} for _ in range(3)], loop.theta
+
+    for shared, theta in in_threads(size, work).values():
+        assert shared == records
+        assert torch.equal(theta, alone.theta)
+
+
+def test_all_processes_raise_what_the_client_of_one_has_met():
+    def train(theta, clients, round):
+        for client in clients:
+            yield theta + (math.nan if client == 7 else 1.0), torch.ones(1)
+
+    def work(group):
+        with pytest.raises(ClientError, match="round 1, client 7: its update is nan") as raised:
+            federation(train=train, cohort=always(range(12)), group=group).advance()
+        return str(raised.value)
+
+    assert len(set(in_threads(3, work).values())) == 1
+
+
+def test_clients_trained_together_give_the_bits_of_clients_trained_alone():
+    def together(theta, clients, round):
+        rows = theta.repeat(len(clients), 1)
+        targets, losses = TARGETS[clients], []
+        for _ in range(3):
+            losses.append((rows - targets).square().sum(dim=1) / 2)
+            rows = rows - 0.3 * (rows - targets)
+        yield from zip(rows, torch.stack(losses, dim=1), strict=True)
+
+    alone, batched = federation(), federation(train=together)
+    assert run(alone, 3) == run(batched, 3)
+    assert torch.equal(alone.theta, batched.theta)
+
+
+# ---------------------------------------------------------------------------- stops
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("stop", range(1, 12))
 def test_a_round_in_hand_can_be_saved_at_every_client(stop, dtype):
-    whole = federation(dtype)
+    whole, first, second = (federation(dtype) for _ in range(3))
     records = run(whole, 3)
-    first = federation(dtype)
-    found = [r for r in (first.advance() for _ in range(stop)) if r is not None]
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    file.seek(0)
-    second = federation(dtype)
-    second.load_state_dict(torch.load(file, weights_only=True))
-    found = [{k: v for k, v in r.items() if k != "seconds"} for r in found] + run(second, 3)
-    assert torch.equal(second.theta_global, whole.theta_global)
-    assert found == records
+    before = [r | {"seconds": 0} for r in (first.advance() for _ in range(stop)) if r is not None]
+    second.load_state_dict(sent_through_a_file(first.state_dict()))
+    assert before + run(second, 3) == records
+    assert torch.equal(second.theta, whole.theta)
 
 
-def test_clients_trained_together_give_the_bits_of_clients_trained_alone():
-    alone = federation()
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_round_in_hand_is_gone_on_with_by_a_group_of_any_size(size):
+    whole, first = federation(), federation()
+    records = run(whole, 3)
+    for _ in range(7):
+        first.advance()
+    state = sent_through_a_file(first.state_dict())
+    assert len(state["done"]) == 2
 
-    def together(theta_global, clients, round):
-        for client in clients:
-            theta = theta_global.clone()
-            losses = quadratic(theta)(int(client), round)
-            yield theta, losses
+    def work(group):
+        loop = federation(group=group)
+        loop.load_state_dict(state)
+        return run(loop, 3), loop.theta
 
-    theta = torch.zeros(5, dtype=torch.float64)
-    batched = FedAvg(theta, SIZES, fraction=0.4, seed=3, train_clients=together)
-    assert run(alone, 3) == run(batched, 3)
-    assert torch.equal(alone.theta_global, batched.theta_global)
-
-
-def test_one_client_is_local_training():
-    theta, local = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
-    process = FedAvg(theta, [4], quadratic(theta), fraction=1.0)
-    run(process, 3)
-    for t in range(3):
-        quadratic(local)(0, t)
-    torch.testing.assert_close(process.theta_global, local, rtol=0, atol=3 * 2.0**-48)
+    for rest, theta in in_threads(size, work).values():
+        assert rest == records[1:]
+        assert torch.equal(theta, whole.theta)
 
 
-def test_a_sample_and_weights_of_ones_own_take_the_place_of_the_usual_ones():
-    options = dict(sample=lambda t: np.array([t, 11]), weigh=lambda clients, t: [0.25, 1.5])
-    process, theta = federation(**options), torch.zeros(5, dtype=torch.float64)
-    for t in (1, 2):
-        (record,) = run(process, t)
-        assert record["clients"] == [t, 11]
-        pull = 0.25 * (TARGETS[t] - theta) + 1.5 * (TARGETS[11] - theta)
-        theta = theta + (1 - 0.7**3) * pull
-        torch.testing.assert_close(process.theta_global, theta, rtol=0, atol=1e-13)
+def test_a_stop_after_a_round_holds_nothing_in_hand():
+    loop = federation()
+    run(loop, 2)
+    state = loop.state_dict()
+    assert set(state) == {"theta", "round", "states"} and state["round"] == 2
 
 
-def test_a_round_without_clients_changes_nothing_and_says_so():
-    def sample(round):
-        return np.empty(0, np.int64) if round == 2 else np.array([3, 8])
-
-    process, never = federation(sample=sample), federation(sample=lambda t: np.array([3, 8]))
-    records = run(process, 3)
-    assert records[1]["unchanged"] and "train_loss" not in records[1] and not records[1]["clients"]
-    assert records[1]["bytes_up"] == 0 and records[2]["train_loss"] > 0
-    run(never, 2)
-    assert torch.equal(process.theta_global, never.theta_global)
-
-
-def test_weights_that_add_up_to_more_cannot_leave_the_fixed_point_range():
-    theta = torch.zeros(3)
-
-    def train(client, round):
-        theta.fill_(9000.0)  # alone below the limit of 2^14
-        return torch.ones(1)
-
-    process = FedAvg(theta, SIZES, train, weigh=lambda clients, t: [2.0] * len(clients))
-    with pytest.raises(ClientError, match="beyond the fixed-point range"):
-        process.advance()
+def test_a_round_that_was_saved_as_a_sum_or_apart_goes_on_as_the_other():
+    methods = Method(), Method(apart=lambda round: True)
+    whole = federation()
+    run(whole, 3)
+    for before, after in (methods, methods[::-1]):
+        first, second = federation(method=before), federation(method=after)
+        for _ in range(7):
+            first.advance()
+        second.load_state_dict(sent_through_a_file(first.state_dict()))
+        run(second, 3)
+        assert torch.equal(second.theta, whole.theta)
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_step_weights_are_those_of_torch_sgd_under_a_constant_gradient(momentum, nesterov):
-    nesterov = nesterov and momentum > 0
-    w = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    optimiser = torch.optim.SGD([w], lr=0.5, momentum=momentum, nesterov=nesterov)
-    for tau in range(1, 7):
-        w.grad = torch.ones(1, dtype=torch.float64)
-        optimiser.step()
-        assert -w.item() == pytest.approx(0.5 * step_weight_sum(tau, momentum, nesterov), rel=1e-12)
+class Counter(State):
+    """Counts the rounds that it was let take in."""
+
+    bytes, count = 8, 0
+
+    def next_round(self):
+        self.count += 1
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
 
 
-@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.1, math.nan])
-def test_a_fraction_outside_its_range_is_refused(fraction):
-    with pytest.raises(ValueError, match=f"not {fraction}"):
-        federation(fraction=fraction)
+def test_states_follow_the_rounds_and_are_saved_by_name():
+    first, second = (federation(states={"counter": Counter()}) for _ in range(2))
+    records = run(first, 2)
+    assert all(record["state_bytes"] == {"counter": 8} for record in records)
+    first.advance()
+    second.load_state_dict(sent_through_a_file(first.state_dict()))
+    assert second.states["counter"].count == 2
+    run(second, 3)
+    assert second.states["counter"].count == 3
+
+
+# ---------------------------------------------------------------------------- what a method changes
+
+
+def test_a_method_scales_sends_keeps_apart_combines_and_looks_on():
+    seen = []
+
+    def send_(part, client, cohort, round):
+        part[0] = 0
+        return 10 + client
+
+    def combine(parts, cohort, round):
+        seen.append((tuple(parts.shape), cohort.clients.tolist(), round))
+        return 2 * add_up(parts)
+
+    method = Method(
+        factor=lambda theta_k, theta: 0.5,
+        send_=send_,
+        apart=lambda round: round == 2,
+        combine=combine,
+        after_=lambda theta: theta[1:2].fill_(7),
+    )
+    loop, plain = federation(method=method), federation()
+    (record,) = run(loop, 1)
+    run(plain, 1)
+    assert record["bytes_up"] == sum(10 + k for k in record["clients"])
+    assert loop.theta[:2].tolist() == [0, 7]
+    torch.testing.assert_close(loop.theta[2:], plain.theta[2:], rtol=0, atol=1e-13)
+    run(loop, 2)
+    assert [shape for shape, _, _ in seen] == [(1, 5), (5, 5)]
+    assert [(clients, t) for _, clients, t in seen] == [
+        (drawn(t).clients.tolist(), t) for t in (1, 2)
+    ]
+
+
+def test_parts_lie_by_place_in_the_cohort_whichever_process_trained_them():
+    seen = {}
+
+    def combine(parts, cohort, round):
+        seen.setdefault(len(seen), parts.clone())
+        return add_up(parts)
+
+    method = Method(apart=lambda round: True, combine=combine)
+    run(federation(method=method), 1)
+    in_threads(2, lambda group: run(federation(method=method, group=group), 1))
+    assert len(seen) == 3 and all(torch.equal(parts, seen[0]) for parts in seen.values())
+    cohort = drawn(1)
+    for part, client, weight in zip(seen[0], cohort.clients, cohort.weights, strict=True):
+        expected = weight * descend(torch.zeros(5).double(), client)[0]
+        torch.testing.assert_close(part.double() / 2.0**48, expected, rtol=0, atol=2.0**-48)
 
 
 def test_bytes_count_every_sampled_client():
-    record = run(federation(client_bytes=(20, 20)), 1)[0]
-    assert record["bytes_up"] == record["bytes_down"] == 20 * len(record["clients"]) == 100
+    (record,) = run(federation(method=Method(bytes_up=20, bytes_down=30)), 1)
+    assert (record["bytes_up"], record["bytes_down"]) == (100, 150)
+    assert len(record["clients"]) == 5 and "dropped_out" not in record
 
 
 def test_bytes_down_count_who_was_sent_the_model_and_did_not_answer():
-    options = dict(client_bytes=(20, 30), sample=lambda t: np.array([3, 8, 5]))
-    (record,) = run(federation(answering=lambda clients, t: clients[:1], **options), 1)
+    method = Method(bytes_up=20, bytes_down=30)
+    (record,) = run(federation(cohort=always([3], sent=[3, 8, 5]), method=method), 1)
     assert record["clients"] == [3] and record["dropped_out"] == [8, 5]
     assert (record["bytes_up"], record["bytes_down"]) == (20, 90)
-    assert "dropped_out" not in run(federation(), 1)[0]
 
 
-def test_the_training_loss_has_the_weights_of_the_average():
-    weights = [0.5, 0.125]
-    process = federation(sample=lambda t: np.array([2, 11]), weigh=lambda clients, t: weights)
-    (record,) = run(process, 1)
-    means = [quadratic(torch.zeros(5, dtype=torch.float64))(k, 1).mean().item() for k in (2, 11)]
-    expected = (0.5 * means[0] + 0.125 * means[1]) / 0.625
-    assert record["train_loss"] == pytest.approx(expected, rel=1e-14)
+# ---------------------------------------------------------------------------- no client, no weight
+
+
+def test_a_round_without_clients_changes_nothing_and_says_so():
+    def sometimes(round):
+        return always([] if round == 2 else [3, 8])(round)
+
+    server = Server("fedavgm", torch.zeros(5), momentum=0.9)
+    loop = federation(cohort=sometimes, method=Method(bytes_up=20), server=server)
+    never = federation(cohort=always([3, 8]), server=Server("fedavgm", torch.zeros(5)))
+    records = run(loop, 3)
+    assert records[1]["unchanged"] == "no client took part" and not records[1]["clients"]
+    assert records[1]["bytes_up"] == 0 and "train_loss" not in records[1]
+    assert records[2]["train_loss"] > 0 and "unchanged" not in records[2]
+    run(never, 2)
+    assert torch.equal(loop.theta, never.theta)
+
+
+@pytest.mark.parametrize("server", ["fedavg", "fedavgm", "fedadam"])
+def test_a_round_whose_clients_weigh_nothing_changes_nothing_and_says_so(server):
+    def sometimes(round):
+        return always([3, 8], [0.0, 0.0] if round == 2 else None)(round)
+
+    loop, never = (
+        federation(
+            cohort=cohort,
+            server=Server(server, torch.zeros(5)),
+            states={"counter": Counter()},
+            method=Method(bytes_up=20),
+        )
+        for cohort in (sometimes, always([3, 8]))
+    )
+    records = run(loop, 1)
+    before = loop.theta.clone()
+    records += run(loop, 2)
+    assert torch.equal(loop.theta, before)
+    assert records[1]["unchanged"] == "the round's clients weigh nothing"
+    assert records[1]["clients"] == [3, 8] and records[1]["bytes_up"] == 40
+    assert "train_loss" not in records[1] and "unchanged" not in records[0]
+    run(loop, 3)
+    run(never, 2)
+    assert torch.equal(loop.theta, never.theta)
+    assert loop.states["counter"].count == 2
+
+
+def test_a_client_without_weight_changes_nothing_beside_others():
+    loop, never = federation(cohort=always([3, 8], [1.0, 0.0])), federation(cohort=always([3]))
+    records, others = run(loop, 2), run(never, 2)
+    assert torch.equal(loop.theta, never.theta)
+    assert [r["train_loss"] for r in records] == [r["train_loss"] for r in others]
+
+
+# ---------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("weight", [-0.25, -1e-300, math.nan, math.inf, -math.inf])
+def test_a_weight_that_cannot_be_averaged_by_names_its_client(weight):
+    loop = federation(cohort=always([3, 8, 5], [0.5, weight, 0.5]))
+    with pytest.raises(ValueError, match=f"client 8 has weight {weight}: it must be") as raised:
+        loop.advance()
+    assert not isinstance(raised.value, ClientError)
+    assert not loop.theta.any() and loop.round == 0
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_as_many_weights_as_clients(count):
+    with pytest.raises(ValueError, match="zip"):
+        federation(cohort=always([3, 8, 5], [0.2] * count)).advance()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e5])
+def test_an_unusable_update_names_round_and_client(bad):
+    def train(theta, clients, round):
+        for client in clients:
+            theta_k = theta.clone()
+            theta_k[1] = bad if client == 7 else 0
+            yield theta_k, torch.ones(2)
+
+    loop = federation(train=train, cohort=always(range(12)))
+    with pytest.raises(ClientError, match="round 1, client 7: its update is"):
+        run(loop, 1)
+    assert not loop.theta.any()
+
+
+def test_a_loss_that_is_not_finite_names_its_step():
+    def train(theta, clients, round):
+        for _ in clients:
+            yield theta, torch.tensor([1.0, math.inf])
+
+    with pytest.raises(ClientError, match=r"round 1, client \d+, local step 2: the loss is inf"):
+        federation(train=train).advance()
+
+
+@pytest.mark.parametrize("scaled", ["by weights", "by a factor"])
+def test_changes_that_are_scaled_up_cannot_leave_the_fixed_point_range(scaled):
+    def train(theta, clients, round):
+        for _ in clients:
+            yield torch.full_like(theta, 9000.0), torch.ones(1)  # alone below the limit of 2^14
+
+    weights, factor = ([2.0] * 5, 1.0) if scaled == "by weights" else (None, 10.0)
+    method = Method(factor=lambda theta_k, theta: factor)
+    loop = federation(train=train, cohort=always(range(5), weights), method=method)
+    with pytest.raises(ClientError, match="beyond the fixed-point range"):
+        loop.advance()
+
+
+def test_as_many_results_as_clients():
+    def train(theta, clients, round):
+        yield theta, torch.ones(1)
+
+    with pytest.raises(ValueError, match="zip"):
+        run(federation(train=train), 1)
 
 
 def test_what_a_client_cannot_keep_stops_the_round():
-    def keep(client, round, theta_k, theta_global):
-        assert not torch.equal(theta_k, theta_global)
-        if client == 4:
-            raise ClientError("round 1: the state of client 4")
+    def train(theta, clients, round):
+        for client, result in zip(clients, quadratic(theta, clients, round), strict=True):
+            if client == 4:
+                raise ClientError("round 1: the state of client 4")
+            yield result
 
     with pytest.raises(ClientError, match="the state of client 4"):
-        run(federation(fraction=1.0, keep=keep), 1)
+        run(federation(train=train, cohort=always(range(12))), 1)

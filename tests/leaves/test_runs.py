@@ -1,16 +1,32 @@
 """A run's folder: what is written is what is read, and damage never passes for data."""
 
 import contextlib
+import io
+import json
 import os
+import random
 import shutil
 import signal
+import sys
+import threading
+from collections import deque
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from walk import Walk
 
 from machine.runs import Interrupted, Run, drive
-from machine.safe_files import SEAL, DamagedFile, fcntl, load_checked, save_checked, write_json
+from machine.safe_files import (
+    SEAL,
+    DamagedFile,
+    WrongFile,
+    fcntl,
+    load_checked,
+    save_checked,
+    write_json,
+)
 
 
 @pytest.fixture
@@ -226,11 +242,15 @@ def test_the_summary_holds_the_last_and_the_best_evaluation(run):
     assert summary["final"]["round"] == 2 and summary["best_by_validation"]["round"] == 1
 
 
-def test_a_file_that_would_run_code_does_not(tmp_path):
+def test_a_file_that_would_run_code_does_not(tmp_path, monkeypatch):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "owned"),)
 
+    with pytest.raises(ValueError, match="state: an Evil, which could not be read back"):
+        save_checked(tmp_path / "x.pt", {"state": Evil()})
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("machine.safe_files._readable", lambda value, where: value)
     save_checked(tmp_path / "x.pt", {"state": Evil()})
     with pytest.raises(DamagedFile, match="more than tensors"):
         load_checked(tmp_path / "x.pt")
@@ -359,3 +379,132 @@ def test_a_checkpoint_that_refers_to_a_damaged_file_gives_way_to_its_predecessor
     bad = {5, 7}
     with pytest.raises(DamagedFile, match="Delete .* to start over"):
         Run(run.folder).restore(take)
+
+
+# ---------------------------------------------------------------------------- what is taken
+
+
+class Carrying(Walk):
+    """A walk whose state and records hold something more."""
+
+    def __init__(self, extra=None, **figures):
+        super().__init__()
+        self.extra, self.figures = extra, figures
+
+    def advance(self):
+        return super().advance() | self.figures
+
+    def state_dict(self):
+        return super().state_dict() | {"extra": self.extra}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.extra = state["extra"]
+
+
+def test_a_state_that_could_not_be_read_back_is_refused_at_the_first_save(run):
+    with pytest.raises(ValueError, match=r"state\.process\.extra\.seen: a deque, which could"):
+        drive(run, Carrying({"seen": deque([1])}), "round", 9, save_seconds=0.0)
+    assert [r["round"] for r in run.records()] == [0, 1] and not run.saved()
+
+
+def test_generators_come_back_where_they_were(run):
+    generators = random.Random(1), np.random.RandomState(2)
+    drive(run, Carrying([generators[0].getstate(), generators[1].get_state()]), "round", 2)
+    walk = Carrying()
+    drive(Run(run.folder), walk, "round", 3)
+    again = random.Random(), np.random.RandomState(3)
+    again[0].setstate(walk.extra[0])
+    again[1].set_state(walk.extra[1])
+    for a, b in zip(generators, again, strict=True):
+        assert [a.random() for _ in range(700)] == [b.random() for _ in range(700)]
+
+
+def test_records_hold_the_numbers_of_numpy_and_torch(run):
+    figures = dict(a=np.float32(0.5), b=np.int64(3), c=torch.tensor(0.5), d=np.bool_(True))
+    figures |= dict(e=np.array([1, 2]), f=torch.tensor([0.5]), g=float("inf"))
+    drive(run, Carrying(**figures), "round", 1)
+    expected = dict(a=0.5, b=3, c=0.5, d=True, e=[1, 2], f=[0.5], g=float("inf"))
+    assert run.records()[1].items() >= expected.items()
+    run.log({"loss": float("nan")})
+    assert np.isnan(json.loads(run.log_path.read_text().splitlines()[-1])["loss"])
+    summary = run.summarise(best=np.float64(0.25))
+    assert run.summary()["best"] == summary["best"] == 0.25
+
+
+@pytest.mark.parametrize(("value", "place"), [
+    ({1, 2}, "record.loss: a set"), ([0, {"x": 1j}], "record.loss.1.x: a complex"),
+    (np.longdouble(1), "record.loss: a"), ({(1, 2): 3}, "record.loss: a dict"),
+])  # fmt: skip
+def test_a_record_that_json_cannot_hold_is_refused_by_name(run, value, place):
+    with pytest.raises(ValueError, match=f"{place}.*, which JSON cannot hold"):
+        drive(run, Carrying(loss=value), "round", 9)
+    assert [r["round"] for r in run.records()] == [0]
+
+
+def test_options_are_compared_as_their_json(tmp_path):
+    options = dict(path=Path("data"), lr=np.float32(0.5), ends=(1, 2), scale=float("nan"))
+    for _ in range(2):
+        (run := Run(tmp_path / "run")).open(options)
+        run.close()
+    assert run.config()["options"] == json.loads(run.config_path.read_text())["options"]
+    with pytest.raises(ValueError, match=r"ends is \[1, 2\] there and \[1, 3\] here"):
+        Run(run.folder).open(options | {"ends": (1, 3)})
+    with pytest.raises(ValueError, match="options.scope: a set, which JSON cannot hold"):
+        Run(tmp_path / "other").open({"scope": {"head"}})
+    assert not (tmp_path / "other").exists()
+
+
+# ---------------------------------------------------------------------------- elsewhere
+
+
+def test_a_thread_drives_and_catches_no_signal(run):
+    handler, ends = signal.getsignal(signal.SIGINT), []
+
+    def work():
+        ends.append(drive(run, Walk(), "round", 3))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert ends and run.load()["state"]["process"]["round"] == 3
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_what_an_output_cannot_print_is_escaped(tmp_path, monkeypatch):
+    for rounds in (1, 2):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
+        (run := Run(tmp_path / "größe \udc80")).open({})
+        drive(run, Walk(), "round", rounds)
+    assert rb"gr\xf6\xdfe \udc80 goes on from round 1" in raw.getvalue()
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "clients/3.pt"])
+@pytest.mark.parametrize("change", ["wrong", "gone", "unreadable"])
+def test_no_message_advises_to_delete_what_is_whole(tmp_path, name, change, monkeypatch):
+    ours, theirs = Run(tmp_path / "ours"), Run(tmp_path / "theirs")
+    for run, rate in ((ours, 1), (theirs, 2)):
+        run.open({"rate": rate})
+        (run.folder / "clients").mkdir()
+        run.keep("clients/3.pt", torch.zeros(1))
+        drive(run, Walk(), "round", 5)
+    if change == "wrong":
+        shutil.copy(theirs.folder / name, ours.folder / name)
+    elif change == "unreadable":
+        monkeypatch.setattr("machine.safe_files._readable", lambda value, where: value)
+        ours.keep(name, {1: deque()}) if "/" in name else ours.save({"x": deque()})
+        ours.previous_path.unlink(missing_ok=True)
+    elif "/" in name:
+        (ours.folder / name).unlink()
+    else:
+        return  # no checkpoint: the run starts over
+    with pytest.raises(DamagedFile, match="Put the run's own file in its place, or") as refused:
+        ours.load(lambda state: ours.kept("clients/3.pt"))
+    assert "elete" not in str(refused.value) and str(refused.value).count("--name") == 1
+    if "/" in name and change != "gone":
+        with pytest.raises(WrongFile, match="3.pt is whole, and .* in its place, or take another"):
+            ours.kept(name)
+    with pytest.raises(ValueError, match="take another --name|Take another --name") as refused:
+        Run(ours.folder).open({"rate": 3})
+    assert "elete" not in str(refused.value)

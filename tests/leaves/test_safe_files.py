@@ -1,17 +1,28 @@
 """Files that are written whole, and found out when they are not."""
 
+import errno
 import json
 import os
+import random
 import time
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from decimal import Decimal
+from pathlib import PurePosixPath
 
+import numpy as np
 import pytest
 import torch
 
+from machine import safe_files
 from machine.safe_files import (
     DamagedFile,
     forget_asides,
     load_checked,
+    lock,
+    read_json,
     save_checked,
+    sync_folder,
+    unlock,
     write_atomically,
     write_json,
 )
@@ -58,3 +69,126 @@ def test_what_was_half_written_goes_once_it_is_old(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"a.pt.7.tmp", "c.pt"}
     forget_asides(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+# ---------------------------------------------------------------------------- what is taken
+
+Pair = namedtuple("Pair", "a b")
+
+
+def within_itself():
+    value = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize("value", [
+    None, True, 3, 2**100, 0.5, 1j, "é", b"x", [1, (2, {"a": 3})], {(1, 2): 3, torch.float32: 4},
+    OrderedDict(a=1), torch.Size([1, 2]), torch.device("cpu"), torch.bfloat16, random.getstate(),
+    Counter("aab"),
+], ids=lambda value: type(value).__name__)  # fmt: skip
+def test_plain_values_come_back_as_they_were(tmp_path, value):
+    save_checked(tmp_path / "x.pt", {"x": value})
+    back = load_checked(tmp_path / "x.pt")["x"]
+    assert back == value and type(back) is type(value)
+
+
+@pytest.mark.parametrize(("value", "expected"), [
+    (np.float32(0.5), 0.5), (np.float64(0.1), 0.1), (np.int64(3), 3), (np.bool_(True), True),
+    (np.str_("a"), "a"), ({np.int64(3): 1}, {3: 1}), (np.arange(3), torch.arange(3)),
+    (np.arange(6)[::-2], torch.tensor([5, 3, 1])), (np.array(2.5), torch.tensor(2.5).double()),
+    (np.arange(3, dtype=np.uint64), torch.arange(3).to(torch.uint64)),
+    (np.ones(2, np.complex64), torch.ones(2, dtype=torch.complex64)),
+], ids=lambda value: type(value).__name__)  # fmt: skip
+def test_numpys_come_back_as_numbers_and_tensors(tmp_path, value, expected):
+    save_checked(tmp_path / "x.pt", [value])
+    (back,) = load_checked(tmp_path / "x.pt")
+    assert type(back) is type(expected)
+    if isinstance(back, torch.Tensor):
+        assert back.dtype == expected.dtype and torch.equal(back, expected)
+    else:
+        assert back == expected and list(map(type, [back])) == list(map(type, [expected]))
+
+
+def test_a_modules_state_keeps_its_versions_and_what_is_shared(tmp_path):
+    state = torch.nn.BatchNorm1d(2).state_dict()
+    save_checked(tmp_path / "x.pt", {"state": state, "again": state["weight"]})
+    back = load_checked(tmp_path / "x.pt")
+    assert back["state"]._metadata == state._metadata and list(back["state"]) == list(state)
+    assert back["again"].data_ptr() == back["state"]["weight"].data_ptr()
+
+
+class Marked(torch.Tensor):
+    """A tensor of a class that is not torch's."""
+
+
+UNREADABLE = [
+    deque([1]), slice(1, 2), range(3), PurePosixPath("a/b"), frozenset([1]), {PurePosixPath("a")},
+    Pair(1, 2), defaultdict(list), Decimal(1), object(), len, lambda: 0, torch.Generator(), 2**5000,
+    np.array(["a"]), np.array([None]), np.datetime64("2020"), np.longdouble(1), np.dtype("f4"),
+    np.ma.masked_array([1]), np.random.default_rng(0), torch.zeros(1).as_subclass(Marked),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", UNREADABLE, ids=lambda value: type(value).__name__)
+def test_what_could_not_be_read_back_is_refused_with_its_place(tmp_path, value):
+    with pytest.raises(ValueError, match=r"^process\.parts\.1: an? \w+, which could not be read"):
+        save_checked(tmp_path / "x.pt", {"process": {"n": 3, "parts": (0, value)}})
+    with pytest.raises(ValueError, match=r"^the value: an? \w+, which could not be read back"):
+        save_checked(tmp_path / "x.pt", value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tensor_that_carries_more_is_read_back_or_refused(tmp_path):
+    tensor = torch.ones(2)
+    tensor.name_of = "weight"
+    save_checked(tmp_path / "x.pt", tensor)
+    assert load_checked(tmp_path / "x.pt").name_of == "weight"
+    tensor.name_of = deque()
+    with pytest.raises(ValueError, match="the value: a Tensor, which could not be read back"):
+        save_checked(tmp_path / "x.pt", tensor)
+
+
+def test_a_value_within_itself_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="x.pt: a value within itself, or too deep"):
+        save_checked(tmp_path / "x.pt", within_itself())
+    with pytest.raises(ValueError, match="x.json: a dict, which JSON cannot hold"):
+        write_json(tmp_path / "x.json", {"n": 1, "loop": within_itself()})
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_takes_numpys_and_says_what_it_cannot_hold(tmp_path):
+    path, value = tmp_path / "x.json", {"a": np.float32(0.5), "b": [PurePosixPath("c/d"), (1,)]}
+    for sealed in (False, True):
+        write_json(path, value, sealed=sealed)
+        assert read_json(path).items() >= {"a": 0.5, "b": ["c/d", [1]]}.items()
+    with pytest.raises(ValueError, match="x.json.b.1: an object, which JSON cannot hold"):
+        write_json(path, {"b": [0, object()]})
+
+
+# ---------------------------------------------------------------------------- file systems
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs folders that can be opened")
+def test_a_file_system_that_cannot_sync_folders_is_taken_as_it_is(tmp_path, monkeypatch):
+    def refuse(descriptor):
+        raise OSError(numbers[-1], os.strerror(numbers[-1]))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    numbers = [errno.EIO, errno.ENOTSUP, errno.EINVAL]
+    while len(numbers) > 1:
+        sync_folder(tmp_path)
+        numbers.pop()
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        sync_folder(tmp_path)
+
+
+@pytest.mark.skipif(safe_files.fcntl is None, reason="needs flock")
+def test_a_file_system_without_locks_is_taken_as_it_is(tmp_path, monkeypatch):
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(safe_files.fcntl, "flock", refuse)
+    lock(tmp_path)
+    safe_files.check_held(tmp_path)
+    unlock(tmp_path)

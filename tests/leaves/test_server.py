@@ -1,12 +1,16 @@
 """Each server rule is its paper's equation, step by step, and keeps all of itself in its state."""
 
+import numpy as np
 import pytest
 import torch
 
-from fedavg import FedAvg
-from server import RULES, Server
+from fedavg import Cohort, FedAvg
+from federated import server as servers
+from federated.cohort import sample_clients, shares
+from federated.server import RULES, Server
 
 DELTAS = torch.randn(5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+TARGETS = torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
 
 
 def by_hand(rule, deltas, lr, beta, b2, tau):
@@ -36,7 +40,7 @@ def by_hand(rule, deltas, lr, beta, b2, tau):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_steps_are_the_equations(rule, monkeypatch):
-    monkeypatch.setattr("server.CHUNK", 7)
+    monkeypatch.setattr(servers, "CHUNK", 7)
     theta = torch.zeros(40, dtype=torch.float64)
     server = Server(rule, theta, lr=0.3, momentum=0.8, beta2=0.95, tau=0.01)
     for delta in DELTAS:
@@ -45,29 +49,45 @@ def test_steps_are_the_equations(rule, monkeypatch):
     torch.testing.assert_close(theta, expected, rtol=1e-10, atol=1e-10)
 
 
-def federation(rule=None, **options):
-    """FedAvg on quadratics whose clients pull towards their own targets."""
-    theta, targets = torch.zeros(5), torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("rule", RULES)
+def test_a_change_in_units_is_the_change(rule):
+    ends = []
+    for delta, unit in ((DELTAS, 1.0), ((DELTAS * 2.0**48).round().long(), 2.0**-48)):
+        theta = torch.zeros(40, dtype=torch.float64)
+        server = Server(rule, theta, lr=0.3, tau=0.01)
+        for change in delta:
+            server.step_(theta, change, unit)
+        ends.append(theta)
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
 
-    def train(client, round):
-        theta.add_(targets[client] - theta, alpha=0.3)
-        return theta.mean()[None]
 
-    server = rule and Server(rule, theta, **options)
-    extra = dict(server_step=server.step_, companions={"server": server}) if server else {}
-    return FedAvg(theta, range(1, 13), train, fraction=0.4, seed=3, **extra)
+def train(theta, clients, round):
+    """Clients that pull towards their own targets."""
+    for client in clients:
+        theta_k = theta + 0.3 * (TARGETS[client] - theta)
+        yield theta_k, theta_k.mean()[None]
 
 
-def run(process, rounds):
-    while process.round < rounds:
-        process.advance()
-    return process.theta_global
+def cohort(round):
+    clients = sample_clients(12, 0.4, seed=3, round=round)
+    return Cohort(clients, clients, shares(np.arange(1, 13), clients))
+
+
+def federation(rule=None, **settings):
+    theta = torch.zeros(5)
+    return FedAvg(theta, train, cohort, rule and Server(rule, theta, **settings))
+
+
+def run(loop, rounds):
+    while loop.round < rounds:
+        record = loop.advance()
+    return loop.theta, record
 
 
 @pytest.mark.parametrize("options", [("fedavg", {}), ("fedavgm", {"momentum": 0.0})])
 def test_the_degenerate_rules_are_fedavg_to_the_bit(options):
     rule, settings = options
-    assert torch.equal(run(federation(), 6), run(federation(rule, **settings), 6))
+    assert torch.equal(run(federation(), 6)[0], run(federation(rule, **settings), 6)[0])
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -75,8 +95,15 @@ def test_a_run_goes_on_from_its_state_to_the_same_bits(rule):
     whole, first, second = (federation(rule, lr=0.1) for _ in range(3))
     run(first, 3)
     first.advance()  # a round in hand
-    second.load_state_dict({k: v for k, v in first.state_dict().items()})
-    assert torch.equal(run(second, 6), run(whole, 6))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(run(second, 6)[0], run(whole, 6)[0])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_records_count_the_memory_of_the_servers_state(rule):
+    moments = {"fedavg": 0, "fedavgm": 1}.get(rule, 2)
+    _, record = run(federation(rule), 1)
+    assert record.get("state_bytes", {"server": 0}) == {"server": moments * 5 * 8}
 
 
 def test_bad_values_are_refused():

@@ -1,22 +1,30 @@
 """The experiments as data: every run is a valid command, and scales differ in sizes alone."""
 
+import functools
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import pytest
+from conftest import ROOT
 from test_tables import finish
 
-import experiments
-import train
-from experiments import SCALES, at_scale
+from commands.options import parse
+from machine.status import duration
 from masks import RULES
-from status import duration
-from tables import Experiment, Row
+from study import experiments
+from study.experiments import SCALES, at_scale
+from study.tables import Experiment, Row
+from train import COMMANDS
 
 NAMES = tuple(at_scale("smoke"))
-PARSER = train.build_parser()
 TINY = ("--data", "synthetic", "--rounds", "1", "--clients", "10", "--threads", "1")
 
 
+@functools.cache
 def parsed(cell):
-    return train.resolve(PARSER.parse_args(cell.arguments))
+    """Return the options of a cell's command, by name."""
+    return SimpleNamespace(**parse([*cell.arguments], COMMANDS).stored)
 
 
 def all_cells(experiment):
@@ -81,6 +89,7 @@ def two_runs(monkeypatch):
     monkeypatch.setattr(experiments, "at_scale", lambda scale: made)
 
 
+@pytest.mark.slow  # processes
 def test_a_sweep_runs_what_is_missing_and_goes_on_past_a_failure(cli, small_data, two_runs):
     status, out, err = cli("sweep", "rules", "--scale", "smoke", "--list")
     assert status == 0 and "0 of 2 runs done" in out and "unknown" in out
@@ -108,11 +117,13 @@ def test_runs_that_tables_share_count_once_in_the_time_of_all(cli, small_data, m
     assert left == {"rules": duration(60), "more": duration(180), "all": duration(180)}
 
 
+@pytest.mark.slow  # a process
 def test_a_second_sweep_of_the_same_results_is_refused(cli, small_data, two_runs):
     folder = small_data / "results" / "smoke" / "rules"
     folder.mkdir(parents=True)
     code = (
-        "import sys; from safe_files import *; lock(Path(sys.argv[1])); print(1); sys.stdin.read()"
+        "import sys; from machine.safe_files import *; lock(Path(sys.argv[1])); print(1); "
+        "sys.stdin.read()"
     )
     holder = held_by_another(code, folder)
     try:
@@ -124,13 +135,8 @@ def test_a_second_sweep_of_the_same_results_is_refused(cli, small_data, two_runs
 
 
 def held_by_another(code, folder):
-    import subprocess
-    import sys
-    from pathlib import Path
-
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    here = Path(experiments.__file__).parent
-    holder = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=here, **pipes)
+    holder = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT, **pipes)
     assert holder.stdout.readline() == "1\n"
     return holder
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import train
+from commands.options import parse
+from train import COMMANDS
 
 PAGES = [ROOT / "README.md", ROOT / "results" / "README.md"]
 LINK = re.compile(r"\[[^\]]*\]\(([^)#]+)\)")
@@ -74,10 +75,9 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_notebook_calls_commands_that_exist():
-    cells = json.loads((ROOT / "notebooks" / "colab.ipynb").read_text())["cells"]
+    cells = json.loads((ROOT / "docs" / "colab.ipynb").read_text())["cells"]
     lines = [line for c in cells if c["cell_type"] == "code" for line in c["source"]]
     commands = [line.split()[2:] for line in lines if line.startswith("!python train.py")]
     assert len(commands) >= 3
     for command in commands:
-        options = train.resolve(train.build_parser().parse_args(command))
-        assert options.run
+        assert parse(command, COMMANDS).command == command[0]

@@ -10,10 +10,10 @@ import sys
 import pytest
 from conftest import ROOT
 
-import experiments
-import report
-from tables import Experiment, Row
+from study import experiments, report
+from study.tables import Experiment, Row
 
+LATEX = ROOT / "study" / "latex"
 ROWS = tuple(Row(("iid", rule), (), (0.1,), (0, 1)) for rule in ("dense", "random", "vote"))
 STUB = Experiment("Rules", ("sharding", "rule"), ROWS, baseline=("dense",))
 
@@ -113,7 +113,7 @@ def test_a_difference_is_open_where_the_seeds_do_not_decide_its_sign():
 
 
 def check(what, *paths):
-    command = [sys.executable, ROOT / "report" / "check.py", what, *paths]
+    command = [sys.executable, LATEX / "check.py", what, *paths]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode, done.stdout
 
@@ -123,7 +123,7 @@ def check(what, *paths):
     ["The accuracy is 52.3.", r"It gains 4\,\% or 5\%.", "It gains 3 points.", "after 40 rounds"],
 )
 def test_a_number_typed_into_the_text_is_found(tmp_path, typed):
-    copies = [shutil.copy(path, tmp_path) for path in (ROOT / "report").glob("*.tex")]
+    copies = [shutil.copy(path, tmp_path) for path in LATEX.glob("*.tex")]
     assert check("text", *copies) == (0, "")
     results = tmp_path / "results.tex"
     results.write_text(results.read_text() + f"\n{typed}\n")
@@ -162,7 +162,10 @@ def test_the_log_is_read_for_what_a_reader_would_see(tmp_path, line, problem):
     assert status == bool(problem) and problem in said
 
 
-latex = pytest.mark.skipif(not shutil.which("latexmk"), reason="LaTeX is not installed")
+def latex(test):
+    """Mark a test that runs LaTeX."""
+    missing = pytest.mark.skipif(not shutil.which("latexmk"), reason="LaTeX is not installed")
+    return pytest.mark.slow(missing(test))
 
 
 @pytest.fixture
@@ -170,14 +173,15 @@ def copy(tmp_path):
     """A copy of the project's code and report."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    ignore = shutil.ignore_patterns("generated", "build")
-    shutil.copytree(ROOT / "report", tmp_path / "report", ignore=ignore)
+    ignore = shutil.ignore_patterns("generated", "build", "__pycache__")
+    for name in ("commands", "federated", "machine", "study", "training"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
     return tmp_path
 
 
 def build(copy, **environment):
     known = os.environ | {"PYTHON": sys.executable, "RESULTS": "none"} | environment
-    command = ["/bin/sh", copy / "report" / "build.sh", "smoke"]
+    command = ["/bin/sh", copy / "study" / "latex" / "build.sh", "smoke"]
     done = subprocess.run(command, capture_output=True, text=True, env=known)
     return done.returncode, done.stdout + done.stderr
 
@@ -185,7 +189,7 @@ def build(copy, **environment):
 @latex
 def test_the_report_is_made_where_nothing_has_run(copy):
     status, said = build(copy)
-    assert status == 0 and (copy / "report" / "build" / "report.pdf").exists(), said
+    assert status == 0 and (copy / "study" / "latex" / "build" / "report.pdf").exists(), said
 
 
 def test_without_latex_the_packages_are_named(copy):
@@ -210,7 +214,7 @@ QUESTIONS = r"""\documentclass{article}
 
 
 def pdflatex(folder, text):
-    shutil.copy(ROOT / "report" / "macros.tex", folder)
+    shutil.copy(LATEX / "macros.tex", folder)
     (folder / "questions.tex").write_text(text)
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "questions.tex"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tables import TEST, VALIDATION, Experiment, Measure, Row, given, same, summary
+from study.tables import TEST, VALIDATION, Experiment, Measure, Row, given, same, summary
 
 KEYS = (("iid", "dense", "0"), ("nc1", "random", "0.9"), ("iid", "random", "0.9"))
 ROWS = tuple(Row(key, ("--J", "4"), (0.01, 0.1), (0, 1)) for key in KEYS)

@@ -6,92 +6,113 @@ import math
 import numpy as np
 import pytest
 import torch
+from built import build, build_loop, parsed
 from conftest import assert_frozen_stayed
-from test_learner import build
-from test_train import FEDAVG, TINY, records, theta, without_seconds
 
-import calibration
-import entries
+import flat
 import masks
-import model as vit
-import safe_files
-import train
-from calibration import Calibration
 from fisher import fisher_diagonal
-from learner import set_fitted_head
-from mask_file import Mask, density_table
-from workspace import Workspace
+from machine import safe_files
+from machine.runs import Run
+from training.calibration import Calibration, cached_mask
+from training.features import set_fitted_head
+from training.mask_file import Mask, density_table
+from training.workspace import Workspace
 
-MASK = ("--head", "ridge", "--mask-rule", "least-sensitive", "--calibration-images", 40)
+DATA = ("--data", "synthetic", "--clients", 10)
+LOOP = ("--clients", 10, "--fraction", 0.2, "--batch-size", 8, "--J", 2)
+TINY = ("fedavg", "--data", "synthetic", "--rounds", 2, "--eval-every", 2, *LOOP)
+CENTRAL = ("centralized", "--data", "synthetic", "--val-fraction", 0.5, "--epochs", 1)
+HEAD = ("--head", "ridge")
+FEW = (*HEAD, "--head-images", 100)  # quick, and so small a head that little trains under it
+MASK = (*HEAD, "--mask-rule", "least-sensitive", "--calibration-images", 40)
 SPARSE = (*TINY, *MASK)
+CALIBRATE = ("calibrate", *DATA, "--calibration-images", 40)
+QUICK = ("--calibration-rounds", 1)
 
 
 def prepare(folder, *arguments):
     """Return a calibration of the synthetic data's clients."""
-    command = ["calibrate", "--data", "synthetic", "--data-dir", str(folder), "--clients", "10"]
-    options = train.resolve(train.build_parser().parse_args([*command, *map(str, arguments)]))
-    workspace = Workspace(options)
+    o = parsed("calibrate", "--data-dir", folder, "--clients", 10, *arguments).groups
+    workspace = Workspace(o.source, o.machine, o.backbone)
     model = workspace.build_model()
-    set_fitted_head(workspace, model, options.head)
-    return Calibration(workspace, model, options, workspace.shards())
+    set_fitted_head(workspace, model, o.fitted_head.head, o.fitted_head.head_images)
+    return Calibration(workspace, model, o.masking, workspace.shards(o.sharding))
+
+
+def rounds(loop, total):
+    """Advance a loop of rounds; return its records without their seconds."""
+    records = []
+    while loop.round < total:
+        if (record := loop.advance()) is not None:
+            records.append(record | {"seconds": 0})
+    return records
+
+
+def theta(folder):
+    process = Run(folder).load()["state"]["process"]
+    return process["theta"] if "theta" in process else process["tensors"]["theta"]
+
+
+def without_seconds(folder):
+    return [record | {"seconds": 0} for record in Run(folder).records()]
 
 
 @pytest.mark.parametrize("labels", ["sampled", "true"])
 def test_federated_calibration_by_all_clients_is_the_central_one(small_data, labels):
-    many = prepare(small_data, "--calibration-images", 1000, "--fisher-labels", labels)
-    one = prepare(
-        small_data, "--calibration-images", 1000, "--fisher-labels", labels, "--clients", 1
-    )
+    options = ("--calibration-images", 300, "--fisher-labels", labels)
+    many, central = prepare(small_data, *options), prepare(small_data, *options, "--clients", 1)
     index = {int(k): many.images(k) for k in many.clients}
     pooled = np.concatenate(list(index.values()))
-    assert len(index) == 10 and len(np.unique(pooled)) == 1000
+    assert len(index) == 10 and len(np.unique(pooled)) == 300
     each = (many.client_keys(i) for i in index.values())
     everything = torch.ones_like(many.theta, dtype=torch.bool)
     weights = [len(many.shards[k]) for k in index]
-    found = masks.consensus(each, weights, alive=everything, keep=None)
-    expected = one.sensitivity(pooled)
-    assert (found - expected).norm() / expected.norm() < 1e-5
+    scores = masks.consensus(each, weights, alive=everything, keep=None)
+    expected = central.sensitivity(pooled)
+    assert (scores - expected).norm() / expected.norm() < 1e-5
 
 
 def test_calibration_reads_training_shards_and_never_validation(small_data):
-    made = prepare(small_data, "--nc", 10, "--calibration-images", 35)
-    for k in made.clients:
-        images = made.images(k)
-        assert len(images) == 3 and np.isin(images, made.shards[k]).all()
-        assert not np.isin(images, made.workspace.val_index).any()
+    calibration = prepare(small_data, "--nc", 10, "--calibration-images", 35)
+    for k in calibration.clients:
+        images = calibration.images(k)
+        assert len(images) == 3 and np.isin(images, calibration.shards[k]).all()
+        assert not np.isin(images, calibration.workspace.val_index).any()
 
 
 def test_scores_are_those_of_the_damped_network_and_the_weights_come_back(small_data):
-    made = prepare(small_data, "--sparsity", 0.8, "--calibration-rounds", 2)
-    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    options = ("--sparsity", 0.8, "--calibration-rounds", 2, "--calibration-images", 40)
+    calibration = prepare(small_data, *options)
+    model, score = calibration.model, calibration.sensitivity
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     seen = []
-    score = made.sensitivity
 
     def spy(index):
-        seen.append(made.model.blocks[0].attn.qkv.weight.detach().clone())
+        seen.append(model.blocks[0].attn.qkv.weight.detach().clone())
         return score(index)
 
-    made.sensitivity = spy
-    mask = made.make()
+    calibration.sensitivity = spy
+    mask = calibration.make()
     assert len(seen) == 20 and mask.made["kept"] == mask.kept.sum() == round(0.2 * len(mask.kept))
     original = before["blocks.0.attn.qkv.weight"]
     assert torch.equal(seen[0], original)
     changed = seen[-1] != original
     assert changed.any() and torch.equal(seen[-1][changed], (original * 0.1)[changed])
-    for name, p in made.model.named_parameters():
+    for name, p in model.named_parameters():
         assert torch.equal(p, before[name]), name
 
 
 def test_the_clients_scores_are_the_librarys(small_data):
-    made = prepare(small_data, "--mask-scope", "blocks.1.*", "--calibration-images", 300)
-    index = made.images(3)
-    images = made.workspace.sets["train"].images[torch.from_numpy(index)]
-    batch = (made.preprocess(images), made.uniform[torch.from_numpy(index)])
-    expected = fisher_diagonal(made.model, [batch], parameters=made.names)
-    assert all(name.startswith("blocks.1.") for name in made.names) and len(made.names) == 12
-    assert torch.equal(
-        made.sensitivity(index), torch.cat([expected[n].flatten() for n in made.names])
-    )
+    calibration = prepare(small_data, "--mask-scope", "blocks.1.*", "--calibration-images", 300)
+    index, names = calibration.images(3), calibration.names
+    at = torch.from_numpy(index)
+    images = calibration.workspace.sets["train"].images[at]
+    batch = (calibration.preprocess(images), calibration.uniform[at])
+    expected = fisher_diagonal(calibration.model, [batch], parameters=names)
+    assert all(name.startswith("blocks.1.") for name in names) and len(names) == 12
+    scores = torch.cat([expected[n].flatten() for n in names])
+    assert torch.equal(calibration.sensitivity(index), scores)
 
 
 def test_a_mask_file_holds_all_of_the_mask(small_data, tmp_path):
@@ -116,54 +137,59 @@ def test_a_mask_file_holds_all_of_the_mask(small_data, tmp_path):
 # ---------------------------------------------------------------------------- training under it
 
 
-@pytest.mark.parametrize("command", ["fedavg", "centralized"])
-@pytest.mark.parametrize(
-    ("sparsity", "extra"), [(0.9, ()), (0.9, ("--weight-decay", 0.1, "--nesterov")), (0.2, ())]
-)
-def test_frozen_coordinates_keep_their_bits_through_a_whole_run(
-    cli, small_data, learners, command, sparsity, extra
-):
-    options = [o for o in SPARSE[1:] if command == "fedavg"] or [
-        *("--data", "synthetic", "--epochs", 1, *MASK)
-    ]
-    options += ["--sparsity", sparsity, "--lr", 0.01, *extra, "--name", "s"]
-    status, _, err = cli(command, *options)
+@pytest.mark.parametrize("sparsity", [0.9, pytest.param(0.2, marks=pytest.mark.slow)])
+def test_frozen_entries_keep_their_bits_through_a_central_run(cli, small_data, learners, sparsity):
+    options = ("--sparsity", sparsity, "--lr", 0.01, "--weight-decay", 0.1, "--nesterov")
+    status, _, err = cli(*CENTRAL, *MASK, *QUICK, *options, "--name", "s")
     assert status == 0, err
     (learner,) = learners
     assert_frozen_stayed(learner)
     assert torch.equal(theta(small_data / "runs" / "s"), learner.entries.theta)
 
 
-def test_compact_and_dense_steps_give_the_same_bits(cli, small_data, monkeypatch):
+def test_compact_and_dense_steps_give_the_same_bits(small_data, monkeypatch):
+    ends = []
+    for below in (1.0, 0.0):
+        monkeypatch.setattr(flat, "COMPACT_BELOW", below)
+        options = (*MASK, *QUICK, "--sparsity", 0.5, "--weight-decay", 1e-3)
+        learner, loop = build_loop(small_data, *LOOP, *options)
+        assert learner.entries.compact == (below == 1.0)
+        ends.append((loop.theta, rounds(loop, 2)))
+    (compact, log), (dense, dense_log) = ends
+    assert torch.equal(compact, dense) and log == dense_log
+
+
+@pytest.mark.slow
+def test_compact_and_dense_steps_of_a_central_run_give_the_same_bits(cli, small_data, monkeypatch):
     for name, below in (("compact", 1.0), ("dense", 0.0)):
-        monkeypatch.setattr(entries, "COMPACT_BELOW", below)
-        extra = ("--name", name, "--sparsity", 0.5, "--weight-decay", 1e-3)
-        assert cli(*SPARSE, *extra)[0] == 0
-        assert (
-            cli("centralized", *SPARSE[1:3], *MASK, "--epochs", 1, *extra[:1], f"c-{name}")[0] == 0
-        )
-    runs = small_data / "runs"
-    for prefix in ("", "c-"):
-        assert torch.equal(theta(runs / f"{prefix}compact"), theta(runs / f"{prefix}dense"))
-    assert without_seconds(runs / "compact") == without_seconds(runs / "dense")
+        monkeypatch.setattr(flat, "COMPACT_BELOW", below)
+        options = ("--name", name, *QUICK, "--sparsity", 0.5, "--weight-decay", 1e-3)
+        assert cli(*CENTRAL, *MASK, *options)[0] == 0
+    assert torch.equal(*(theta(small_data / "runs" / name) for name in ("compact", "dense")))
 
 
-def test_a_mask_that_keeps_everything_trains_as_no_mask_does(cli, small_data):
-    assert cli(*SPARSE, "--sparsity", 0, "--name", "mask")[0] == 0
-    assert cli(*TINY, "--head", "ridge", "--name", "none")[0] == 0
-    masked, plain = (records(small_data / "runs" / name) for name in ("mask", "none"))
-    assert [r["val_loss"] for r in masked] == [r["val_loss"] for r in plain]
+def test_a_mask_that_keeps_everything_trains_as_no_mask_does(small_data):
+    logs = []
+    for folder, mask in (("mask", (*MASK, *QUICK, "--sparsity", 0)), ("none", HEAD)):
+        (small_data / folder).mkdir()
+        learner, loop = build_loop(small_data / folder, *LOOP, *mask, "--lr", 1e-5)
+        start = learner.evaluate()
+        losses = [record["train_loss"] for record in rounds(loop, 2)]
+        learner.entries.load(loop.theta)
+        logs.append([*losses, end := learner.evaluate()])
+        assert abs(end["val_loss"] - start["val_loss"]) > 1e-3
+    assert logs[0] == logs[1]
 
 
 def test_tensors_that_are_frozen_throughout_take_no_gradient(small_data):
-    options = [str(o) for o in (*MASK, "--mask-scope", "blocks.1.mlp.*", "--sparsity", 0.5)]
-    learner, training = build(small_data, *options)
+    scope = ("--mask-scope", "blocks.1.mlp.*", "--sparsity", 0.5)
+    learner, clients = build(small_data, *MASK, *QUICK, *scope)
     assert set(learner.flat.shapes) <= {
         f"blocks.1.mlp.{layer}.{kind}" for layer in ("fc1", "fc2") for kind in ("weight", "bias")
     }
     seen = []
     hook = learner.model.blocks[0].register_full_backward_hook(lambda *_: seen.append(1))
-    training.one(3, round=1)
+    clients.train_client(learner.entries.theta.clone(), 3, round=1)
     hook.remove()
     assert not seen  # the backward pass ends above block 0
 
@@ -172,42 +198,39 @@ def test_every_line_of_the_log_counts_what_was_sent(cli, small_data):
     status, out, _ = cli(*SPARSE, "--sparsity", 0.9, "--nc", 10, "--name", "a")
     folder = small_data / "runs" / "a"
     size = 66768  # of vit_demo's backbone
-    kept = round(0.1 * size)
-    first, *rounds = records(folder)
+    count = round(0.1 * size)
+    first, *rounds = Run(folder).records()
     alive = sum(math.ceil(0.1 ** (r / 4) * size) for r in range(4))  # nothing else is scored
     assert first["bytes_up"] == 10 * 4 * alive  # clients x fp32
     assert first["bytes_down"] == (3 * 10 + 10) * math.ceil(size / 8)  # masks so far, the last one
-    assert all(r["bytes_up"] == r["bytes_down"] == 3 * 4 * kept for r in rounds)
+    assert all(r["bytes_up"] == r["bytes_down"] == 2 * 4 * count for r in rounds)
     summary = json.loads((folder / "summary.json").read_text())
     sent = sum(r["bytes_up"] + r["bytes_down"] for r in (first, *rounds))
     assert summary["bytes_up"] + summary["bytes_down"] == sent
-    assert summary["bytes_to_dense"] == sent / (2 * 3 * 2 * 4 * size)
+    assert summary["bytes_to_dense"] == sent / (2 * 2 * 2 * 4 * size)
     assert f"{summary['bytes_to_dense']:.4f} of dense FedAvg" in out
     before = (first["bytes_up"] + first["bytes_down"]) / 1e6
     assert f", {before:.1f} of them for calibration and mask: " in out
-    status, out, _ = cli(*TINY, "--head", "ridge", "--name", "dense")
+    status, out, _ = cli(*TINY, *FEW, "--name", "dense")
     assert status == 0 and "calibration" not in out
     dense = json.loads((small_data / "runs" / "dense" / "summary.json").read_text())
     assert dense["bytes_to_dense"] == 1
 
 
 def test_calibrate_writes_a_mask_that_fedavg_takes(cli, small_data):
-    data = ("--data", "synthetic", "--nc", 10, "--clients", 10)
-    making = ("--sparsity", 0.8, "--calibration-images", 40)
-    status, out, _ = cli("calibrate", *data, *making, "--name", "made")
-    folder = small_data / "runs" / "made"
+    making = ("--nc", 10, "--sparsity", 0.8, "--calibration-images", 40)
+    status, out, _ = cli(*CALIBRATE, *making, "--name", "c")
+    folder = small_data / "runs" / "c"
     assert status == 0 and "query.weight" in out and "IoU" in out and "by chance" in out
-    assert {"mask.pt", "density.png", "summary.json", "config.json"} <= {
-        p.name for p in folder.iterdir()
-    }
-    options = (*TINY, "--nc", 10, "--head", "ridge")
+    names = {path.name for path in folder.iterdir()}
+    assert {"mask.pt", "density.png", "summary.json", "config.json"} <= names
+    options = (*TINY, "--nc", 10, *HEAD)
     assert cli(*options, "--mask", folder / "mask.pt", "--name", "file")[0] == 0
-    rule = ("--mask-rule", "least-sensitive", *making)
-    assert cli(*options, *rule, "--name", "rule")[0] == 0
-    assert without_seconds(small_data / "runs" / "file") == without_seconds(
-        small_data / "runs" / "rule"
-    )
-    assert cli("eval", small_data / "runs" / "file")[0] == 0
+    assert cli(*options, "--mask-rule", "least-sensitive", *making, "--name", "rule")[0] == 0
+    by_file, by_rule = (small_data / "runs" / name for name in ("file", "rule"))
+    assert torch.equal(theta(by_file), theta(by_rule))
+    assert without_seconds(by_file) == without_seconds(by_rule)
+    assert cli("eval", by_file)[0] == 0
 
 
 def test_groups_of_clients_agree_as_far_as_their_masks_overlap(small_data):
@@ -217,25 +240,23 @@ def test_groups_of_clients_agree_as_far_as_their_masks_overlap(small_data):
     keys = [calibration.client_keys(calibration.images(k)).double() for k in range(5)]
     sizes = [len(shard) for shard in calibration.shards]
 
-    def kept(clients):
+    def mask_of(clients):
         mean = sum(sizes[k] * keys[k] for k in clients) / sum(sizes[k] for k in clients)
         return masks.keep_lowest(mean.float(), round(0.1 * len(mean)))
 
     for m, iou in groups.items():
-        one, two = kept(calibration.clients[: int(m)]), kept(calibration.clients[-int(m) :])
-        expected = ((one & two).sum() / (one | two).sum()).item()
+        first = mask_of(calibration.clients[: int(m)])
+        second = mask_of(calibration.clients[-int(m) :])
+        expected = ((first & second).sum() / (first | second).sum()).item()
         assert iou == pytest.approx(expected, rel=1e-3) and 0.0526 < iou < 1
 
 
 def test_a_mask_of_the_same_options_is_made_once(cli, small_data, monkeypatch):
-    assert cli(*SPARSE, "--name", "a")[0] == 0
+    command = (*SPARSE, *QUICK, "--name")
+    assert cli(*command, "a")[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr(calibration.Calibration, "make", None)  # would fail
-        assert cli(*SPARSE, "--name", "b", "--lr", 0.01)[0] == 0
-    (kept,) = (small_data / "data" / "masks").iterdir()
-    kept.write_bytes(kept.read_bytes()[:-9])
-    damaged = kept.read_bytes()
-    assert cli(*SPARSE, "--name", "c")[0] == 0 and kept.read_bytes() != damaged
+        patch.setattr(Calibration, "make", None)  # would fail
+        assert cli(*command, "b", "--lr", 0.01)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -250,13 +271,14 @@ def test_a_mask_of_the_same_options_is_made_once(cli, small_data, monkeypatch):
         ("--mask-rule", "least-sensitive", "--calibration-fraction", 0.3, "--sparsity", 0.99),
     ],
 )
-def test_every_kind_of_mask_trains(cli, small_data, options):
+def test_every_kind_of_mask_trains(small_data, options):
     sensitive = options[1].endswith("sensitive")
-    scoring = ("--calibration-images", 30, "--calibration-rounds", 2) if sensitive else ()
-    status, out, err = cli(*TINY, "--head", "ridge", *scoring, *options, "--name", "x")
-    assert status == 0, err
-    first = records(small_data / "runs" / "x")[0]
-    assert (first["bytes_up"] > 0) == sensitive
+    scoring = ("--calibration-images", 20, "--calibration-rounds", 2) if sensitive else ()
+    learner, loop = build_loop(small_data, *LOOP, *FEW, *scoring, *options)
+    start = loop.theta.clone()
+    (record,) = rounds(loop, 1)
+    assert (learner.mask.made["bytes_up"] > 0) == sensitive and record["bytes_up"] > 0
+    assert not torch.equal(loop.theta, start)
 
 
 BAD = {
@@ -307,74 +329,74 @@ def test_bad_mask_options_get_one_line(cli, small_data, message):
     assert not list(small_data.glob("runs/*"))  # the corrected command finds nothing in its way
 
 
+# ---------------------------------------------------------------------------- mask files
+
+
+def save_mask(folder, sparsity=0.9):
+    """Write the file of a random mask; returns its path."""
+    path = folder / f"{sparsity}.pt"
+    options = ("--mask-rule", "random", "--sparsity", sparsity, "--head-images", 100)
+    prepare(folder, *options).make().save(path)
+    return path
+
+
 def test_bad_mask_files_are_named(cli, small_data):
-    cli("calibrate", *FEDAVG[1:], "--calibration-images", 100, "--name", "m")
-    path = small_data / "runs" / "m" / "mask.pt"
+    path = save_mask(small_data)
     whole = path.read_bytes()
-    options = (*TINY, "--head", "ridge", "--mask", path)
-    for damage in (whole[: len(whole) // 2], whole[:-60] + b"x" + whole[-59:], b""):
+    options = (*TINY, *FEW, "--mask", path)
+    for damage in (whole[: len(whole) // 2], whole[:-60] + b"x" + whole[-59:], b"", b"{}"):
         path.write_bytes(damage)
         status, _, err = cli(*options)
-        assert status == 2 and str(path) in err and "damaged" in err
+        assert status == 2 and f"mask {path}: damaged, or no mask that `calibrate` wrote" in err
     path.write_bytes(whole)
     status, _, err = cli(*options, "--model", "vit_ti16", "--weights", "none", "--image-size", 32)
     assert status == 2 and "made for another model, cls_token is (1, 1, 48) in the mask" in err
-    status, _, err = cli(*TINY, "--head", "ridge", "--mask", small_data / "runs/m/summary.json")
-    assert status == 2 and "summary.json: damaged, or no mask that `calibrate` wrote" in err
-    assert [p.name for p in (small_data / "runs").iterdir()] == ["m"]  # no half-written run
+    content = safe_files.load_checked(path)
+    safe_files.save_checked(path, content | {"bits": torch.zeros_like(content["bits"])})
+    status, _, err = cli(*options)
+    assert status == 2 and "it keeps no entry" in err
+    assert not list(small_data.glob("runs/*"))  # no half-written run
 
 
 def test_a_run_refuses_a_mask_file_that_changed(cli, small_data):
-    for sparsity, name in ((0.5, "a"), (0.9, "b")):
-        making = ("--sparsity", sparsity, "--calibration-images", 100, "--name", name)
-        cli("calibrate", *FEDAVG[1:], *making)
-    a, b = (small_data / "runs" / n / "mask.pt" for n in "ab")
-    options = (*TINY, "--head", "ridge", "--mask", a, "--name", "x")
-    assert cli(*options)[0] == 0
-    first = a.read_bytes()
-    a.write_bytes(b.read_bytes())
-    status, _, err = cli(*options, "--rounds", 3)
+    path, other = save_mask(small_data, 0.5), save_mask(small_data, 0.9)
+    options = (*TINY, *FEW, "--mask", path, "--name", "x")
+    assert cli(*options, "--rounds", 1)[0] == 0
+    first = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    status, _, err = cli(*options)
     assert status == 2 and "is not the mask that" in err
-    kept = small_data / "runs" / "x" / "mask.pt"
-    own = kept.read_bytes()
-    kept.unlink()
-    status, _, err = cli(*options, "--rounds", 3)
+    copy = small_data / "runs" / "x" / "mask.pt"
+    content = copy.read_bytes()
+    copy.unlink()
+    status, _, err = cli(*options)
     assert status == 2 and "mask_sha256 is" in err
-    kept.write_bytes(own)
-    a.unlink()
-    assert cli(*options, "--rounds", 3)[0] == 0  # the run keeps its own copy
-    a.write_bytes(first)
-    assert cli(*options, "--rounds", 4)[0] == 0
+    copy.write_bytes(content)
+    path.unlink()
+    assert cli(*options)[0] == 0  # the run keeps its own copy
+    path.write_bytes(first)
+    assert cli(*options, "--rounds", 3)[0] == 0
 
 
-def test_an_empty_mask_is_refused(cli, small_data):
-    cli("calibrate", *FEDAVG[1:], "--calibration-images", 100, "--name", "m")
-    path = small_data / "runs" / "m" / "mask.pt"
-    content = safe_files.load_checked(path)
-    safe_files.save_checked(path, content | {"bits": torch.zeros_like(content["bits"])})
-    status, _, err = cli(*TINY, "--head", "ridge", "--mask", path)
-    assert status == 2 and "it keeps no entry" in err
-
-
-def test_clients_whose_own_masks_are_empty_are_not_compared(cli, small_data):
-    making = ("--mask-rule", "most-sensitive", "--calibration-rounds", 1, "--name", "m")
-    top = ("--threshold", 0.02)  # of the mean: few clients have such scores by themselves
-    status, out, err = cli("calibrate", *FEDAVG[1:], "--calibration-images", 100, *making, *top)
-    assert status == 0, err
-    assert (small_data / "runs" / "m" / "summary.json").exists()
+def test_clients_whose_own_masks_are_empty_are_not_compared(small_data):
+    options = ("--mask-rule", "most-sensitive", "--calibration-images", 40, *QUICK)
+    calibration = prepare(small_data, *options)
+    keys = torch.stack([calibration.client_keys(calibration.images(k)) for k in range(10)])
+    top = -keys.mean(dim=0).min().item()  # of the mean: half of a client's images has lower ones
+    assert prepare(small_data, *options, "--sparsity", 0.9).agreement()
+    calibration = prepare(small_data, *options, "--threshold", 0.99 * top)
+    assert calibration.make().kept.any() and calibration.agreement() == {}
 
 
 @pytest.mark.parametrize("damage", ["cut", "another's"])
-def test_a_kept_mask_of_something_else_is_named_and_made_again(cli, small_data, damage):
-    command = ("calibrate", *FEDAVG[1:], "--calibration-images", 100, "--name")
-    assert cli(*command, "m")[0] == 0
-    (path,) = (small_data / "data" / "masks").iterdir()
-    whole = Mask.load(small_data / "runs" / "m" / "mask.pt", vit.build_vit("vit_demo", 100, 0))
+def test_a_kept_mask_of_something_else_is_named_and_made_again(small_data, capsys, damage):
+    calibration = prepare(small_data, "--mask-rule", "random")
+    whole = cached_mask(calibration)
+    (path,) = (small_data / "masks").iterdir()
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-99])
     else:
         Mask(whole.shapes, ~whole.kept, whole.made).save(path, "another key")
-    status, _, err = cli(*command, "n")
-    assert status == 0 and f"{path.name}: damaged, or another mask" in err
-    again = Mask.load(small_data / "runs" / "n" / "mask.pt", vit.build_vit("vit_demo", 100, 0))
-    assert again.sha256 == whole.sha256
+    assert cached_mask(calibration).sha256 == whole.sha256
+    assert f"{path.name}: damaged, or another mask" in capsys.readouterr().err
+    assert cached_mask(calibration).sha256 == whole.sha256 and not capsys.readouterr().err

@@ -1,20 +1,23 @@
-"""What a run has come to: exported weights are the run's to the bit, in the layout of others."""
+"""What a run has come to: its weights to the bit, its best, its accuracy for each client."""
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_frozen_stayed
-from test_model import dino_checkpoint
+from leaves.test_model import dino_checkpoint
 
 import model as vit
-import outcome
+from training import outcome
+from training.outcome import by_class, spread, validation_share
+from training.workspace import Sharding
 
 TINY = (
     *("fedavg", "--data", "synthetic", "--rounds", 2, "--clients", 10, "--fraction", 0.3),
-    *("--batch-size", 8, "--name", "x"),
+    *("--batch-size", 8, "--J", 1, "--eval-every", 2, "--name", "x"),
 )
-LAYOUT = {k: tuple(v.shape) for k, v in dino_checkpoint().items()}
+CENTRAL = ("centralized", "--data", "synthetic", "--train", "head", "--batch-size", 400)
 
 
 def shapes(path):
@@ -23,13 +26,17 @@ def shapes(path):
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
+# ---------------------------------------------------------------------------- as a file
+
+
 def test_the_layout_is_that_of_dinos_checkpoint(tmp_path):
+    layout = {name: tuple(tensor.shape) for name, tensor in dino_checkpoint().items()}
     model = vit.build_vit("vit_s16", classes=100)
     outcome.export(model, tmp_path / "x.pth")
-    assert list(shapes(tmp_path / "x.pth").items()) == list(LAYOUT.items())
+    assert list(shapes(tmp_path / "x.pth").items()) == list(layout.items())
     outcome.export(model, tmp_path / "head.pth", with_head=True)
     head = {"head.weight": (100, 384), "head.bias": (100,)}
-    assert shapes(tmp_path / "head.pth") == LAYOUT | head
+    assert shapes(tmp_path / "head.pth") == layout | head
 
 
 @pytest.mark.parametrize(
@@ -61,7 +68,8 @@ def test_exported_weights_are_the_runs_and_load_again_to_the_bit(
     again = vit.build_vit("vit_demo", classes=100, seed=1)
     vit.load_weights(again, "x.pth")
     assert all(torch.equal(p, state[n]) for n, p in again.named_parameters() if n[:5] != "head.")
-    assert cli(*TINY, "--name", "y", "--rounds", 1, "--weights", "x.pth")[0] == 0
+    if not options:
+        assert cli(*TINY, "--name", "y", "--rounds", 1, "--weights", "x.pth")[0] == 0
 
 
 def test_no_export_overwrites_a_file_or_passes_for_one(cli, small_data):
@@ -74,31 +82,116 @@ def test_no_export_overwrites_a_file_or_passes_for_one(cli, small_data):
     assert status == 2 and "cannot write nowhere/x.pth" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["fedavg", "centralized"])
-def test_an_early_stop_is_told_resumed_and_its_best_weights_are_there(cli, small_data, command):
-    length = {
-        "fedavg": ("--rounds", 9, *TINY[5:9]),
-        "centralized": ("--epochs", 9, "--batch-size", 400),
-    }[command]
-    still = (command, "--data", "synthetic", *length, "--lr", 0, "--eval-every", 1, "--name", "s")
+# ---------------------------------------------------------------------------- the best weights
+
+
+@pytest.mark.parametrize(
+    ("start", "unit"),
+    [((*TINY, "--rounds", 9), "round"), ((*CENTRAL, "--epochs", 9), "epoch")],
+    ids=["fedavg", "centralized"],
+)
+def test_an_early_stop_is_told_resumed_and_its_best_weights_are_there(cli, small_data, start, unit):
+    still = (*start, "--lr", 0, "--eval-every", 1, "--name", "s")
     status, out, err = cli(*still, "--early-stop", 2)
     assert status == 0 and "stopped early: 2 evaluations" in out, err
-    folder, unit = small_data / "runs" / "s", {"fedavg": "round"}.get(command, "epoch")
-    summary = json.loads((folder / "summary.json").read_text())
+    path = small_data / "runs" / "s" / "summary.json"
+    summary = json.loads(path.read_text())
     assert summary[unit] == 2 and summary["stopped_early"] == 2
     status, out, _ = cli(*still, "--early-stop", 2)
     assert status == 0 and f"is finished: {unit} 2, stopped early" in out
     status, out, err = cli("eval", "runs/s", "--best")
     assert status == 0 and out.split()[:2] == [unit, "0"], err
     assert cli("export", "runs/s", "best.pth", "--best")[0] == 0
-    assert (
-        shapes(small_data / "best.pth").keys() <= vit.build_vit("vit_demo", 100).state_dict().keys()
-    )
+    names = vit.build_vit("vit_demo", 100).state_dict().keys()
+    assert shapes(small_data / "best.pth").keys() <= names
     assert cli(*still, "--early-stop", 3)[0] == 0  # more patience goes on
-    assert json.loads((folder / "summary.json").read_text())[unit] == 3
+    assert json.loads(path.read_text())[unit] == 3
 
 
 def test_a_run_without_early_stop_has_no_best_weights(cli):
     assert cli(*TINY, "--rounds", 1)[0] == 0
     status, _, err = cli("eval", "runs/x", "--best")
     assert status == 2 and "runs/x has kept no best weights: --early-stop keeps them" in err
+
+
+# ---------------------------------------------------------------------------- for each client
+
+LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 40))
+
+
+@pytest.mark.parametrize(
+    ("shard", "counts"),
+    [
+        ([450, *[0] * 9], [40, *[0] * 9]),
+        ([100, 100, *[0] * 8], [40, 40, *[0] * 8]),
+        ([90, 45, 9, *[0] * 7], [40, 20, 4, *[0] * 7]),
+        ([7] * 10, [40] * 10),
+        ([1000, 1, *[0] * 8], [40, *[0] * 9]),  # 0.04 of an image rounds to none
+    ],
+)
+def test_a_share_is_the_largest_in_the_clients_mixture(shard, counts):
+    share = validation_share(LABELS, shard, seed=0, client=3)
+    assert np.bincount(LABELS[share], minlength=10).tolist() == counts
+    assert len(set(share.tolist())) == len(share)
+
+
+def test_a_share_is_a_function_of_seed_and_client():
+    shard = [30, 20, 10, *[0] * 7]
+    draw = [validation_share(LABELS, shard, seed=s, client=k) for s, k in ((0, 1), (0, 2), (1, 1))]
+    assert np.array_equal(draw[0], validation_share(LABELS, shard, seed=0, client=1))
+    assert not np.array_equal(draw[0], draw[1]) and not np.array_equal(draw[0], draw[2])
+    with pytest.raises(ValueError, match="client 4 holds no image"):
+        validation_share(LABELS, [0] * 10, seed=0, client=4)
+
+
+def test_the_spread_is_written_out():
+    figures = spread([k / 100 for k in range(25)])  # the worst tenth of 25 clients is three
+    assert figures["mean_acc"] == pytest.approx(0.12)
+    assert figures["worst_decile_acc"] == pytest.approx(0.01)
+    assert figures["std"] == pytest.approx(np.sqrt((25**2 - 1) / 12) / 100)
+
+
+def test_accuracy_by_class_knows_classes_without_images():
+    accuracy = by_class(np.array([0, 0, 2]), np.array([True, False, True]), 4)
+    assert accuracy[[0, 2]].tolist() == [0.5, 1.0] and np.isnan(accuracy[[1, 3]]).all()
+
+
+@pytest.mark.parametrize("extra", [("--nc", 5), ("--train", "head", "--head", "ridge")])
+def test_the_evaluation_of_clients_is_that_of_their_images(cli, small_data, learners, extra):
+    run = ("fedavg", "--data", "synthetic", "--clients", 20, "--rounds", 3, "--B", 16)
+    assert cli(*run, "--name", "x", *extra)[0] == 0
+    (learner,) = learners
+    status, out, err = cli("eval", "runs/x", "--per-client", "--personalised")
+    assert status == 0 and "lowest: pattern" in out, err
+    path = small_data / "runs" / "x" / "per_client.json"
+    figures = json.loads(path.read_text())
+    whole = json.loads((small_data / "runs" / "x" / "summary.json").read_text())["final"]
+    assert figures["round"] == 3 and len(figures["clients"]) == 20
+    # four validation images a class
+    assert np.mean(list(figures["by_class"].values())) == pytest.approx(whole["val_acc"])
+    workspace = learner.workspace
+    shard = workspace.shards(Sharding(20, nc=5 if "--nc" in extra else None))[19]
+    labels = workspace.dataset.train.labels.numpy()
+    counts = np.bincount(labels[shard], minlength=100)
+    share = validation_share(labels[workspace.val_index], counts, seed=0, client=19)
+    at = torch.from_numpy(workspace.val_index[share])
+    with torch.no_grad():
+        logits = learner.logits_of(learner.gather("train", at), None)
+    accuracy = (logits.argmax(1) == torch.from_numpy(labels)[at]).double().mean().item()
+    assert figures["clients"][19]["acc"] == pytest.approx(accuracy)
+    tuned = [row["client"] for row in figures["clients"] if "personalised_acc" in row]
+    assert len(tuned) == 10 and {0, 19} <= set(tuned)
+    means = [figures[key]["mean_acc"] for key in ("same_clients_global", "personalised")]
+    if extra[0] == "--nc":  # a client's own steps suit its five classes
+        assert means[1] > means[0]
+    else:
+        before = path.read_bytes()
+        assert cli("eval", "runs/x", "--per-client", "--personalised")[0] == 0
+        assert path.read_bytes() == before
+
+
+def test_a_run_without_clients_has_no_accuracy_per_client(cli):
+    assert cli(*CENTRAL, "--epochs", 1, "--name", "c")[0] == 0
+    status, _, err = cli("eval", "runs/c", "--per-client")
+    assert status == 2 and "runs/c has no clients" in err
+    assert cli("eval", "runs/c", "--personalised")[0] == 2
