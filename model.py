@@ -19,17 +19,23 @@ import argparse
 import copy
 import hashlib
 import http.client
+import importlib
+import math
 import os
 import pickle
+import re
+import stat
 import sys
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -83,6 +89,42 @@ WEIGHTS = {
         "dino_deitsmall16_pretrain.pth",
         86_662_656,
     ),
+}
+
+
+WRAPPERS = ("teacher", "model", "model_state_dict", "state_dict", "student")
+HEADS = ("head", "heads", "classifier", "fc", "pooler", "projector")
+HEADS_BYTES = 512 << 20  # DINO's two heads and Adam's moments of one: 360 MB
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TORCH_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # of torch.save before zip files
+PLAIN = [argparse.Namespace, type(Path()), np.ndarray, np.dtype]  # making them runs no code
+PLAIN += [type(np.dtype(code)) for code in "?bBhHiIlLqQefd"]
+for _make in (np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]):  # of NumPy 1 and 2
+    PLAIN += [(_make, f"numpy.{core}.multiarray.{_make.__name__}") for core in ("core", "_core")]
+BLOCK = re.compile(r"(?:blocks\.(\d+)\.)?(.+?)(\.weight|\.bias)?")  # number, stem, kind
+HUGGING_FACE = {  # a parameter here -> there; {}: the block's number
+    "cls_token": ["embeddings.cls_token"],
+    "pos_embed": ["embeddings.position_embeddings"],
+    "patch_embed.proj": ["embeddings.patch_embeddings.projection"],
+    "norm1": ["encoder.layer.{}.layernorm_before"],
+    "attn.qkv": [f"encoder.layer.{{}}.attention.attention.{p}" for p in ("query", "key", "value")],
+    "attn.proj": ["encoder.layer.{}.attention.output.dense"],
+    "norm2": ["encoder.layer.{}.layernorm_after"],
+    "mlp.fc1": ["encoder.layer.{}.intermediate.dense"],
+    "mlp.fc2": ["encoder.layer.{}.output.dense"],
+    "norm": ["layernorm"],
+}
+FOREIGN = {  # a word of a key -> what it is
+    "fc_norm": "the norm of a mean over patches",
+    "pre_logits": "a layer between the norm and the head",
+    **dict.fromkeys(("reg_token", "register_tokens"), "register tokens"),
+    **dict.fromkeys(("dist_token", "distillation_token"), "DeiT's distillation token"),
+    **dict.fromkeys(("ls1", "ls2", "layer_scale1", "layer_scale2"), "layer scale, as in DINOv2"),
+}
+OTHER_FILES = {  # a key -> what the file is
+    "mask_format": "a mask that `calibrate` wrote, which goes to --mask",
+    "process": "the checkpoint of a run, of which `train.py export` makes weights",
+    "param_groups": "the state of an optimiser",
 }
 
 
@@ -321,50 +363,183 @@ def check_download(weights: Weights, path: Path) -> None:
                 raise ValueError(f"weights {path}: damaged, the CRC of {bad} differs")
     with torch.device("meta"):
         model = VisionTransformer(MODELS[weights.model], 1)
-    check_backbone(model, read_checkpoint(path), path)
+    check_backbone(model, read_checkpoint(path, model), path)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """Return a checkpoint's backbone tensors under DINO's keys; heads and wrappers are dropped.
+@torch.no_grad()
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Copy a checkpoint into the backbone of `model`, its position grid resampled to the model's.
 
     Raises:
-        ValueError: the file is missing, damaged, or holds no tensors.
+        ValueError: the file cannot serve: what it is, or the first key that differs.
     """
+    tensors, parameters = read_checkpoint(path, model), _backbone(model)
+    note = _fit_positions(tensors, parameters)
+    check_backbone(model, tensors, path)
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"weights {path}: {key} holds NaN or infinite values")
+    for key, tensor in tensors.items():
+        parameters[key].copy_(tensor)
+    if note:
+        print(f"weights {path}: {note}")
+
+
+def read_checkpoint(path: str | Path, model: nn.Module) -> dict[str, Tensor]:
+    """Return a checkpoint's backbone in fp32 under the keys of `model`; none of its code runs.
+
+    Raises:
+        ValueError: the file is missing, damaged, or something else: the sentence says what.
+    """
+    names = {name: _hugging_face(name) for name in _backbone(model)}
+    room = 4 * sum(4 * parameter.numel() for parameter in model.parameters()) + HEADS_BYTES
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of pickle protocols
-                state = torch.load(path, map_location="cpu", weights_only=True)
+        content = _read_file(path, _check_file(path, room))
+        other = OTHER_FILES.keys() & set(content) if isinstance(content, dict) else ()
+        if other:
+            raise ValueError(OTHER_FILES[min(other)])
+        if not (state := _find_state(content)):
+            kind = f"a {type(content).__name__} without tensors by name"
+            raise ValueError(f"it holds {kind}; save the model's state_dict()")
+        state = _strip_prefix(state, {*names, *sum(names.values(), [])})
+        tensors = {key: _dense(key, value) for key, value in state.items()}
+        if sum(4 * tensor.numel() for tensor in tensors.values()) > room:  # of few stored values
+            raise ValueError(f"its tensors take more than {room:,} bytes")
+        return _map_layout({key: tensor.float() for key, tensor in tensors.items()}, names)
     except FileNotFoundError:
         raise ValueError(f"weights {path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"weights {path}: {error}") from None
+
+
+def _backbone(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {k: p for k, p in model.named_parameters() if not k.startswith("head.")}
+
+
+def _check_file(path: str | Path, room: int) -> bytes:
+    """Return the start of a file; raise ValueError if it is of another kind, or too large."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("a folder, pipe or device, and no regular file")
+    with open(path, "rb") as file:
+        begin, size = file.read(32), os.path.getsize(path)
+    if begin.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                files = archive.infolist()
+        except (zipfile.BadZipFile, NotImplementedError) as error:
+            raise ValueError(f"damaged, or a zip file cut short ({error})") from None
+        size, ends = sum(f.file_size for f in files), {Path(f.filename).name for f in files}
+        if "data.pkl" not in ends or "constants.pkl" in ends:
+            raise ValueError("a zip file of TorchScript or another program, and none of torch.save")
+    elif TORCH_MAGIC not in begin and begin[8:10] != b'{"':
+        what = f"it begins with {begin[:16]}" if begin else "it is empty"
+        raise ValueError(f"no file of torch.save or safetensors, {what}")
+    if size > room:
+        only = f"of which this model takes {room:,} at most"
+        raise ValueError(f"it unpacks to {size:,} bytes, {only}; save its state_dict() alone")
+    return begin
+
+
+def _read_file(path: str | Path, begin: bytes) -> Any:
+    """Return what a file holds; raise ValueError if it is damaged or holds other objects."""
+    try:
+        if begin[8:10] == b'{"':
+            return importlib.import_module("safetensors.torch").load_file(path)
+        with torch.serialization.safe_globals(PLAIN), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        reason = "to read this file takes `pip install safetensors`"
     except Exception as error:  # torch.load raises many types on damaged files
-        reason = str(error).splitlines()[0]
-        if isinstance(error, pickle.UnpicklingError):  # torch advises to load it unsafely
-            reason = "not a file of tensors and plain values alone"
-        raise ValueError(f"weights {path}: damaged or no PyTorch checkpoint ({reason})") from None
-    for wrapper in ("teacher", "model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(map(_is_parameter, state, state.values())):
-        raise ValueError(f"weights {path}: holds no dictionary of names and dense tensors")
-    tensors = {}
-    for key, value in state.items():
-        for prefix in ("module.", "backbone."):
-            key = key.removeprefix(prefix)
-        if not key.startswith("head."):
-            tensors[key] = value
+        reason = f"damaged ({(str(error) or type(error).__name__).splitlines()[0]})"
+        if isinstance(error, pickle.UnpicklingError):  # whose text advises to run the file's code
+            reason = "damaged, or pickled by a protocol that torch.save does not use"
+            if name := re.search(r"(?:GLOBAL |<class ')([\w.]+)", str(error)):
+                layers = b"ctorch.nn.modules." in Path(path).read_bytes()  # c: pickle's GLOBAL
+                kind = "a whole pickled module" if layers else "a pickle of other objects"
+                reason = f"{kind} ({name[1]}); save the model's state_dict() instead"
+    raise ValueError(reason)
+
+
+def _find_state(content: Any, depth: int = 5) -> dict[str, Any]:
+    """Return the tensors by name of the innermost wrapper; {} where there are none."""
+    if not isinstance(content, dict) or not depth:
+        return {}
+    for wrapper in WRAPPERS:
+        if state := _find_state(content.get(wrapper), depth - 1):
+            return state
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor | np.ndarray)}
+    return {k: v for k, v in tensors.items() if isinstance(k, str)}
+
+
+def _strip_prefix(state: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    """Return what follows the prefix before most of the known keys, heads left out."""
+    counts: Counter[str] = Counter()
+    for key in state:
+        words = key.split(".", 12)
+        ends = {".".join(words[start:]) for start in range(len(words))} & known
+        counts.update(key.removesuffix(end) for end in ends)
+    most = max(counts.values(), default=0)
+    prefixes = [prefix for prefix, count in counts.items() if count == most] or [""]
+    prefixes = [prefix for prefix in prefixes if "teacher" in prefix] or prefixes
+    if len(prefixes) > 1:
+        raise ValueError(f"it holds several backbones ({'*, '.join(prefixes[:4])}*); save one")
+    cut = len(prefixes[0])
+    inside = {key[cut:]: value for key, value in state.items() if key.startswith(prefixes[0])}
+    return {k: v for k, v in inside.items() if k in known or k.split(".")[0] not in HEADS}
+
+
+def _dense(key: str, value: Tensor | np.ndarray) -> Tensor:
+    """Return a tensor, or an array as one; raise ValueError unless it is dense and of floats."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        value = torch.from_numpy(value.astype(np.float32))
+    kind = str(value.dtype).removeprefix("torch.")
+    if isinstance(value, Tensor) and value.dtype in FLOATS:
+        if value.layout == torch.strided and not value.is_nested and not value.is_meta:
+            return value.detach()
+        kind = "nested" if value.is_nested else "meta" if value.is_meta else "sparse"
+    raise ValueError(f"{key} is no dense tensor of fp16, bf16, fp32 or fp64, but {kind}")
+
+
+def _hugging_face(name: str) -> list[str]:
+    """Return the keys in Hugging Face's ViT that hold a parameter; [] where it has none."""
+    block, stem, kind = re.fullmatch(BLOCK, name).groups("")
+    return [part.format(block) + kind for part in HUGGING_FACE.get(stem, ())]
+
+
+def _map_layout(tensors: dict[str, Tensor], names: dict[str, list[str]]) -> dict[str, Tensor]:
+    """Give tensors under Hugging Face's keys their names here: query, key and value are one."""
+    for name, keys in names.items():
+        shapes = {tensors[key].shape if key in tensors else () for key in keys}
+        if name not in tensors and len(shapes) == 1 and () not in shapes:
+            tensors[name] = torch.cat([tensors.pop(key) for key in keys])
     return tensors
 
 
-def _is_parameter(name: Any, value: Any) -> bool:
-    dense = isinstance(value, Tensor) and value.layout == torch.strided
-    return isinstance(name, str) and dense and not value.is_complex() and not value.is_quantized
+def _fit_positions(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    """Resample a square position grid to the expected one; returns what was done, "" if nothing."""
+    theirs, ours = tensors.get("pos_embed"), expected.get("pos_embed")
+    if theirs is None or ours is None or not theirs.dim() == ours.dim() == 3:
+        return ""
+    old, new = (math.isqrt(max(0, grid.shape[1] - 1)) for grid in (theirs, ours))
+    shape = (1, 1 + old**2, ours.shape[2])
+    if theirs.shape != shape or theirs.shape == ours.shape or not 0 < old <= 64:
+        return ""
+    patches = position_matrix(old, new, new) @ theirs[:, 1:].double()
+    tensors["pos_embed"] = torch.cat([theirs[:, :1], patches.float()], dim=1)
+    return f"position grid of {old} x {old} resampled to {new} x {new}"
 
 
-def check_backbone(model: VisionTransformer, tensors: dict[str, Tensor], path: str | Path) -> None:
+def check_backbone(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
     """Raise ValueError unless keys and shapes are those of the model's backbone; names the first
     that differs."""
-    expected = {k: p for k, p in model.named_parameters() if not k.startswith("head.")}
+    expected = _backbone(model)
+    if "pos_embed" in tensors and "cls_token" in expected.keys() - tensors.keys():
+        raise ValueError(f"weights {path}: another architecture, it has no class token (cls_token)")
+    for key in [key for key in tensors if key not in expected]:
+        if word := FOREIGN.keys() & set(key.split(".")):
+            what = FOREIGN[word.pop()]
+            raise ValueError(f"weights {path}: another architecture, {key} is {what}")
     for key in [*expected, *tensors]:
         ours = tuple(expected[key].shape) if key in expected else "absent"
         theirs = tuple(tensors[key].shape) if key in tensors else "absent"
@@ -373,20 +548,6 @@ def check_backbone(model: VisionTransformer, tensors: dict[str, Tensor], path: s
                 f"weights {path}: another architecture, {key} is {theirs} in the file and "
                 f"{ours} in the model (--model {'|'.join(MODELS)})"
             )
-
-
-@torch.no_grad()
-def load_weights(model: VisionTransformer, path: str | Path) -> None:
-    """Copy a checkpoint into the backbone of `model`; keys and shapes must match exactly.
-
-    Raises:
-        ValueError: damaged file, or another architecture; the first key that differs is named.
-    """
-    tensors = read_checkpoint(path)
-    check_backbone(model, tensors, path)
-    parameters = dict(model.named_parameters())
-    for key, tensor in tensors.items():
-        parameters[key].copy_(tensor)
 
 
 def check_train(train: str, depth: int) -> None:
