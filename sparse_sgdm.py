@@ -11,8 +11,8 @@ Source: Sutskever et al. 2013 in PyTorch's convention; masking as in TaLoS (arXi
 proximal term of FedProx (arXiv:1812.06127), the correction of SCAFFOLD (arXiv:1910.06378).
 
     import torch; from sparse_sgdm import SparseSGDM
-    w = torch.nn.Parameter(torch.ones(4)); (w ** 2).sum().backward()
-    SparseSGDM([w], lr=0.1, masks=[torch.tensor([True, True, False, False])]).step()
+    net = torch.nn.Linear(2, 1); net(torch.ones(2)).sum().backward()
+    SparseSGDM(net.named_parameters(), masks={"weight": net.weight > 0, "bias": None}).step()
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -281,17 +281,9 @@ def sparse_sgdm_(
         raise ValueError(f"backend must be auto, triton or reference, not {backend!r}")
     assert theta.dim() == 1 and grad.shape == theta.shape, (theta.shape, grad.shape)
     tensors = (theta, grad, momentum_buffer, mask, compute_copy, anchor, correction)
-    options = dict(
-        lr=lr,
-        momentum=momentum,
-        dampening=dampening,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-        first=first,
-        prox=prox,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-    )
+    options = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
+    options |= dict(nesterov=nesterov, first=first, prox=prox)
+    options |= dict(grad_scale=grad_scale, found_inf=found_inf)
     if backend == "reference" or (backend == "auto" and not _triton_serves(theta)):
         return sparse_sgdm_reference_(*tensors, **options)
     try:
@@ -315,21 +307,43 @@ def check_sgd_options(lr, momentum, dampening, weight_decay, nesterov) -> None:
         raise ValueError("nesterov needs a momentum above 0 and no dampening")
 
 
-class SparseSGDM(torch.optim.Optimizer):
-    """Step any model by masked momentum SGD; the options are those of torch.optim.SGD.
+def masks_in_order(masks, parameters: Sequence[Tensor], names: Sequence[str]) -> list:
+    """Return a mask or None per parameter, as the parameter lies in memory, or raise ValueError."""
+    if isinstance(masks, Mapping):
+        if not names:
+            raise ValueError("masks by name need the names: pass model.named_parameters()")
+        if odd := set(masks) ^ set(names) or {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"names not once in both masks and parameters: {sorted(odd, key=str)}")
+        masks = [masks[name] for name in names]
+    masks = [None] * len(parameters) if masks is None else list(masks)
+    if len(masks) != len(parameters):
+        raise ValueError(f"{len(masks)} masks for {len(parameters)} parameters")
+    for i, (p, mask) in enumerate(zip(parameters, masks, strict=True)):
+        dtype, shape = getattr(mask, "dtype", type(mask)), tuple(getattr(mask, "shape", ()))
+        if mask is not None and (dtype, shape) != (torch.bool, tuple(p.shape)):
+            at, fit = names[i] if names else i, tuple(p.shape)
+            raise ValueError(f"mask {at} must be a bool tensor of shape {fit}, not {dtype} {shape}")
+        if mask is not None and (mask.device, mask.stride()) != (p.device, p.stride()):
+            masks[i] = torch.empty_like(p, dtype=torch.bool).copy_(mask)
+    return masks
 
-    torch.amp.GradScaler hands it scale and overflow, which the step takes in without a pass of its
-    own.
+
+class SparseSGDM(torch.optim.Optimizer):
+    """Step any model by masked momentum SGD; options, steps and state are torch.optim.SGD's.
+
+    The masks lie in the parameter groups, in group["masks"]: copies, pickles and state_dict() have
+    them, and torch.optim.SGD can load those. Loading replaces the masks that a state_dict has and
+    keeps the others. torch.amp.GradScaler hands over scale and overflow, at no pass of their own.
 
     Args:
-        params: parameters or parameter groups.
-        lr: per step, a number or a scalar tensor; weight_decay: L2, added to the gradient of
-            unmasked entries only.
-        masks: one bool tensor per parameter in the order of `params` (True = trainable, of the
-            parameter's shape), or None for a parameter that trains whole; None trains everything.
+        params: parameters, named or not, or groups of them, each with its "masks" or without.
+        lr: per step, a number or a scalar tensor; weight_decay: L2, of unmasked entries only.
+        masks: bool tensors of the parameters' shapes (True = trainable) or None for a parameter
+            that trains whole; in the order of `params`, or a dict by name if these are named.
+        foreach, fused, capturable: without effect; differentiable: only False.
 
     Raises:
-        ValueError: an invalid option, or masks that do not match the parameters.
+        ValueError: an invalid option, masks that do not match, complex values, sparse gradients.
     """
 
     _step_supports_amp_scaling = True
@@ -337,56 +351,100 @@ class SparseSGDM(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable,
-        lr: float | Tensor,
+        lr: float | Tensor = 1e-3,
         momentum: float = 0.0,
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
-        masks: Iterable[Tensor | None] | None = None,
+        masks: Mapping[str, Tensor | None] | Iterable[Tensor | None] | None = None,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        capturable: bool = False,
     ):
         check_sgd_options(lr, momentum, dampening, weight_decay, nesterov)
-        options = dict(lr=lr, momentum=momentum, dampening=dampening)
-        super().__init__(params, options | dict(weight_decay=weight_decay, nesterov=nesterov))
-        self.masks = self._check_masks(masks)
+        options = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
+        options |= dict(nesterov=nesterov, maximize=maximize, differentiable=differentiable)
+        super().__init__(params, options | dict(foreach=foreach, fused=fused))
+        if masks is not None:
+            if self.masks:
+                raise ValueError("masks are given twice: as an argument and in a parameter group")
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            names = [name for g in self.param_groups for name in g.get("param_names", [])]
+            in_order = iter(masks_in_order(masks, parameters, names))
+            for group in self.param_groups:
+                group["masks"] = [next(in_order) for _ in group["params"]]
 
-    def _check_masks(self, masks) -> dict[Tensor, Tensor]:
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        masks = [None] * len(parameters) if masks is None else list(masks)
-        if len(masks) != len(parameters):
-            raise ValueError(f"{len(masks)} masks for {len(parameters)} parameters")
-        for i, (p, mask) in enumerate(zip(parameters, masks, strict=True)):
-            if mask is not None and (mask.shape != p.shape or mask.dtype != torch.bool):
-                raise ValueError(
-                    f"mask {i} must be a bool tensor of shape {tuple(p.shape)}, "
-                    f"not {mask.dtype} {tuple(mask.shape)}"
-                )
-        pairs = zip(parameters, masks, strict=True)
-        return {p: m.to(p.device).reshape(-1) for p, m in pairs if m is not None}
+    @property
+    def masks(self) -> dict[Tensor, Tensor]:
+        """The mask of each parameter that has one."""
+        pairs = [zip(g["params"], g["masks"], strict=True) for g in self.param_groups]
+        return {p: mask for group in pairs for p, mask in group if mask is not None}
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a group, with its "masks" or dense; one that is refused is not added."""
+        super().add_param_group(param_group)
+        self._check(group := self.param_groups.pop())
+        self.param_groups.append(group)
+
+    @staticmethod
+    def _check(group: dict) -> None:
+        params = group["params"]
+        if group.get("differentiable"):
+            raise ValueError("SparseSGDM steps in place, it is not differentiable")
+        if any(p.is_complex() or getattr(p.grad, "layout", p.layout) != p.layout for p in params):
+            raise ValueError("SparseSGDM takes neither complex parameters nor sparse gradients")
+        group["masks"] = masks_in_order(group.get("masks"), params, group.get("param_names", []))
+
+    def __setstate__(self, state: dict) -> None:
+        present = self.__dict__.get("param_groups", state["param_groups"])  # none yet in a copy
+        for group, before in zip(state["param_groups"], present, strict=True):
+            self._check(group), self._check(before)  # a refusal comes before any change
+            masks = zip(group["masks"], before["masks"], strict=True)
+            group["masks"] = [old if new is None else new for new, old in masks]
+            names, old = (g.get("param_names", []) for g in (group, before))
+            if names != old and sorted(names) == sorted(old):
+                raise ValueError(f"the state_dict has its parameters in another order: {names}")
+        super().__setstate__(state)
+
+    def __repr__(self) -> str:
+        brief = object.__new__(type(self))  # without the masks, which fill pages
+        brief.param_groups = [{k: g[k] for k in g if k != "masks"} for g in self.param_groups]
+        return super(SparseSGDM, brief).__repr__()
 
     @torch.no_grad()
     def step(self, closure=None):
         """Take one step on every parameter that has a gradient; returns the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:  # all of them before the first step
+            self._check(group)
+        scale = getattr(self, "grad_scale", None)
         for group in self.param_groups:
-            options = {k: v for k, v in group.items() if k in self.defaults}
+            options = {k: group[k] for k in ("lr", "momentum", "dampening", "weight_decay")}
+            options["nesterov"] = group["nesterov"] and group["momentum"] != 0
+            sign = -1.0 if group.get("maximize") else 1.0
+            options["grad_scale"] = sign if scale is None else sign * scale
             options["found_inf"] = getattr(self, "found_inf", None)
-            if (scale := getattr(self, "grad_scale", None)) is not None:
-                options["grad_scale"] = scale
-            for p in group["params"]:
+            for p, mask in zip(group["params"], group["masks"], strict=True):
                 if p.grad is not None:
-                    self._step_parameter(p, options)
+                    self._step_parameter(p, mask, options)
         return loss
 
-    def _step_parameter(self, p: Tensor, options: dict) -> None:
-        state, first = self.state[p], False
-        if options["momentum"] and "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
-            first = True
-        buffer = state["momentum_buffer"].view(-1) if options["momentum"] else None
-        theta = p.data.contiguous().view(-1)
-        sparse_sgdm_(theta, p.grad.reshape(-1), buffer, self.masks.get(p), first=first, **options)
-        if not p.data.is_contiguous():
-            p.data.copy_(theta.view(p.shape))
+    def _step_parameter(self, p: Tensor, mask: Tensor | None, options: dict) -> None:
+        buffer = self.state[p].get("momentum_buffer") if options["momentum"] else None
+        if first := buffer is None and options["momentum"] != 0:
+            if options["found_inf"] is not None and options["found_inf"].item():
+                return  # the next step is the first
+            buffer = self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        laid = [p, p.grad, buffer, mask]
+        if not p.is_contiguous():  # its entries in the order of memory
+            order = sorted(range(p.dim()), key=p.stride, reverse=True)
+            laid = [x if x is None else x.permute(order) for x in laid]
+        flat = [x if x is None else x.contiguous().view(-1) for x in laid]
+        sparse_sgdm_(*flat, first=first, **options)
+        for x, moved in zip(laid[::2], flat[::2], strict=True):
+            if x is not None and not x.is_contiguous():
+                x.copy_(moved.view(x.shape))
