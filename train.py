@@ -13,6 +13,7 @@ import os
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS deterministic
 
 import contextlib
+import io
 import sys
 
 import torch
@@ -47,6 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     128 + signal when interrupted. Of several processes the first speaks for those that fail alike.
     """
     first, shared = int(os.environ.get("RANK", 0)) == 0, True
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that has no letter for a name
+            stream.reconfigure(errors="backslashreplace")
     try:
         line = parse(arguments, COMMANDS, __doc__)
         shared = False

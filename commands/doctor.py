@@ -24,6 +24,7 @@ import fisher
 import masks
 import sparse_sgdm
 from commands.options import GROUPS, Command, Line, federation, parse
+from fedavg import FedAvg
 from federated import privacy
 from federated.cohort import sample_clients
 from machine import safe_files
@@ -32,7 +33,7 @@ from machine.runs import Run
 from machine.status import duration
 from training.clients import HeadsTogether
 from training.learner import Learner
-from training.rounds import Federation, federate, make_clients
+from training.rounds import Federation, client_terms, cohort_of, make_clients, method_of
 from training.session import prepare
 from training.workspace import Workspace
 
@@ -201,8 +202,12 @@ def cuda_graph(learner: Learner, shards: list[np.ndarray], loop: Federation) -> 
 
 def time_client(learner: Learner, shards: list[np.ndarray], loop: Federation) -> float:
     """Return the median seconds of one client's part of a round, after one that warms up."""
-    process, seconds = federate(learner, shards, loop), []
-    if isinstance(process.train, HeadsTogether):
+    theta, terms = learner.entries.theta.clone(), client_terms(learner, shards, loop, None)
+    clients = make_clients(learner, shards, loop, list(terms.values()))
+    method = method_of(learner, loop, terms, len(shards))
+    process = FedAvg(theta, clients, functools.partial(cohort_of, loop, clients), method=method)
+    seconds: list[float] = []
+    if isinstance(clients, HeadsTogether):
         for _ in range(2):
             while (record := process.advance()) is None:
                 pass

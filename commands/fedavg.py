@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,14 +11,26 @@ import numpy as np
 import masks
 from commands.options import GROUPS, Line, federation
 from commands.search import search_then_train
+from fedavg import FedAvg
 from federated.privacy import Privacy, epsilon
+from machine import runs
 from machine.ranks import launched_group
 from study.plots import plot_curves
 from training import session
 from training.diagnostics import Diagnostics
 from training.learner import Learner
 from training.mask_file import Mask
-from training.rounds import federate
+from training.rounds import (
+    Federation,
+    check_apart,
+    client_terms,
+    cohort_of,
+    make_clients,
+    make_server,
+    method_of,
+    states_of,
+    watched,
+)
 from training.workspace import Workspace
 
 OPTIONS = GROUPS["fedavg"]
@@ -69,12 +82,14 @@ def train(workspace: Workspace, shards: list[np.ndarray], line: Line, name: str)
 
     def account() -> dict:
         sent = communication(folder.records(), learner.dense_size)
-        return sent | privacy_of_run(o, process.round, learner.mask)
+        return sent | privacy_of_run(o, process.round, learner.mask) | absent_classes(absent)
 
     def measure() -> dict:
         figures = diagnostics.measure() if diagnostics else {}
         return figures | privacy_spent(o, process.round)
 
+    if absent := workspace.classes_without_client():
+        print(f"no client holds {len(absent)} of the classes: {', '.join(absent)}")
     return session.drive(
         folder,
         process,
@@ -85,9 +100,40 @@ def train(workspace: Workspace, shards: list[np.ndarray], line: Line, name: str)
         o.watching,
         draw_curves=plot_curves,
         theta=lambda: process.theta,
-        opening=opening_bytes(learner, len(shards)) | privacy_spent(o, 0),
+        opening=opening_bytes(learner, len(shards)) | privacy_spent(o, 0) | absent_classes(absent),
         account=account,
         measure=measure,
+    )
+
+
+def federate(
+    learner: Learner,
+    shards: list[np.ndarray],
+    o: Federation,
+    run: runs.Run | None = None,
+    diagnostics: Diagnostics | None = None,
+) -> FedAvg:
+    """Return the loop of rounds: the six things that a federated run is, and who shares the work.
+
+    Args:
+        run: keeps the clients' states.
+        diagnostics: sees the rounds' changes.
+    """
+    check_apart(learner, o, len(shards), diagnostics)
+    theta = learner.entries.theta.clone()
+    terms = client_terms(learner, shards, o, run)
+    clients = make_clients(learner, shards, o, list(terms.values()))
+    method = method_of(learner, o, terms, len(shards))
+    if diagnostics is not None:
+        method = watched(method, diagnostics, theta)
+    return FedAvg(
+        theta,
+        train=clients,
+        cohort=partial(cohort_of, o, clients),
+        server=make_server(o.server, theta),
+        method=method,
+        states=states_of(learner, terms),
+        group=learner.group,
     )
 
 
@@ -108,6 +154,11 @@ def opening_bytes(learner: Learner, clients: int) -> dict[str, int]:
         return {}
     made, broadcast = learner.mask.made, clients * learner.mask.bytes
     return {"bytes_up": made["bytes_up"], "bytes_down": made["bytes_down"] + broadcast}
+
+
+def absent_classes(names: list[str]) -> dict[str, list[str]]:
+    """Return what log and summary say of classes that nobody holds; {} where there are none."""
+    return {"classes_without_client": names} if names else {}
 
 
 def communication(records: list[dict], dense_size: int) -> dict[str, float]:

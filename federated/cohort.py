@@ -101,8 +101,10 @@ def local_steps(
     A straggler, which each client is with probability `straggler_fraction`, manages 1..steps - 1,
     all equally likely (arXiv:1812.06127, section 5.2).
     """
+    if steps == 1 or not straggler_fraction:
+        return steps
     generator = _random(seed, "stragglers", round, client)
-    slow = steps > 1 and generator.random() < straggler_fraction
+    slow = generator.random() < straggler_fraction
     return int(generator.integers(1, steps)) if slow else steps
 
 

@@ -217,6 +217,8 @@ def set_fitted_head(
     if run is not None and (run.folder / "head.pt").exists():
         try:
             fitted = head.FittedHead(**run.kept("head.pt"))
+        except safe_files.WrongFile:
+            raise
         except safe_files.DamagedFile as error:
             raise ValueError(f"{error}; delete it to have the head fitted again") from None
     else:

@@ -82,10 +82,12 @@ class Mask:
             raise ValueError(f"mask {path}: a folder; a run's mask is its mask.pt") from None
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"mask {path}: no such file") from None
+        except safe_files.WrongFile as error:
+            raise ValueError(f"mask {path}: no mask that belongs here ({error})") from None
         except safe_files.DamagedFile:
-            other = "no mask that `calibrate` wrote" if purpose is None else "another mask"
             raise ValueError(
-                f"mask {path}: damaged, or {other}; delete it to have it made again"
+                f"mask {path}: damaged, or no mask that `calibrate` wrote; a run's own mask.pt is "
+                "made again where it is gone"
             ) from None
         if not isinstance(content, dict) or content.get("mask_format") != FORMAT:
             raise ValueError(f"mask {path}: not a mask of format {FORMAT}")

@@ -1,9 +1,9 @@
-"""The six things that a federated run is, put together from options: the loop of rounds."""
+"""The things that a federated run is, made from options: who, how clients train, what changes."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from centralized import Schedule
-from fedavg import Cohort, FedAvg, Method
+from fedavg import Cohort, Method, State
 from federated import cohort, methods
 from federated.client_states import (
+    ClientStates,
     ClientTerms,
     FedIR,
     LocalNorm,
@@ -24,7 +25,7 @@ from federated.client_states import (
     importance_weights,
 )
 from federated.cohort import Participation
-from federated.methods import Aggregation, Shared
+from federated.methods import Aggregation, Shared, compares_clients
 from federated.privacy import Privacy
 from federated.server import Server, ServerOptions
 from machine.device import free_memory
@@ -61,52 +62,12 @@ class Federation(NamedTuple):
     cuda_graph: str = "auto"
 
 
-def federate(
-    learner: Learner,
-    shards: list[np.ndarray],
-    o: Federation,
-    run: Run | None = None,
-    diagnostics: Diagnostics | None = None,
-) -> FedAvg:
-    """Return the loop over a learner's entries; clients' states are kept with `run`."""
-    sizes = [len(shard) for shard in shards]
-    theta = learner.entries.theta.clone()
-    terms = client_terms(learner, shards, o, run)
-    clients = make_clients(learner, shards, o, list(terms.values()))
-    method = method_of(learner, o, terms, len(shards))
-    check_apart(learner, o, method, len(shards), diagnostics)
-    if diagnostics is not None:
-        method = watched(method, diagnostics, theta)
-    lr, momentum, tau = o.server[1:]
-    server = Server(o.server.server, theta, lr=lr, momentum=momentum, tau=tau)
-    states = {name: term for name, term in terms.items() if hasattr(term, "state_dict")}
-    return FedAvg(
-        theta,
-        clients,
-        functools.partial(cohort_of, o, sizes, clients.effort, learner.workspace.source.seed),
-        server,
-        method,
-        {"loss_scale": learner.loss_scale} | states,
-        learner.group,
-    )
-
-
 # ---------------------------------------------------------------------------- who
 
 
-def cohort_of(
-    o: Federation,
-    sizes: Sequence[int],
-    effort: Callable[[int, int], float],
-    seed: int,
-    round: int,
-) -> Cohort:
-    """Return who takes part in a round, and with what weight.
-
-    Args:
-        sizes: (K,) samples per client.
-        effort: (client, round) -> the weight of its steps in its change.
-    """
+def cohort_of(o: Federation, clients: Clients, round: int) -> Cohort:
+    """Return who takes part in a round, and with what weight."""
+    sizes, seed = [len(shard) for shard in clients.shards], clients.seed
     fraction, fedvc, _, dropout = o.participation
     private = o.privacy.dp_clip is not None
     if private:
@@ -115,13 +76,14 @@ def cohort_of(
         sent = cohort.sample_by_size(sizes, fraction, seed=seed, round=round)
     else:
         sent = cohort.sample_clients(len(sizes), fraction, seed=seed, round=round)
-    clients = cohort.drop_out(sent, dropout, seed=seed, round=round) if dropout else sent
+    answering = cohort.drop_out(sent, dropout, seed=seed, round=round) if dropout else sent
     if private:  # a denominator that no client moves
-        return Cohort(sent, clients, np.full(len(clients), 1 / (fraction * len(sizes))))
-    weights = cohort.shares([1] * len(sizes) if fedvc else sizes, clients)
+        return Cohort(sent, answering, np.full(len(answering), 1 / (fraction * len(sizes))))
+    weights = cohort.shares([1] * len(sizes) if fedvc else sizes, answering)
     if o.aggregation.aggregate == "fednova":
-        weights = cohort.normalised_averaging(weights, [effort(k, round) for k in clients])
-    return Cohort(sent, clients, weights)
+        efforts = [clients.effort(k, round) for k in answering]
+        weights = cohort.normalised_averaging(weights, efforts)
+    return Cohort(sent, answering, weights)
 
 
 # ---------------------------------------------------------------------------- how clients train
@@ -212,6 +174,18 @@ def method_of(learner: Learner, o: Federation, terms: dict[str, Term], clients: 
     return method if local is None else method._replace(after_=local.average_into_)
 
 
+def make_server(o: ServerOptions, theta: Tensor) -> Server:
+    """Return the server's rule with its state."""
+    rule, lr, momentum, tau = o
+    return Server(rule, theta, lr=lr, momentum=momentum, tau=tau)
+
+
+def states_of(learner: Learner, terms: dict[str, Term]) -> dict[str, State]:
+    """Return what else changes over the rounds, by name: the loss scale, clients' states."""
+    states = {name: term for name, term in terms.items() if isinstance(term, ClientStates)}
+    return {"loss_scale": learner.loss_scale} | states
+
+
 def watched(method: Method, diagnostics: Diagnostics, theta: Tensor) -> Method:
     """Let diagnostics see the parts of the rounds in which figures are due."""
 
@@ -242,21 +216,18 @@ def memory_room(learner: Learner) -> dict[torch.device, float]:
 
 
 def check_apart(
-    learner: Learner,
-    o: Federation,
-    method: Method,
-    clients: int,
-    diagnostics: Diagnostics | None,
+    learner: Learner, o: Federation, clients: int, diagnostics: Diagnostics | None
 ) -> None:
     """Raise ValueError where a round's changes are kept apart and do not fit on the device."""
-    if not (method.apart(1) or diagnostics is not None):
+    compares = compares_clients(o.aggregation.aggregate)
+    if not compares and diagnostics is None:
         return
     each = 16  # bytes of a change and its copy
     cohort_size = max(1, round(o.participation.fraction * clients))
     needed = each * len(learner.entries.theta) * cohort_size
     room = memory_room(learner)[learner.workspace.device]
     if room and needed > room:
-        option = f"--aggregate {o.aggregation.aggregate}" if method.apart(1) else "--diagnostics"
+        option = f"--aggregate {o.aggregation.aggregate}" if compares else "--diagnostics"
         raise ValueError(
             f"{option} keeps a round's changes apart and copies them, {needed / 1e9:,.1f} GB, and "
             f"there is room for {room / 1e9:,.1f} GB: a lower --fraction, or a mask (--mask-rule)"

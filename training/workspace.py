@@ -63,6 +63,12 @@ class Sharding(NamedTuple):
         float | None, "concentration of the clients' class mixtures [iid]", "> 0"
     ] = None
 
+    cover: Annotated[
+        str,
+        "all: every class has a client; partial: with too few clients for that, some have none",
+        ("all", "partial"),
+    ] = "all"
+
     @property
     def name(self) -> str:
         """iid, nc5 or dir0.3."""
@@ -118,15 +124,29 @@ class Workspace:
         return min(EVAL_BATCH, max(8, CPU_ACTIVATIONS // (tokens * shape.width)))
 
     def shards(self, sharding: Sharding) -> list[np.ndarray]:
-        """Return each client's indices into the training images."""
-        clients, nc, dirichlet = sharding
-        labels = self.dataset.train.labels.numpy()[self.train_index]
+        """Return each client's indices into the training images.
+
+        Images of classes that nobody holds (--cover partial) are left out of training.
+        """
+        clients, nc, dirichlet, cover = sharding
+        labels, seed = self.dataset.train.labels.numpy()[self.train_index], self.source.seed
         try:
-            parts = data.shard(labels, clients, nc=nc, dirichlet=dirichlet, seed=self.source.seed)
+            parts = data.shard(
+                labels, clients, nc=nc, dirichlet=dirichlet, seed=seed, cover=cover == "all"
+            )
         except ValueError as error:
             options = f"--clients {clients}" + (f" --nc {nc}" if nc is not None else "")
             raise ValueError(f"{options}: {error}") from None
-        return [self.train_index[part] for part in parts]
+        shards = [self.train_index[part] for part in parts]
+        if cover == "partial":
+            self.train_index = np.sort(np.concatenate(shards))
+        return shards
+
+    def classes_without_client(self) -> list[str]:
+        """Name the classes of which no image trains."""
+        labels = self.dataset.train.labels.numpy()[self.train_index]
+        absent = np.setdiff1d(np.arange(self.classes), labels)
+        return [self.dataset.classes[c] for c in absent]
 
     def build_model(self, load: bool = True) -> vit.VisionTransformer:
         """Build the model with its backbone weights and a zero head, in fp32 on the device.

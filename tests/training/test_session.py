@@ -15,7 +15,7 @@ FEDAVG += ("--J", 1, "--batch-size", 8, "--name", "a")
 MASKED = (*FEDAVG, "--head", "ridge", "--mask-rule", "random")
 
 
-def test_another_runs_file_is_refused_by_name_and_can_be_deleted(cli, small_data):
+def test_another_runs_file_is_refused_by_name_and_nobody_is_told_to_delete_it(cli, small_data):
     for run, lr in (("a", 0.01), ("b", 0.02)):
         assert cli(*MASKED, "--name", run, "--lr", lr)[0] == 0
     folder, other = (small_data / "runs" / run for run in "ab")
@@ -23,8 +23,8 @@ def test_another_runs_file_is_refused_by_name_and_can_be_deleted(cli, small_data
     for name in ("head.pt", "mask.pt"):
         shutil.copy(other / name, folder / name)
         status, _, err = cli(*command)
-        assert status == 2 and f"runs/a/{name}" in err and "delete it to have" in err
-        assert (folder / "log.jsonl").read_bytes() == log
+        assert status == 2 and f"runs/a/{name}" in err and "belongs elsewhere" in err
+        assert "delete" not in err and (folder / "log.jsonl").read_bytes() == log
         (folder / name).unlink()
     assert cli(*command)[0] == 0
 
