@@ -131,7 +131,10 @@ class Method(NamedTuple):
     """(parts (m or 1, P) int64, cohort, round) -> their one change (P,); knows no order of them"""
     after_: Callable[[Tensor], None] = lambda theta: None
     """(theta), in place, once the server has stepped"""
+    report: Callable[[dict, Cohort], dict] = lambda record, cohort: record
+    """(record, cohort) -> what the round's record says of it"""
     steps_empty: bool = False  # does the server step in a round without clients?
+    saves_within: bool = True  # may a round in hand be saved, with its sum and losses?
     bytes_up: int = 0  # what a client that takes part sends
     bytes_down: int = 0  # what one that is sent the model receives
 
@@ -246,7 +249,7 @@ class FedAvg:
             try:
                 for place, (theta_k, losses) in zip(places, results, strict=True):
                     self._take_in(t, cohort, place, theta_k, losses)
-                    if group.size == 1 and place != places[-1]:
+                    if group.size == 1 and self.method.saves_within and place != places[-1]:
                         yield None
             except ClientError as error:
                 problem = str(error)
@@ -306,12 +309,13 @@ class FedAvg:
             record["dropped_out"] = dropped
         if memory := {name: state.bytes for name, state in self.states.items() if state.bytes}:
             record["state_bytes"] = memory
-        return record | {
+        record |= {
             "seconds": 0.0,
             "bytes_up": sum(sent for _, sent in self.done.values()),
             "bytes_down": self.method.bytes_down * len(cohort.sent),
             "clients": [int(k) for k in cohort.clients],
         }
+        return self.method.report(record, cohort)
 
     def _merge_states(self) -> None:
         for state in self.states.values():

@@ -205,7 +205,8 @@ def time_client(learner: Learner, shards: list[np.ndarray], loop: Federation) ->
     theta, terms = learner.entries.theta.clone(), client_terms(learner, shards, loop, None)
     clients = make_clients(learner, shards, loop, list(terms.values()))
     method = method_of(learner, loop, terms, len(shards))
-    process = FedAvg(theta, clients, functools.partial(cohort_of, loop, clients), method=method)
+    cohort = functools.partial(cohort_of, loop, clients, None)
+    process = FedAvg(theta, clients, cohort, method=method)
     seconds: list[float] = []
     if isinstance(clients, HeadsTogether):
         for _ in range(2):

@@ -28,12 +28,19 @@ from training.rounds import (
     make_clients,
     make_server,
     method_of,
+    secret_of,
     states_of,
     watched,
 )
 from training.workspace import Workspace
 
 OPTIONS = GROUPS["fedavg"]
+NEVER_COVERED = (  # by epsilon, of what a private run leaves behind
+    "the number of clients in each round, which the log holds",
+    "options that were chosen by looking at earlier runs",
+    "what eval --per-client and --personalised show of single clients",
+    "whoever has the run's checkpoint, which holds its secret: hand on what export writes",
+)
 
 
 def run(line: Line) -> None:
@@ -77,8 +84,8 @@ def train(workspace: Workspace, shards: list[np.ndarray], line: Line, name: str)
         learner.keep_activations()
         diagnostics = watching(learner, shards, o)
         process = federate(learner, shards, federation(o), folder, diagnostics)
-    if o.privacy.dp_clip is not None and (left_out := uncovered(o, learner.mask)):
-        print(f"warning: epsilon covers the rounds, not {' and '.join(left_out)}", file=sys.stderr)
+    for warning in warnings_of(o, learner.mask):
+        print(f"warning: {warning}", file=sys.stderr)
 
     def account() -> dict:
         sent = communication(folder.records(), learner.dense_size)
@@ -121,18 +128,19 @@ def federate(
     """
     check_apart(learner, o, len(shards), diagnostics)
     theta = learner.entries.theta.clone()
+    secret = secret_of(learner, o)
     terms = client_terms(learner, shards, o, run)
     clients = make_clients(learner, shards, o, list(terms.values()))
-    method = method_of(learner, o, terms, len(shards))
+    method = method_of(learner, o, terms, len(shards), secret, run)
     if diagnostics is not None:
         method = watched(method, diagnostics, theta)
     return FedAvg(
         theta,
         train=clients,
-        cohort=partial(cohort_of, o, clients),
+        cohort=partial(cohort_of, o, clients, secret),
         server=make_server(o.server, theta),
         method=method,
-        states=states_of(learner, terms),
+        states=states_of(learner, terms, secret),
         group=learner.group,
     )
 
@@ -168,8 +176,9 @@ def communication(records: list[dict], dense_size: int) -> dict[str, float]:
         dense_size: parameters that would train without a mask.
     """
     up, down = (sum(r.get(key, 0) for r in records) for key in ("bytes_up", "bytes_down"))
-    messages = [2 * len(r.get("clients", ())) + len(r.get("dropped_out", ())) for r in records]
-    dense = 4 * dense_size * sum(messages)
+    answered = [r.get("answered", len(r.get("clients", ()))) for r in records]
+    dropped = [len(r.get("dropped_out", ())) for r in records]
+    dense = 4 * dense_size * (2 * sum(answered) + sum(dropped))
     return {"bytes_up": up, "bytes_down": down, "bytes_to_dense": (up + down) / max(1, dense)}
 
 
@@ -184,9 +193,11 @@ def privacy_of_run(o: SimpleNamespace, rounds: int, mask: Mask | None) -> dict:
     privacy: Privacy = o.privacy
     if privacy.dp_clip is None:
         return {}
-    settings = {name: getattr(privacy, name) for name in ("dp_noise", "dp_clip", "dp_delta")}
-    spent = privacy_spent(o, rounds)
-    return {"privacy": settings | spent | {"not_covered": uncovered(o, mask)}}
+    settings = {n: getattr(privacy, n) for n in ("dp_noise", "dp_clip", "dp_delta", "dp_seed")}
+    protects = bool(privacy.dp_noise) and privacy.dp_seed is None
+    not_covered = [*uncovered(o, mask), *NEVER_COVERED]
+    figures = settings | privacy_spent(o, rounds) | {"protects": protects}
+    return {"privacy": figures | {"not_covered": not_covered}}
 
 
 def uncovered(o: SimpleNamespace, mask: Mask | None) -> list[str]:
@@ -194,3 +205,21 @@ def uncovered(o: SimpleNamespace, mask: Mask | None) -> list[str]:
     fitted = [f"the {o.head.head} head fitted to their data"] * (o.head.head != "linear")
     scored = mask is not None and masks.needs_scores(mask.made["mask_rule"])
     return fitted + ["the mask calibrated on their data"] * scored
+
+
+def warnings_of(o: SimpleNamespace, mask: Mask | None) -> list[str]:
+    """Return what a run's privacy and secure aggregation do not do, a sentence each."""
+    warnings, privacy = [], o.privacy
+    if privacy.dp_clip is not None and (left_out := uncovered(o, mask)):
+        warnings.append(f"epsilon covers the rounds, not {' and '.join(left_out)}")
+    if privacy.dp_noise and privacy.dp_seed is not None:
+        warnings.append(
+            "--dp-seed: the noise can be subtracted by whoever reads the seed, config.json holds "
+            "it: this run protects nobody"
+        )
+    if privacy.secure_aggregation and (o.participation.dropout or privacy.dp_clip is not None):
+        warnings.append(
+            "--secure-aggregation: a client that is alone in its round is sent in the clear, and "
+            "the log says so (in_the_clear)"
+        )
+    return warnings

@@ -65,11 +65,11 @@ class Search(NamedTuple):
     search_lr: typing.Annotated[
         list[float] | None,
         "learning rates to try [a third of --lr, --lr, three times --lr]",
-        ">= 0",
+        "0 <= x <= 1e38",
         "LR",
     ] = None
     search_weight_decay: typing.Annotated[
-        list[float] | None, "weight decays to try [0 0.0005]", ">= 0", "WD"
+        list[float] | None, "weight decays to try [0 0.0005]", "0 <= x <= 1e38", "WD"
     ] = None
     search_length: typing.Annotated[
         int | None, "rounds or epochs of each try [as the run]", ">= 1", "N"

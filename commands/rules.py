@@ -30,6 +30,7 @@ from training.clients import LocalSteps, trains_together
 from training.session import check_tensorboard
 
 SEARCH_WEIGHT_DECAY = 0.0, 5e-4
+LEAST_NOISE = 1e-6  # below, epsilon is no number
 EVALUATIONS = 20  # of a run, where --eval-every does not say otherwise
 SERVER_LR = 0.01  # of the adaptive rules; of the others 1
 
@@ -421,6 +422,12 @@ def of_methods(o: Options) -> Iterator[tuple[Any, str]]:
         f"--aggregate {o.aggregate} with --secure-aggregation: it compares the clients' changes "
         "entry by entry, and only their sum can be seen",
     )
+    alone = o.dp_clip is None and int(o.fraction * o.clients + 0.5) <= 1
+    yield (
+        o.secure_aggregation and alone,
+        f"--secure-aggregation with --fraction {o.fraction:g} of {o.clients} clients: one client a "
+        "round is sent in the clear; a higher --fraction",
+    )
     yield (
         o.secure_aggregation and o.diagnostics,
         "--diagnostics with --secure-aggregation: they compare the clients' changes, and only "
@@ -460,9 +467,14 @@ def of_privacy(o: Options) -> Iterator[tuple[Any, str]]:
         o.dp_clip is None and o.dp_delta is not None,
         "--dp-delta belongs to --dp-noise Z --dp-clip S",
     )
+    for name in ("dp_delta", "dp_seed"):
+        yield (
+            getattr(o, name) is not None and not o.dp_noise,
+            f"{flag(name)} belongs to a --dp-noise above 0",
+        )
     yield (
-        o.dp_delta is not None and not o.dp_noise,
-        "--dp-delta belongs to a --dp-noise above 0",
+        o.dp_noise is not None and 0 < o.dp_noise < LEAST_NOISE,
+        f"--dp-noise {o.dp_noise or 0:g}: 0, or at least {LEAST_NOISE:g}",
     )
     for name in NOT_PRIVATE:
         yield (

@@ -46,7 +46,7 @@ class ClientTerms(NamedTuple):
     """What a client adds to its local steps."""
 
     prox: Annotated[
-        float, "FedProx: strength of each client's pull to where it started", ">= 0", "MU"
+        float, "FedProx: strength of each client's pull to where it started", "0 <= x <= 1e38", "MU"
     ] = 0.0
     scaffold: Annotated[bool, "SCAFFOLD: control variates correct client drift"] = False
     fedir: Annotated[bool, "FedIR: samples weighted by class, p(y) / p_k(y)"] = False

@@ -42,7 +42,7 @@ class Participation(NamedTuple):
 
 
 def _random(seed: int, purpose: str, round: int, client: int = 0) -> np.random.Generator:
-    key = [seed, zlib.crc32(purpose.encode())]
+    key = [seed % 2**64, zlib.crc32(purpose.encode()) ^ seed >> 64]  # of up to 128 bits
     return np.random.Generator(np.random.Philox(key=key, counter=[0, client, round, 0]))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import editing
 from fedavg import FIXED_POINT, Cohort, Method
-from federated.privacy import add_noise_, clip_factor, conceal_
+from federated.privacy import Secret, add_noise_, clip_factor, conceal_
 
 
 class Aggregation(NamedTuple):
@@ -124,7 +124,8 @@ def with_variates(method: Method, shared: Shared) -> Method:
 def hidden(method: Method, seed: int) -> Method:
     """Bonawitz 2017: send 64 bits an entry, under pairwise masks that cancel in the sum.
 
-    Hidden contributions have no zeros, so that all of them is sent.
+    Hidden contributions have no zeros, so that all of them is sent. A client that is alone in its
+    round has nobody to hide with: its record says so.
     """
 
     def send_(part: Tensor, client: int, cohort: Cohort, round: int) -> int:
@@ -133,13 +134,19 @@ def hidden(method: Method, seed: int) -> Method:
         conceal_(part, client, cohort.clients, round, seed=seed)
         return 2 * method.bytes_up
 
-    return method._replace(send_=send_, bytes_up=2 * method.bytes_up)
+    def report(record: dict, cohort: Cohort) -> dict:
+        alone = {"in_the_clear": [int(k) for k in cohort.clients]}
+        return method.report(record | (alone if len(cohort.clients) == 1 else {}), cohort)
+
+    return method._replace(send_=send_, report=report, bytes_up=2 * method.bytes_up)
 
 
 def private(
-    method: Method, *, clip: float, std: float, seed: int, where: Tensor | None = None
+    method: Method, *, clip: float, std: float, secret: Secret, where: Tensor | None = None
 ) -> Method:
     """McMahan 2018: clip each client's change, add noise to what they come to.
+
+    What single clients did is neither logged nor saved: a round in hand is trained to its end.
 
     Args:
         clip: S, the largest norm of a change.
@@ -150,9 +157,18 @@ def private(
     def combine(parts: Tensor, cohort: Cohort, round: int) -> Tensor:
         total = method.combine(parts, cohort, round)
         if std:
-            add_noise_(total, std, unit=1 / FIXED_POINT, seed=seed, round=round, where=where)
+            seed, unit = secret.key, 1 / FIXED_POINT
+            add_noise_(total, std, unit=unit, seed=seed, round=round, where=where)
         return total
 
+    def report(record: dict, cohort: Cohort) -> dict:
+        record = method.report(record, cohort) | {"answered": len(cohort.clients)}
+        return {k: v for k, v in record.items() if k not in ("train_loss", "clients")}
+
     return method._replace(
-        factor=partial(clip_factor, bound=clip), combine=combine, steps_empty=True
+        factor=partial(clip_factor, bound=clip),
+        combine=combine,
+        report=report,
+        steps_empty=True,
+        saves_within=False,
     )

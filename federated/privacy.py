@@ -6,23 +6,25 @@
 
 Source: McMahan 2018, arXiv:1710.06963, algorithm 1, with its fixed-denominator estimator and
 uniform weights. Epsilon is of adding or removing one client, by Renyi accounting of the
-Poisson-sampled Gaussian mechanism in Google's dp-accounting, which is optional. The noise comes
-from a seed, so that runs can be repeated: whoever knows the seed knows the noise, and a deployment
-draws it afresh. Masks that cancel: Bonawitz 2017, doi 10.1145/3133956.3133982.
+Poisson-sampled Gaussian mechanism in Google's dp-accounting, which is optional. Who takes part and
+what noise there is come from a `Secret`: the operating system's randomness, which the run's own
+checkpoint holds and nothing else. Whoever knows it can subtract the noise; a secret made from a
+seed protects nobody. Masks that cancel: Bonawitz 2017, doi 10.1145/3133956.3133982.
 
-    import torch; from privacy import add_noise_, clip_factor, conceal_
+    import torch; from privacy import Secret, add_noise_, clip_factor, conceal_
     clip_factor(torch.tensor([3.0, 4.0]), torch.zeros(2), bound=1.0)  # 1 / 5
     total = torch.zeros(2, dtype=torch.int64)  # in units of 2^-48
-    add_noise_(total, 1.0 * 1.0 / (0.1 * 100), unit=2.0**-48, seed=0, round=1)
+    add_noise_(total, 1.0 * 1.0 / (0.1 * 100), unit=2.0**-48, seed=Secret().key, round=1)
     conceal_(total, client=3, clients=[3, 7], round=1, seed=0)  # uniform, until 7's is added
 """
 
 from __future__ import annotations
 
 import importlib.util
+import secrets
 import zlib
 from collections.abc import Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,16 +41,26 @@ class Privacy(NamedTuple):
     C, all weigh alike."""
 
     secure_aggregation: Annotated[
-        bool, "hide each client's update under pairwise masks that cancel in the sum"
+        bool,
+        "hide each client's update under pairwise masks that cancel in the sum; a demonstration: "
+        "the masks come from the run's options, not from a key agreement of the clients",
     ] = False
     dp_noise: Annotated[
         float | None,
         "noise multiplier: the sum of the clients' changes gets Gaussian noise of standard "
-        "deviation Z S [no privacy]; 0 clips alone",
+        "deviation Z S, from the operating system's secret randomness [no privacy]; 0 clips alone",
         "0 <= x <= 1000",
         "Z",
     ] = None
-    dp_clip: Annotated[float | None, "largest L2 norm of a client's change", "> 0", "S"] = None
+    dp_clip: Annotated[
+        float | None, "largest L2 norm of a client's change", "1e-30 <= x <= 1e30", "S"
+    ] = None
+    dp_seed: Annotated[
+        int | None,
+        "draw the noise and who takes part from this seed, for studies that are repeated: whoever "
+        "reads it subtracts the noise, so that the run protects nobody [a secret of the run]",
+        "0 <= x <= 9223372036854775807",
+    ] = None
     dp_delta: Annotated[
         float | None,
         "delta at which epsilon is told [1e-5, or K^-1.1 where that is less]",
@@ -56,8 +68,36 @@ class Privacy(NamedTuple):
     ] = None
 
 
+class Secret:
+    """The randomness of a private run: a State of the loop, so that resuming is exact.
+
+    Args:
+        seed: None draws 128 bits from the operating system.
+    """
+
+    bytes = 0
+
+    def __init__(self, seed: int | None = None):
+        self.key = secrets.randbits(128) if seed is None else seed
+
+    def merge(self, group: Any) -> None:
+        """Let every process of a group have the first one's."""
+        self.key = group.gather(self.key)[0]
+
+    def next_round(self) -> None:
+        """Do nothing: rounds are counters."""
+
+    def state_dict(self) -> dict[str, str]:
+        """Return the secret itself."""
+        return {"key": f"{self.key:032x}"}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Continue with the run's secret."""
+        self.key = int(state["key"], 16)
+
+
 def _random(seed: int, purpose: str, round: int) -> np.random.Generator:
-    key = [seed, zlib.crc32(purpose.encode())]
+    key = [seed % 2**64, zlib.crc32(purpose.encode()) ^ seed >> 64]
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, round, 0]))
 
 
@@ -89,6 +129,7 @@ def add_noise_(
     Args:
         total: (P,) int64.
         std: standard deviation of the noise, in the scale of the parameters.
+        seed: of up to 128 bits, as a Secret's key.
         unit: what 1 in `total` stands for.
         where: (P,) bool, the entries that get noise; None: all.
 

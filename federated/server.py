@@ -88,7 +88,7 @@ class ServerOptions(NamedTuple):
 
     server: Annotated[str, "what the server does with the averaged change", RULES] = "fedavg"
     server_lr: Annotated[
-        float | None, "server learning rate [1, of the adaptive rules 0.01]", "> 0"
+        float | None, "server learning rate [1, of the adaptive rules 0.01]", "0 < x <= 1e38"
     ] = None
     server_momentum: Annotated[
         float | None, "beta of fedavgm, b1 of the adaptive rules [0.9]", "0 <= x <= 0.9999"

@@ -122,15 +122,22 @@ class Threads:
 
 def in_threads(size, work):
     """Run `work(group)` in `size` threads that are a group; returns the results by rank."""
-    group, results = Threads(size), {}
+    group, results, problems = Threads(size), {}, []
 
     def run(rank):
         group.local.rank = rank
-        results[rank] = work(group)
+        try:
+            results[rank] = work(group)
+        except BaseException as error:
+            problems.append(error)
+            group.barrier.abort()  # or the others would wait for ever
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    if problems:
+        broken = threading.BrokenBarrierError
+        raise next((e for e in problems if not isinstance(e, broken)), problems[0])
     return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -26,7 +27,7 @@ from federated.client_states import (
 )
 from federated.cohort import Participation
 from federated.methods import Aggregation, Shared, compares_clients
-from federated.privacy import Privacy
+from federated.privacy import Privacy, Secret
 from federated.server import Server, ServerOptions
 from machine.device import free_memory
 from training.clients import Clients, HeadsTogether, LocalSteps, trains_together
@@ -65,13 +66,16 @@ class Federation(NamedTuple):
 # ---------------------------------------------------------------------------- who
 
 
-def cohort_of(o: Federation, clients: Clients, round: int) -> Cohort:
-    """Return who takes part in a round, and with what weight."""
+def cohort_of(o: Federation, clients: Clients, secret: Secret | None, round: int) -> Cohort:
+    """Return who takes part in a round, and with what weight.
+
+    Args:
+        secret: of a private run.
+    """
     sizes, seed = [len(shard) for shard in clients.shards], clients.seed
     fraction, fedvc, _, dropout = o.participation
-    private = o.privacy.dp_clip is not None
-    if private:
-        sent = cohort.sample_poisson(len(sizes), fraction, seed=seed, round=round)
+    if private := secret is not None:
+        sent = cohort.sample_poisson(len(sizes), fraction, seed=secret.key, round=round)
     elif fedvc:
         sent = cohort.sample_by_size(sizes, fraction, seed=seed, round=round)
     else:
@@ -153,8 +157,20 @@ def local_entries(learner: Learner) -> Tensor:
 # ---------------------------------------------------------------------------- what a method changes
 
 
-def method_of(learner: Learner, o: Federation, terms: dict[str, Term], clients: int) -> Method:
-    """Return what the run's federated method changes in a round."""
+def method_of(
+    learner: Learner,
+    o: Federation,
+    terms: dict[str, Term],
+    clients: int,
+    secret: Secret | None = None,
+    run: Run | None = None,
+) -> Method:
+    """Return what the run's federated method changes in a round.
+
+    Args:
+        secret: of a private run.
+        run: gives the masks of secure aggregation, which no other run shares.
+    """
     entries, flat, privacy = learner.entries, learner.flat, o.privacy
     seed, masked = learner.workspace.source.seed, entries.index is not None
     every = torch.ones_like(entries.theta, dtype=torch.bool) if masked else flat.marked()
@@ -165,12 +181,15 @@ def method_of(learner: Learner, o: Federation, terms: dict[str, Term], clients: 
     method = methods.METHODS[o.aggregation.aggregate](o.aggregation, sent)
     if "scaffold" in terms:
         method = methods.with_variates(method, sent)
-    if privacy.dp_clip is not None:
+    if secret is not None:
         std = privacy.dp_noise * privacy.dp_clip / (o.participation.fraction * clients)
         where = None if masked else every
-        method = methods.private(method, clip=privacy.dp_clip, std=std, seed=seed, where=where)
+        clip = privacy.dp_clip
+        method = methods.private(method, clip=clip, std=std, secret=secret, where=where)
     if privacy.secure_aggregation:
-        method = methods.hidden(method, seed)
+        identity = f"{seed} {run.config()['id'] if run is not None else ''}"
+        digest = hashlib.sha256(identity.encode()).digest()
+        method = methods.hidden(method, int.from_bytes(digest[:8], "little"))
     return method if local is None else method._replace(after_=local.average_into_)
 
 
@@ -180,10 +199,20 @@ def make_server(o: ServerOptions, theta: Tensor) -> Server:
     return Server(rule, theta, lr=lr, momentum=momentum, tau=tau)
 
 
-def states_of(learner: Learner, terms: dict[str, Term]) -> dict[str, State]:
-    """Return what else changes over the rounds, by name: the loss scale, clients' states."""
+def secret_of(learner: Learner, o: Federation) -> Secret | None:
+    """Return the randomness of a private run, the same in every process; None of others."""
+    if o.privacy.dp_clip is None:
+        return None
+    secret = Secret(o.privacy.dp_seed)
+    secret.merge(learner.group)
+    return secret
+
+
+def states_of(learner: Learner, terms: dict[str, Term], secret: Secret | None) -> dict[str, State]:
+    """Return what else changes over the rounds, by name: loss scale, clients' states, secret."""
     states = {name: term for name, term in terms.items() if isinstance(term, ClientStates)}
-    return {"loss_scale": learner.loss_scale} | states
+    states |= {"loss_scale": learner.loss_scale}
+    return states if secret is None else states | {"secret": secret}
 
 
 def watched(method: Method, diagnostics: Diagnostics, theta: Tensor) -> Method:

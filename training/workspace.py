@@ -46,7 +46,7 @@ class Backbone(NamedTuple):
     weights: Annotated[
         str | None, f"{', '.join(vit.WEIGHTS)}, none, or a checkpoint file", "path"
     ] = None
-    image_size: Annotated[int | None, "pixels a side", ">= 1"] = None
+    image_size: Annotated[int | None, "pixels a side", "1 <= x <= 4096"] = None
     normalisation: Annotated[
         str,
         "mean and std of the pixels; auto follows the checkpoint's name",
@@ -60,7 +60,7 @@ class Sharding(NamedTuple):
     clients: Annotated[int, "number of clients K", ">= 1", "--clients --K"] = 100
     nc: Annotated[int | None, "classes per client N_c [iid]", ">= 1"] = None
     dirichlet: Annotated[
-        float | None, "concentration of the clients' class mixtures [iid]", "> 0"
+        float | None, "concentration of the clients' class mixtures [iid]", "1e-6 <= x <= 1e9"
     ] = None
 
     cover: Annotated[

@@ -1,12 +1,15 @@
 """Private runs: what they log and sum up, what epsilon leaves out, which options they refuse."""
 
 import json
+import shutil
 
 import pytest
+import torch
+from built import build_loop, parsed
 from conftest import assert_frozen_stayed
 
 from commands import fedavg
-from federated import privacy
+from federated import methods, privacy
 from federated.cohort import sample_poisson
 
 TINY = (
@@ -32,18 +35,20 @@ def accountant(monkeypatch):
     ids=lambda o: " ".join(str(x) for x in o),
 )
 def test_a_private_run_tells_what_it_spent(cli, small_data, accountant, learners, extra):
-    private = ("--dp-noise", 0.8, "--dp-clip", 0.5)
+    private = ("--dp-noise", 0.8, "--dp-clip", 0.5, "--dp-seed", 7)
     status, _, err = cli(*TINY, *private, *extra)
-    assert status == 0, err
+    assert status == 0 and "protects nobody" in err, err
     folder = small_data / "runs" / "x"
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [r["epsilon"] for r in log] == [0.0, 1.0, 2.0, 3.0]
-    drawn = [sample_poisson(20, 0.2, seed=0, round=t).tolist() for t in (1, 2, 3)]
-    assert [r["clients"] for r in log[1:]] == drawn
+    drawn = [sample_poisson(20, 0.2, seed=7, round=t).tolist() for t in (1, 2, 3)]
+    assert [r["answered"] for r in log[1:]] == list(map(len, drawn))
+    assert not any({"clients", "train_loss"} & r.keys() for r in log)
     summary = json.loads((folder / "summary.json").read_text())["privacy"]
     assert (summary["epsilon"], summary["dp_noise"], summary["dp_delta"]) == (3.0, 0.8, 1e-5)
-    assert len(summary["not_covered"]) == err.count("fitted") + err.count("calibrated")
-    assert bool(summary["not_covered"]) == ("--head" in extra)
+    said = err.count("fitted") + err.count("calibrated")
+    assert len(summary["not_covered"]) == said + len(fedavg.NEVER_COVERED)
+    assert bool(said) == ("--head" in extra) and not summary["protects"]
     (learner,) = learners
     flat = learner.flat
     assert not flat.theta[~flat.marked()].any()  # padding stays zero
@@ -91,3 +96,64 @@ def test_noise_beyond_the_fixed_point_is_refused(cli, accountant):
     status, _, err = cli(*TINY, "--dp-noise", 1e3, "--dp-clip", 100)  # over C K = 4
     assert status == 2 and "--dp-noise: noise of standard deviation 25000" in err, err
     assert err.count("\n") == 1
+
+
+def state_of(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["state"]["process"]
+
+
+def test_the_noise_is_a_secret_of_the_run_and_resuming_is_exact(cli, small_data, accountant):
+    private = ("--dp-noise", 0.8, "--dp-clip", 0.5)
+    for name in ("a", "b"):
+        status, _, err = cli(*TINY, *private, "--name", name)
+        assert status == 0 and "protects nobody" not in err, err
+    a, b = (state_of(small_data / "runs" / name) for name in "ab")
+    assert not torch.equal(a["theta"], b["theta"])
+    secret = a["states"]["secret"]["key"]
+    for path in (small_data / "runs" / "a").iterdir():  # nothing but the checkpoints hold it
+        assert path.name.startswith("checkpoint") or secret.encode() not in path.read_bytes()
+    summary = json.loads((small_data / "runs" / "a" / "summary.json").read_text())["privacy"]
+    assert summary["protects"] and summary["dp_seed"] is None
+    shutil.copytree(small_data / "runs" / "a", small_data / "runs" / "c")
+    ends = []
+    for name in ("a", "c"):
+        assert cli(*TINY, *private, "--name", name, "--rounds", 4)[0] == 0
+        ends.append(state_of(small_data / "runs" / name)["theta"])
+    assert torch.equal(*ends)
+
+
+def test_a_private_round_is_saved_at_its_end_alone(small_data):
+    options = ("--clients", 20, "--fraction", 0.5, "--batch-size", 4, "--J", 1)
+    private = ("--dp-noise", 0.5, "--dp-clip", 0.5, "--dp-seed", 1)
+    _, loop = build_loop(small_data, *options, *private)
+    assert loop.advance()["round"] == 1  # one call, whoever takes part
+    assert "total" not in loop.state_dict() and "done" not in loop.state_dict()
+
+
+def test_a_client_alone_in_its_round_is_refused_or_named(cli, small_data):
+    secure = ("--secure-aggregation", "--rounds", 6, "--J", 1)
+    status, _, err = cli(*TINY, *secure, "--fraction", 0.05)
+    assert status == 2 and "one client a round is sent in the clear" in err
+    status, _, err = cli(*TINY, *secure, "--fraction", 0.1, "--dropout", 0.5)
+    assert status == 0 and "alone in its round is sent in the clear" in err
+    log = (small_data / "runs" / "x" / "log.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in log[1:]]
+    alone = [r for r in records if len(r["clients"]) == 1]
+    assert alone and all(r["in_the_clear"] == r["clients"] for r in alone)
+    assert not any("in_the_clear" in r for r in records if len(r["clients"]) != 1)
+
+
+def test_runs_of_one_seed_do_not_share_their_masks(small_data, monkeypatch):
+    seeds = []
+    conceal = methods.conceal_
+
+    def recorded(part, client, clients, round, *, seed):
+        seeds.append(seed)
+        conceal(part, client, clients, round, seed=seed)
+
+    monkeypatch.setattr(methods, "conceal_", recorded)
+    for name, lr in (("a", 0.1), ("b", 0.2)):
+        command = ("fedavg", "--rounds", 1, "--J", 1, "--secure-aggregation", "--lr", lr)
+        line = parsed(*command, "--data-dir", small_data, "--name", name)
+        fedavg.run(line)
+    assert len(set(seeds)) == 2

@@ -60,7 +60,7 @@ BAD = {
     "argument --nc: 0 must be at least 1": (*FEDAVG, "--nc", 0),
     "need 5000 parts": (*FEDAVG, "--clients", 1000, "--nc", 5),
     "not allowed with argument --nc": (*FEDAVG, "--nc", 5, "--dirichlet", 1),
-    "argument --dirichlet: 0 must be above 0": (*FEDAVG, "--dirichlet", 0),
+    "argument --dirichlet: 0 must be at least 1e-06 and at most 1e+09": (*FEDAVG, "--dirichlet", 0),
     "argument --J/--local-steps: 0 must be at least 1": (*FEDAVG, "--J", 0),
     "--J/--local-steps: '1.5' is not a whole number": (*FEDAVG, "--J", 1.5),
     "argument --fraction/--C: 0 must be above 0": (*FEDAVG, "--fraction", 0),

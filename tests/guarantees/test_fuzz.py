@@ -1,6 +1,6 @@
 """Random command lines, drawn from the parser's own declarations: exit 0, or 2 in one line.
 
-FUZZ=5000 FUZZ_SEED=7 python -m pytest tests/test_fuzz.py    thousands, another seed
+FUZZ=5000 FUZZ_SEED=7 python -m pytest -m slow tests/guarantees/test_fuzz.py    more, other seeds
 """
 
 import argparse
@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shlex
-import types
 import urllib.request
 from pathlib import Path
 from urllib.error import URLError
@@ -20,12 +19,14 @@ import torch
 from conftest import SYNTHETIC_DATASET
 
 import data
-import learner
 import model as vit
-import safe_files
-import session
 import train
+from commands import centralized, fedavg
+from commands.options import build_parser
+from machine import safe_files
+from training import learner
 
+pytestmark = pytest.mark.slow
 COUNT, SEED = int(os.environ.get("FUZZ", 24)), int(os.environ.get("FUZZ_SEED", 0))
 TINY = ("--rounds", 1, "--clients", 10, "--fraction", 0.2, "--J", 2, "--batch-size", 4)
 BASE = {  # before what is drawn, which may repeat it: the last one counts
@@ -86,9 +87,9 @@ ODD = ("", "x", "nan", "inf", "-1", "1e400", "9" * 30, "0x10", "½")
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
     """Return the parser of each sub-command that works in this process."""
-    actions = train.build_parser()._actions
-    found = next(a for a in actions if isinstance(a, argparse._SubParsersAction)).choices
-    return {name: parser for name, parser in found.items() if name != "sweep"}  # starts processes
+    actions = build_parser(train.COMMANDS)._actions
+    parsers = next(a for a in actions if isinstance(a, argparse._SubParsersAction)).choices
+    return {name: parser for name, parser in parsers.items() if name != "sweep"}  # it has its own
 
 
 def values(action: argparse.Action, draw: np.random.Generator) -> str:
@@ -102,12 +103,12 @@ def values(action: argparse.Action, draw: np.random.Generator) -> str:
     if action.choices:
         return str(draw.choice(list(action.choices)))
     bounds = inspect.getclosurevars(action.type).nonlocals
-    if "low" not in bounds:  # a type of several kinds
-        return str(draw.choice((*FEW, "0", "0.5")))
     low, high = bounds["low"], bounds["high"]
     inside = [0, 1, 2, 10] if bounds["kind"] is int else [0, 1e-30, 1e-3, 0.1, 0.5, 1, 3, 1e30]
     edges = [b for b in (low, high) if math.isfinite(b)]
-    return str(bounds["kind"]([*inside, *edges][draw.integers(len(inside) + len(edges))]))
+    drawn = [str(bounds["kind"](value)) for value in (*inside, *edges)]
+    words = {None: [], "share": ["0.5"]}.get(bounds["word"], [bounds["word"]])
+    return str(draw.choice([*drawn, *words]))
 
 
 def command_line(seed: int) -> list[str]:
@@ -145,8 +146,8 @@ def place(tmp_path_factory):
         small = SYNTHETIC_DATASET(samples_per_class=10)
         patch.setattr(data, "synthetic_dataset", lambda: small)
         patch.setattr(learner, "compiled", lambda function: function)  # half a minute each
-        undrawn = types.SimpleNamespace(plot_curves=lambda logs, path: None)
-        patch.setattr(session, "plots", undrawn)  # a second each; `plot` and others draw
+        for command in (fedavg, centralized):  # a second each; `plot` and others draw
+            patch.setattr(command, "plot_curves", lambda logs, path: None)
 
         def offline(*arguments, **options):
             raise URLError("no network")
@@ -211,9 +212,9 @@ def complaint(line: list[str], home: Path, capsys) -> str | None:
 
 @pytest.mark.parametrize("part", range(4))
 def test_any_command_line_ends_in_0_or_in_one_line_and_2(place, capsys, part):
-    found = {}
+    problems = {}
     for i in range(part, COUNT, 4):
         line = command_line(1_000_000 * SEED + i)
         if problem := complaint(line, place, capsys):
-            found[f"{i}: {shlex.join(line)}"] = problem
-    assert not found, "\n" + json.dumps(found, indent=2, ensure_ascii=False)
+            problems[f"{i}: {shlex.join(line)}"] = problem
+    assert not problems, "\n" + json.dumps(problems, indent=2, ensure_ascii=False)

@@ -29,7 +29,7 @@ COMMANDS = {
     "local norms": f"{FEDAVG} --local-norm --nc 10 --straggler-fraction 0.5 --dropout 0.3",
     "FedAdam": f"{FEDAVG} --server fedadam --prox 0.1 --diagnostics",
     "TIES": f"{FEDAVG} --aggregate ties --fedvc --dirichlet 0.5",
-    "private": f"{FEDAVG} --dp-noise 0.1 --dp-clip 0.5",
+    "private": f"{FEDAVG} --dp-noise 0.1 --dp-clip 0.5 --dp-seed 0",
     "head only": f"{FEDAVG} --train head --head ridge --lr 0.05 --scaffold --nc 10",
     "blocks.1": f"{FEDAVG} --train blocks.1 --head ridge --lr 1e-7 --nesterov --weight-decay 1",
     "central, cosine": "centralized --lr 0.05 --epochs 2 --B 64 --schedule cosine --augment",
@@ -90,7 +90,8 @@ def outcome(folder: Path) -> dict:
     theta = process["theta"] if "theta" in process else process["tensors"]["theta"]
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     bare = [{k: v for k, v in record.items() if k != "seconds"} for record in records]
-    figures = {k: records[-1][k] for k in ("train_loss", "val_loss", "test_loss")}
+    named = ("train_loss", "val_loss", "test_loss")  # of private runs no client's loss
+    figures = {k: records[-1][k] for k in named if k in records[-1]}
     hashes = {
         "theta": sha256(theta.numpy().tobytes()),
         "log": sha256(json.dumps(bare, sort_keys=True).encode()),

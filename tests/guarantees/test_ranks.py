@@ -7,14 +7,19 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, in_threads
+from conftest import ROOT, Threads, in_threads
 
 import editing
-import fedavg
-import runs
 import train
+from fedavg import ClientError, Cohort, FedAvg, Method
+from federated.cohort import sample_clients, shares
+from federated.privacy import conceal_
+from machine import runs
+
+slow = pytest.mark.slow  # processes of their own
 
 TINY = [
     *("--data", "synthetic", "--rounds", 3, "--eval-every", 2, "--clients", 20, "--fraction", 0.35),
@@ -69,6 +74,7 @@ def alone(folder, *arguments):
     return outcome(folder)
 
 
+@slow
 def test_three_processes_give_the_bits_of_one(tmp_path, tmp_path_factory):
     options = ("--train", "head", "--head", "ridge", "--lr", 0.05, "--scaffold")
     statuses, said = finish(launch(tmp_path, 3, *options))
@@ -82,6 +88,7 @@ def test_three_processes_give_the_bits_of_one(tmp_path, tmp_path_factory):
     assert records == expected[1]
 
 
+@slow
 def test_a_concealed_pair_stops_and_goes_on_alone_to_the_same_bits(tmp_path, tmp_path_factory):
     masked = ("--head", "ridge", "--mask-rule", "random", "--local-norm")
     options = ("--J", 20, "--lr", 0.02, "--straggler-fraction", 0.5, *masked)
@@ -92,7 +99,7 @@ def test_a_concealed_pair_stops_and_goes_on_alone_to_the_same_bits(tmp_path, tmp
     statuses, said = finish(processes)
     assert statuses == [143, 143], said
     state = runs.Run(tmp_path / "runs" / "x").load()["state"]["process"]
-    assert state["round"] < 3 and len(state.get("losses", ())) < 7
+    assert state["round"] < 3 and "done" not in state  # saved at the end of a round
     theta, records = alone(tmp_path, "--secure-aggregation", *options)
     expected, plain = alone(tmp_path_factory.mktemp("alone"), *options)
     assert torch.equal(theta, expected)
@@ -100,6 +107,7 @@ def test_a_concealed_pair_stops_and_goes_on_alone_to_the_same_bits(tmp_path, tmp
     assert [r["bytes_up"] for r in records[1:]] == [2 * r["bytes_up"] for r in plain[1:]]
 
 
+@slow
 def test_a_lost_process_ends_the_others_with_a_message(tmp_path):
     processes = launch(tmp_path, 2, "--rounds", 500)
     until(tmp_path / "runs" / "x" / "log.jsonl", processes[0])
@@ -109,24 +117,27 @@ def test_a_lost_process_ends_the_others_with_a_message(tmp_path):
     assert "another process of the job has gone" in err and "Traceback" not in err
 
 
+@slow
 def test_what_stops_all_processes_is_told_once(tmp_path):
     statuses, said = finish(launch(tmp_path, 2, "--lr", 1e30))
     assert statuses == [2, 2]
     assert [err.count("train.py: error: ") for _, err in said] == [1, 0], said
 
 
-def federate(size, calls, state=None, **options):
+def federate(size, calls, state=None, method=Method()):  # noqa: B008  (immutable)
     """Advance a federation of 7 sampled clients in `size` threads; return what rank 0 has."""
+    targets, sizes = torch.arange(100.0).view(20, 5), range(1, 21)
+
+    def train(theta, clients, round):
+        for client in clients:
+            yield theta + (targets[client] - theta) * (0.1 * round), theta[:1].clone()
+
+    def cohort(round):
+        clients = sample_clients(20, 0.35, seed=0, round=round)
+        return Cohort(clients, clients, shares(sizes, clients))
 
     def work(group):
-        theta, targets = torch.zeros(5), torch.arange(100.0).view(20, 5)
-
-        def one(client, round):
-            theta.add_(targets[client] - theta, alpha=0.1 * round)
-            return theta[:1].clone()
-
-        how = dict(fraction=0.35, group=group, quick=0) | options
-        federation = fedavg.FedAvg(theta, range(1, 21), one, **how)
+        federation = FedAvg(torch.zeros(5), train, cohort, method=method, group=group)
         if state is not None:
             federation.load_state_dict(state)
         records = [federation.advance() for _ in range(calls)]
@@ -137,26 +148,39 @@ def federate(size, calls, state=None, **options):
 
 @pytest.mark.parametrize("size", [2, 3, 7, 9])
 def test_rounds_do_not_depend_on_how_many_share_them(size):
-    calls = -(-7 // size)
-    records, state = federate(size, 3 * calls)
-    expected, expected_state = federate(1, 21)
+    records, state = federate(size, 3)  # a call a round
+    expected, expected_state = federate(1, 21)  # a call a client
     assert records == expected and len(records) == 3
     assert torch.equal(state["theta"], expected_state["theta"])
 
 
-@pytest.mark.parametrize("size", [2, 3, 9])
-def test_processes_meet_once_in_a_quick_round(size):
-    records, state = federate(size, -(-7 // size) + 2, quick=60)  # a round, then one call each
-    expected, expected_state = federate(1, 21)
-    assert records == expected and len(records) == 3
+def test_processes_meet_once_a_round(monkeypatch):
+    meetings, gather = [], Threads.gather
+
+    def counted(self, value):
+        meetings.append(isinstance(value, torch.Tensor))
+        return gather(self, value)
+
+    monkeypatch.setattr(Threads, "gather", counted)
+    federate(3, 4)
+    assert sorted(meetings) == 12 * [False] + 12 * [True]  # results, then the sum, in each of three
+
+
+@pytest.mark.parametrize(("clients", "after"), [(1, 2), (3, 3), (6, 2), (6, 9)])
+def test_a_round_in_hand_is_finished_by_a_group_of_any_size(clients, after):
+    records, state = federate(1, 7 + clients)
+    assert len(state["done"]) == clients
+    later, state = federate(after, 1, state)
+    expected, expected_state = federate(1, 14)
+    assert [*records, *later] == expected
     assert torch.equal(state["theta"], expected_state["theta"])
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3), (3, 2)])
-def test_a_round_in_hand_is_finished_by_a_group_of_another_size(before, after):
-    records, state = federate(before, -(-7 // before) + 1)  # one call into round 2
-    assert len(state["losses"]) == before
-    later, state = federate(after, -(-(7 - before) // after), state)
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (3, 2), (2, 3)])
+def test_a_group_goes_on_from_the_round_of_a_group_of_another_size(before, after):
+    records, state = federate(before, 1)
+    assert "done" not in state
+    later, state = federate(after, 7 if after == 1 else 1, state)
     expected, expected_state = federate(1, 14)
     assert [*records, *later] == expected
     assert torch.equal(state["theta"], expected_state["theta"])
@@ -164,28 +188,43 @@ def test_a_round_in_hand_is_finished_by_a_group_of_another_size(before, after):
 
 @pytest.mark.parametrize("rule", [editing.ties, editing.sign_elected])
 def test_a_merging_rule_gives_the_same_bits_over_processes_and_a_save(rule):
-    rules = dict(apart=lambda round: True, combine=lambda rows, weights, *_: rule(rows, weights))
-    expected, expected_state = federate(1, 14, **rules)
-    records, state = federate(2, 8, **rules)
-    assert records == expected
-    assert torch.equal(state["theta"], expected_state["theta"])
-    _, state = federate(2, 6, **rules)  # two calls into round 2
-    assert state["total"].shape == (7, 5) and len(state["losses"]) == 4
-    _, state = federate(3, 1, state, **rules)
+    method = Method(
+        apart=lambda round: True,
+        combine=lambda parts, cohort, round: rule(parts, cohort.weights),
+    )
+    expected, expected_state = federate(1, 14, method=method)
+    assert federate(2, 2, method=method)[0] == expected
+    _, state = federate(1, 7 + 4, method=method)  # four clients into round 2
+    assert state["total"].shape == (7, 5) and len(state["done"]) == 4
+    _, state = federate(3, 1, state, method=method)
     assert torch.equal(state["theta"], expected_state["theta"])
     assert not torch.equal(state["theta"], federate(1, 14)[1]["theta"])
 
 
 def test_what_clients_say_they_sent_is_counted_over_processes_and_a_save():
-    options = dict(client_bytes=(1000, 10), edit=lambda *a: 7 * a[1] if a[1] % 2 else None)
-    expected, _ = federate(1, 14, **options)
+    def send_(part, client, cohort, round):
+        return 7 * client if client % 2 else 1000
+
+    method = Method(send_=send_, bytes_up=1000, bytes_down=10)
+    expected, _ = federate(1, 14, method=method)
     for record in expected:
         sent = [7 * k if k % 2 else 1000 for k in record["clients"]]
         assert (record["bytes_up"], record["bytes_down"]) == (sum(sent), 70)
-    records, _ = federate(2, 8, **options)
-    assert records == expected
-    _, state = federate(2, 6, **options)  # two calls into round 2
-    assert federate(3, 1, state, **options)[0] == expected[1:]
+    assert federate(2, 2, method=method)[0] == expected
+    _, state = federate(1, 7 + 4, method=method)  # four clients into round 2
+    assert federate(3, 1, state, method=method)[0] == expected[1:]
+
+
+def test_a_result_that_no_process_can_use_stops_all_of_them():
+    def work(group):
+        targets = torch.tensor([[1.0], [float("inf")], [2.0]])
+        train = lambda theta, clients, round: ((targets[k], theta) for k in clients)  # noqa: E731
+        everyone = Cohort(np.arange(3), np.arange(3), np.full(3, 1 / 3))
+        with pytest.raises(ClientError, match="round 1, client 1: its update is inf"):
+            FedAvg(torch.zeros(1), train, lambda round: everyone, group=group).advance()
+        return True
+
+    assert in_threads(2, work) == {0: True, 1: True}
 
 
 def test_concealed_contributions_look_uniform_and_their_sum_is_exact():
@@ -193,11 +232,11 @@ def test_concealed_contributions_look_uniform_and_their_sum_is_exact():
     plain = torch.randint(-(2**50), 2**50, (4, 10_000), generator=generator)
     hidden = plain.clone()
     for row, client in zip(hidden, clients, strict=True):
-        fedavg.conceal_(row, client, clients, round=5, seed=1)
+        conceal_(row, client, clients, round=5, seed=1)
     assert torch.equal(hidden.sum(dim=0), plain.sum(dim=0))
     for row in hidden:  # a uniform int64 has its top bit set half of the time, whatever its sign
         shares = [(row >> bit & 1).double().mean().item() for bit in range(64)]
         assert all(abs(share - 0.5) < 0.025 for share in shares)  # 5 standard deviations
     again = plain[0].clone()
-    fedavg.conceal_(again, 3, clients, round=6, seed=1)
+    conceal_(again, 3, clients, round=6, seed=1)
     assert not torch.equal(again, hidden[0])

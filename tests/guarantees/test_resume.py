@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 # One process imports everything once and forks: a start costs seconds, a fork costs milliseconds.
 # It must not run a parallel operation before it forks, hence the single thread.
 ZYGOTE = """
@@ -15,7 +17,8 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-import data, runs, train
+import data, train
+from machine import runs
 small = data.synthetic_dataset(samples_per_class=20)
 data.synthetic_dataset = lambda: small
 runs.drive.__kwdefaults__["save_seconds"] = 0.05

@@ -11,7 +11,7 @@ from conftest import in_threads
 from fedavg import Cohort, FedAvg, Method
 from federated.cohort import sample_poisson
 from federated.methods import hidden, private
-from federated.privacy import add_noise_, clip_factor, conceal_, epsilon
+from federated.privacy import Secret, add_noise_, clip_factor, conceal_, epsilon
 
 CLIENTS, FRACTION, BOUND = 20, 0.3, 0.7
 TARGETS = torch.randn(CLIENTS, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -30,7 +30,7 @@ def federation(noise=0.0, group=None, sample=SAMPLE, around=lambda method: metho
         return Cohort(clients, clients, np.full(len(clients), 1 / (FRACTION * CLIENTS)))
 
     std = noise * BOUND / (FRACTION * CLIENTS)
-    method = private(Method(bytes_up=20), clip=BOUND, std=std, seed=3, where=TRAINS)
+    method = private(Method(bytes_up=20), clip=BOUND, std=std, secret=Secret(3), where=TRAINS)
     theta = torch.zeros(5, dtype=torch.float64)
     return FedAvg(theta, train, cohort, method=around(method), group=group)
 
@@ -65,11 +65,29 @@ def test_a_clipped_change_has_the_norm_of_the_bound_and_a_small_one_its_own():
     assert math.isnan(clip_factor(theta * math.nan, start, 2.0))  # which the round then refuses
 
 
-def test_a_private_runs_training_loss_counts_clients_alike():
+def test_a_private_round_says_nothing_of_single_clients_and_is_never_saved_within():
     loop = federation()
-    while (record := loop.advance()) is None:
-        pass
-    assert record["train_loss"] == pytest.approx(np.mean(record["clients"]), rel=1e-12)
+    record = loop.advance()  # one call, however many take part
+    assert record["answered"] == len(SAMPLE(round=1)) > 1
+    assert not {"train_loss", "clients"} & record.keys()
+    assert not {"done", "total"} & loop.state_dict().keys()
+
+
+def test_a_secret_is_128_bits_of_the_systems_and_a_groups_is_one():
+    keys = {Secret().key for _ in range(50)}
+    assert len(keys) == 50 and max(keys) > 2**120 and max(keys) < 2**128
+
+    def work(group):
+        secret = Secret()
+        secret.merge(group)
+        again = Secret()
+        again.load_state_dict(secret.state_dict())
+        return secret.key, again.key
+
+    shared = in_threads(3, work)
+    assert len({key for pair in shared.values() for key in pair}) == 1
+    draws = [sample_poisson(1000, 0.5, seed=key, round=1).tolist() for key in (1, 1 + 2**64)]
+    assert draws[0] != draws[1]  # all of the bits count
 
 
 # ---------------------------------------------------------------------------- noise
@@ -101,7 +119,7 @@ def test_noise_has_its_deviation_and_is_absent_where_nothing_trains():
 def test_a_round_without_clients_adds_its_noise():
     loop = federation(noise=1.0, sample=lambda round: np.empty(0, np.int64))
     record = loop.advance()
-    assert "unchanged" not in record and "train_loss" not in record and not record["clients"]
+    assert "unchanged" not in record and record["answered"] == 0
     expected = torch.zeros(5, dtype=torch.int64)
     std = BOUND / (FRACTION * CLIENTS)
     add_noise_(expected, std, unit=2.0**-48, seed=3, round=1, where=TRAINS)
@@ -126,7 +144,7 @@ def test_order_processes_and_interruption_change_no_bit():
         ends = in_threads(size, lambda group: run(federation(noise=0.5, group=group), 6))
         assert all(torch.equal(ends[rank], whole) for rank in range(size))
     first = federation(noise=0.5)
-    for _ in range(9):
+    for _ in range(3):
         first.advance()
     second = federation(noise=0.5)
     second.load_state_dict(first.state_dict())
@@ -163,7 +181,7 @@ def test_secure_aggregation_changes_no_bit_and_sends_eight_bytes_an_entry(size):
         loop = federation(0.5, group, around=lambda method: hidden(method, seed=1))
         while (record := loop.advance()) is None:
             pass
-        assert record["bytes_up"] == 40 * len(record["clients"]) > 0
+        assert record["bytes_up"] == 40 * record["answered"] > 0
         return run(loop, 6)
 
     ends = in_threads(size, work)

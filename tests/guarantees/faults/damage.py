@@ -22,8 +22,8 @@ from walk import Walk
 from world import Tally, fresh, reference, run
 
 import model as vit
-import runs
-from mask_file import Mask
+from machine import runs
+from training.mask_file import Mask
 
 COMMAND = (
     f"fedavg {SMALL} --rounds 8 --fraction 0.3 --scaffold --head ridge --early-stop 9 "
@@ -241,7 +241,7 @@ def in_use(folder: Path, pattern: str) -> list[Path]:
     if "client" not in pattern:
         return found
     process = torch.load(folder / "runs/x/checkpoint.pt", weights_only=True)["state"]["process"]
-    changes = process["companions"]["scaffold"]["changes"]
+    changes = process["states"]["scaffold"]["changes"]
     return [p for p in found if p.stem in {f"client{k}-{n}" for k, n in changes.items()}]
 
 

@@ -18,8 +18,8 @@ from damage import COMMAND
 from kills import TRAINING, wait_for
 from world import Child, Tally, fresh, reference, run
 
-import learner
-import runs
+from machine import runs
+from training import learner
 
 
 def limited_files(tally: Tally, where: Path, tries: int) -> None:

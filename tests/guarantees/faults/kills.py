@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 from world import ROOT, Child, Ended, Tally, canonical, fresh, reference, run
 
-import runs
-import safe_files
-import session
+from machine import runs, safe_files
+from training import session
 
 SMALL = "--data synthetic --clients 10 --J 2 --batch-size 8 --name x"
 FEDAVG = f"fedavg {SMALL} --rounds 40 --eval-every 8"
@@ -198,7 +197,7 @@ def one_of_two(tally: Tally, where: Path, kills: int, seed: int) -> None:
     """Kill one process of torchrun's two; the job ends, says so, and goes on when typed again."""
     kind, moments = "kill -9 of one of two processes", random.Random(seed)
     expected, _ = reference(where / "alone", PAIR)
-    script = str(ROOT / "tests" / "faults" / "world.py")
+    script = str(Path(__file__).with_name("world.py"))
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", script)
     folder, log = fresh(where / "pair"), where / "pair" / "runs" / "x" / "log.jsonl"
     for number in range(kills):
@@ -222,7 +221,7 @@ def one_of_two(tally: Tally, where: Path, kills: int, seed: int) -> None:
 def sweeps(tally: Tally, where: Path, kills: int, seed: int) -> None:
     """Kill a sweep of two jobs; its runs end with it, and it goes on when typed again."""
     kind, moments = "kill -9 of a sweep", random.Random(seed)
-    script = str(ROOT / "tests" / "faults" / "world.py")
+    script = str(Path(__file__).with_name("world.py"))
     command = (sys.executable, script, "sweep", "rules", "--scale", "smoke")
     command += ("--jobs", "2", "--results", "runs")
 

@@ -1,7 +1,8 @@
 """Try faults on small runs, and tell what came of them.
 
-python tests/faults/run.py                                  a quick set, part of the tests
-python tests/faults/run.py --full --out results/faults.json everything; root tries mounts too
+python tests/guarantees/faults/run.py           a quick set, part of the tests
+python tests/guarantees/faults/run.py --full --out results/faults.json
+                                                everything; root tries mounts too
 """
 
 from __future__ import annotations

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-SPENT = (
-    "damaged client*.pt",
-)  # a client's state is kept once: without it the run is named as lost
+pytestmark = pytest.mark.slow
+SPENT = ("damaged client*.pt",)  # the file is there once: without it the run is named as lost
 
 
 @pytest.fixture(scope="module")

@@ -21,24 +21,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "leaves")]
 
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
 import data  # noqa: E402
-import plots  # noqa: E402
-import runs  # noqa: E402
-import session  # noqa: E402
 import train  # noqa: E402
-from safe_files import SEAL  # noqa: E402
+from commands import centralized, fedavg  # noqa: E402
+from machine import runs  # noqa: E402
+from machine.safe_files import SEAL  # noqa: E402
+from training import session  # noqa: E402
 
 SMALL = data.synthetic_dataset(samples_per_class=10)
 data.synthetic_dataset = lambda: SMALL
 session.git_commit = lambda: "faults"  # quicker; so are curves that nobody sees
-plots.plot_curves = lambda logs, path: Path(path).touch()
+fedavg.plot_curves = centralized.plot_curves = lambda logs, path: Path(path).touch()
 SAVE_SECONDS = 0.05  # between checkpoints; a run outside these tests has 60
 runs.drive.__kwdefaults__["save_seconds"] = SAVE_SECONDS
 UNEQUAL = ("seconds", "wall_seconds", "environment", "commit", "log", SEAL)  # of equal runs
@@ -208,8 +208,7 @@ def reference(folder: Path, command: str) -> tuple[dict, float]:
 
 
 if __name__ == "__main__":
-    import experiments
-    import tables
+    from study import experiments, tables
 
     TINY = (
         "--data",
