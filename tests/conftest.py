@@ -61,7 +61,16 @@ def small_data(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def cli(small_data, capsys):
+def no_curves(monkeypatch):
+    """Runs without their picture, which takes longer than a tiny run; test_plots.py draws it."""
+    from commands import centralized, fedavg
+
+    for command in (centralized, fedavg):
+        monkeypatch.setattr(command, "plot_curves", lambda logs, path: None)
+
+
+@pytest.fixture
+def cli(small_data, no_curves, capsys):
     """Run train.py's command line in-process: cli("fedavg", ...) -> (status, stdout, stderr)."""
     import train
 
