@@ -13,6 +13,7 @@ arXiv:1909.06335).
 
 from __future__ import annotations
 
+import functools
 import math
 import pickle
 import zlib
@@ -129,6 +130,7 @@ def _cifar_superclasses(base: Path) -> tuple[list[int], list[str]]:
     return [pairs[c] for c in range(len(pairs))], list(meta["coarse_label_names"])
 
 
+@functools.cache
 def synthetic_dataset(samples_per_class: int = 200, seed: int = 0) -> Dataset:
     """Generate 100 classes in 20 superclasses, 32x32; test is a quarter of the size of train.
 

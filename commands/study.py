@@ -30,7 +30,10 @@ from study import experiments, report, tables
 from study.tables import Cell
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
-PRELOAD = ("commands.fedavg", "commands.centralized", "commands.calibrate", "commands.ridge")
+PRELOAD = (
+    *("commands.fedavg", "commands.centralized", "commands.calibrate", "commands.ridge"),
+    *("matplotlib.pyplot", "torch._dynamo", "study.warm"),
+)
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -153,7 +156,7 @@ def run_cells(missing: Callable[[set[str]], Iterable[tuple[Path, Cell]]], jobs: 
     kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(kind)
     if kind == "forkserver":
-        context.set_forkserver_preload([*PRELOAD, "matplotlib.pyplot", "torch._dynamo"])
+        context.set_forkserver_preload([*PRELOAD])
     running: dict[str, tuple] = {}
     failed: set[str] = set()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many processes as cores, as --threads 1 says
