@@ -37,8 +37,9 @@ except ImportError:  # macOS and Windows have no Triton; the reference serves th
 CPU_CHUNK = 1_000_000  # elements of per-sample gradients held at a time: they stay in cache
 GPU_CHUNK = 1 << 27  # the same on a GPU: half a gigabyte of fp32
 SQUARES_BLOCK = 1024
-CHECKED = 2  # samples on which the batched scores are compared with autograd's
 TOLERANCE = 3.0  # times the root of the precision: relative error of a right tensor
+NOISE = 8  # times the precision: error of a sum, in terms of the sum of what it adds up, unsigned
+UNDERFLOW = 16  # times the smallest number: gradients below it are zeros to any comparison
 BATCH = 64  # images to score at a time; changes no score
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -153,31 +154,32 @@ def fisher_diagonal(
 
     Plain Linear, LayerNorm and Conv2d with kernel = stride take part in one batched backward pass,
     and so do parameters (1, ...) that broadcast over the batch, such as class tokens and position
-    grids. All others are scored sample by sample, which is said once. On the first samples every
-    tensor's scores are compared with autograd's own per-sample gradients: one that differs is
-    scored sample by sample too.
+    grids. All others are scored sample by sample, which is said once. On two samples every tensor's
+    scores are compared with autograd's own per-sample gradients: one that differs is scored sample
+    by sample too. One whose gradients are zero there is compared on the first batch where they are
+    not. A layer that a later batch calls in another way is scored sample by sample from there on.
 
     The model is scored in eval mode, without autocast, and left as it was: modes, buffers,
-    requires_grad.
+    requires_grad, gradients. It reads copies of the inputs.
 
     Args:
         model: on one device; answers with logits (N, C), alone, first in a tuple, under "logits" in
             a dictionary or as an attribute.
-        batches: inputs (N, ...), or pairs (inputs, given (N,)).
+        batches: inputs, a tensor (N, ...), or pairs (inputs, given (N,)).
         parameters: names to score; None scores all.
         labels: "sampled" draws y from the model's own p(y|x), by `seed` and the sample's place in
             the stream, or by the uniform numbers in [0, 1) that are `given`; "true" takes the int64
             labels that are `given` (empirical Fisher).
         score: "log-prob" differentiates log p(y|x), "logit" the logit of y (TaLoS's release).
-        dtype: of the sums.
+        dtype: of the sums, fp32 or fp64.
 
     Returns:
         name -> tensor of the parameter's shape, in `dtype`; all are views of one vector.
 
     Raises:
         ValueError: nothing to score, no samples, an unknown option, other outputs than logits, a
-            model whose logits are random or depend on the rest of a batch, or a score that is not
-            finite.
+            model whose logits are random or depend on the rest of a batch, gradients that autograd
+            cannot take, or a score that is not finite.
     """
     scorer = Scorer(model, parameters=parameters, labels=labels, score=score, dtype=dtype)
     return scorer.diagonal(batches, seed)
@@ -190,6 +192,17 @@ class _Ways(NamedTuple):
     broadcast: list[str]  # in a batch, by a copy for each sample
     mapped: list[str]  # sample by sample, by torch.func
     looped: list[str]  # sample by sample, by autograd
+    unproven: list[str]  # of these, what had gradients of zero alone: no comparison tells anything
+
+    def loop_over(self, names: Sequence[str]) -> None:
+        """Let these parameters be scored sample by sample, by autograd, from now on."""
+        for module, parts in [*self.hooked.items()]:
+            parts = {kind: name for kind, name in parts.items() if name not in names}
+            self.hooked.update({module: parts}) if parts else self.hooked.pop(module)
+        for rest in (self.broadcast, self.mapped, self.unproven):
+            rest[:] = [name for name in rest if name not in names]
+        self.looped.extend(names)
+        _say_singly(names)
 
 
 class Scorer:
@@ -210,77 +223,162 @@ class Scorer:
     ):
         if labels not in ("sampled", "true") or score not in ("log-prob", "logit"):
             raise ValueError(f"unknown labels {labels!r} or score {score!r}")
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"scores are summed in float32 or float64, not in {dtype}")
         self.model, self.parameters = model, dict(model.named_parameters())
-        self.names = list(self.parameters) if parameters is None else list(parameters)
+        self.names = list(dict.fromkeys(self.parameters if parameters is None else parameters))
         if not self.names:
             raise ValueError("the model has no parameters to score")
         if unknown := [name for name in self.names if name not in self.parameters]:
             raise ValueError(f"the model has no parameter {unknown[0]!r} to score")
+        for name in self.names:
+            if not self.parameters[name].is_floating_point():
+                raise ValueError(
+                    f"{name} is {self.parameters[name].dtype}: it has no real gradient"
+                )
+        self.places: dict[nn.Parameter, list[str]] = {}  # the names of all that read a parameter
+        for prefix, module in model.named_modules():
+            for kind, p in module.named_parameters(recurse=False, remove_duplicate=False):
+                self.places.setdefault(p, []).append(f"{prefix}.{kind}".lstrip("."))
+        floats = [p.dtype for p in self.parameters.values() if p.is_floating_point()]
+        self.precision = torch.finfo(max(floats, key=lambda kind: torch.finfo(kind).eps))
         self.labels, self.score, self.dtype = labels, score, dtype
-        self._ways: dict[torch.Size, _Ways] = {}  # by the shape of a sample
+        self._ways: dict[tuple, _Ways] = {}  # by what a sample is, and whether it is alone
+        self._sizes: set[torch.Size] = set()  # of batches whose logits depend on no other sample
 
     def diagonal(self, batches: Iterable, seed: int = 0) -> dict[str, Tensor]:
         """Return what `fisher_diagonal` does of these batches, of the weights as they are now."""
-        sums = self._zeros()
+        now = dict(self.model.named_parameters())
+        if any(now.get(name) is not p for name, p in self.parameters.items()):
+            raise ValueError("the model has other parameters than its Scorer was made for")
         generator = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(b"fisher labels")]))
-        count = 0
         with _standing_still(self.model):
+            sums, count = self._zeros(), 0
             for batch in batches:
                 inputs, given = batch if isinstance(batch, tuple | list) else (batch, None)
+                if not isinstance(inputs, Tensor) or inputs.dim() == 0:
+                    raise ValueError(f"samples come as a tensor (N, ...), not {_described(inputs)}")
                 if self.labels == "sampled" and (given is None or not given.is_floating_point()):
                     given = torch.from_numpy(generator.random(len(inputs)))
                 elif given is None or (self.labels == "true" and given.is_floating_point()):
                     raise ValueError("labels 'true' needs batches of (inputs, labels)")
-                self._add(sums, self._ways_of(inputs), inputs, given)
+                if given.shape != inputs.shape[:1]:
+                    shapes = f"{tuple(inputs.shape)} come with labels {tuple(given.shape)}"
+                    raise ValueError(f"inputs {shapes}: there must be one for each sample")
+                if len(inputs) > 0:
+                    logits = self._add(sums, self._ways_of(inputs), inputs, given)
+                    self._check_size(inputs, logits)
                 count += len(inputs)
-        if count == 0:
-            raise ValueError("the calibration set is empty")
-        for total in sums.values():
-            total /= count
-        for name, total in sums.items():
-            if not torch.isfinite(total).all():
-                raise ValueError(f"the sensitivity of {name} is not finite")
+            if count == 0:
+                raise ValueError("the calibration set is empty")
+            for total in sums.values():
+                total /= count
+        _check_finite(sums)
         return sums
 
-    def _zeros(self) -> dict[str, Tensor]:
+    def _zeros(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Return a zero for each parameter that is scored, all views of one vector."""
-        chosen = [self.parameters[name] for name in self.names]
+        names = self.names if names is None else names
+        chosen = [self.parameters[name] for name in names]
         sizes = [p.numel() for p in chosen]
         flat = torch.zeros(sum(sizes), dtype=self.dtype, device=chosen[0].device)
-        parts = zip(self.names, flat.split(sizes), chosen, strict=True)
+        parts = zip(names, flat.split(sizes), chosen, strict=True)
         return {name: part.view(p.shape) for name, part, p in parts}
 
     # ------------------------------------------------------------------------ one batch
 
-    def _add(self, sums: dict[str, Tensor], ways: _Ways, inputs: Tensor, given: Tensor) -> None:
-        """Add the squared per-sample gradients of one batch; floats `given` stand for draws."""
+    def _add(
+        self,
+        sums: dict[str, Tensor],
+        ways: _Ways,
+        inputs: Tensor,
+        given: Tensor,
+        bounds: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Add the squared per-sample gradients of one batch; floats `given` stand for draws.
+
+        With `bounds`, add to them what the squares of hooked modules come to without signs.
+
+        Returns:
+            The batch's logits.
+        """
         copies = {}
         for name in ways.broadcast:
             p = self.parameters[name].detach()
             copies[name] = p.expand(len(inputs), *p.shape[1:]).clone().requires_grad_()
-        with torch.enable_grad(), self._hooked(sums, ways):
-            logits = _logits(torch.func.functional_call(self.model, copies, (inputs,)))
-            labels = _sampled_labels(logits, given) if given.is_floating_point() else given
-            if logits.requires_grad:  # something is hooked or copied
-                _summed_score(logits, labels, self.score).backward()
+        fresh = {name: torch.zeros_like(sums[name]) for name in ways.unproven}
+        parts = {**sums, **fresh}
+        watched = _watching({name: self.parameters[name] for name in fresh})
+        with torch.enable_grad(), watched as reached, self._hooked(parts, ways, bounds) as calls:
+            logits = self._logits(inputs, copies)
+            strays = [module for module, rows in calls.items() if rows != [len(inputs)]]
+            if not strays:
+                labels = _sampled_labels(logits, given) if given.is_floating_point() else given
+                if logits.requires_grad:  # something is hooked, copied or watched
+                    _summed_score(logits, labels, self.score).backward()
+        if strays:
+            ways.loop_over([n for module in strays for n in ways.hooked[module].values()])
+            return self._add(sums, ways, inputs, given, bounds)
         for name, copy in copies.items():
             if copy.grad is not None:
-                sums[name] += copy.grad.square().sum(dim=0, keepdim=True)
+                parts[name] += _square(copy.grad, parts[name]).sum(dim=0, keepdim=True)
         if ways.mapped:
-            self._add_mapped(sums, ways.mapped, inputs, labels)
+            self._add_mapped(parts, ways.mapped, inputs, labels)
         if ways.looped:
-            self._add_looped(sums, ways.looped, inputs, labels)
+            self._add_looped(parts, ways.looped, inputs, labels)
+        if doubtful := [name for name in fresh if name in reached or parts[name].any()]:
+            self._prove(parts, ways, doubtful, inputs, labels)
+        for name in fresh:
+            sums[name] += parts[name]
+        return logits.detach()
+
+    def _prove(
+        self,
+        parts: dict[str, Tensor],
+        ways: _Ways,
+        names: list[str],
+        inputs: Tensor,
+        labels: Tensor,
+    ) -> None:
+        """Compare squares of a batch, the first ones that are not zero, with autograd's."""
+        truth = self._zeros(names)
+        self._add_looped(truth, names, inputs, labels)
+        ways.unproven[:] = [name for name in ways.unproven if name not in names]
+        if wrong := [name for name in names if self._differs(parts[name], truth[name])]:
+            ways.loop_over(wrong)
+            for name in wrong:
+                parts[name] = truth[name]
+
+    def _logits(self, inputs: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the logits of a copy of the inputs, with other values of some parameters."""
+        if not values:
+            return _logits(self.model(inputs.detach().clone()))
+        # by torch's own search for shared parameters, a module with two names would stay changed
+        values = {place: value for name, value in values.items() for place in self._places_of(name)}
+        replaced = torch.func.functional_call
+        return _logits(replaced(self.model, values, (inputs.detach().clone(),), tie_weights=False))
+
+    def _places_of(self, name: str) -> list[str]:
+        return self.places[self.parameters[name]]
 
     @contextlib.contextmanager
-    def _hooked(self, sums: dict[str, Tensor], ways: _Ways) -> Iterator[None]:
-        """Let the batched modules add their squares to `sums` in the block's backward pass."""
+    def _hooked(
+        self, sums: dict[str, Tensor], ways: _Ways, bounds: dict[str, Tensor] | None
+    ) -> Iterator[dict[nn.Module, list[int]]]:
+        """Let the batched modules add their squares to `sums` in the block's backward pass.
+
+        Yields:
+            of how many samples each was called, which is filled by the forward pass.
+        """
+        calls: dict[nn.Module, list[int]] = {}
         handles = []
         for module, names in ways.hooked.items():
-            if mine := {kind: sums[name] for kind, name in names.items() if name in sums}:
-                hook = _recorder(mine)
-                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            mine = {kind: sums[name] for kind, name in names.items()}
+            limits = {kind: bounds[name] for kind, name in names.items()} if bounds else {}
+            hook = _recorder(mine, limits, calls.setdefault(module, []))
+            handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
         try:
-            yield
+            yield calls
         finally:
             for handle in handles:
                 handle.remove()
@@ -292,12 +390,11 @@ class Scorer:
         chosen = {name: self.parameters[name].detach() for name in names}
 
         def sample_score(values: dict, x: Tensor, y: Tensor) -> Tensor:
-            logits = _logits(torch.func.functional_call(self.model, values, (x[None],)))
-            return _summed_score(logits, y[None], self.score)
+            return _summed_score(self._logits(x[None], values), y[None], self.score)
 
         gradients = torch.func.vmap(torch.func.grad(sample_score), in_dims=(None, 0, 0))
         for name, grad in gradients(chosen, inputs, labels).items():
-            sums[name] += grad.square().sum(dim=0)
+            sums[name] += _square(grad, sums[name]).sum(dim=0)
 
     def _add_looped(
         self, sums: dict[str, Tensor], names: list[str], inputs: Tensor, labels: Tensor
@@ -309,13 +406,13 @@ class Scorer:
                 p.requires_grad_(True)
             for x, y in zip(inputs, labels, strict=True):
                 with torch.enable_grad():
-                    value = _summed_score(_logits(self.model(x[None])), y[None], self.score)
+                    value = _summed_score(self._logits(x[None]), y[None], self.score)
                 if not value.requires_grad:
                     continue
                 grads = torch.autograd.grad(value, chosen, allow_unused=True)
                 for name, grad in zip(names, grads, strict=True):
                     if grad is not None:
-                        sums[name] += grad.square()
+                        sums[name] += _square(grad.to_dense(), sums[name])
         finally:
             for p in chosen:
                 p.requires_grad_(False)
@@ -324,70 +421,89 @@ class Scorer:
 
     def _ways_of(self, inputs: Tensor) -> _Ways:
         """Return how the parameters' per-sample gradients are had of such inputs (N, ...)."""
-        shape = inputs.shape[1:]
-        if shape in self._ways:
-            return self._ways[shape]
-        samples = inputs[:CHECKED]
-        out = self._checked_logits(samples)
-        hooked = _modules_called_once(self.model, samples)
+        kind = inputs.shape[1:], inputs.dtype, len(inputs) == 1
+        if kind in self._ways:
+            return self._ways[kind]
+        samples = _ends(inputs)
+        plain = _plain_modules(self.model, {*self.names})
+        with _counted(plain) as calls:
+            out = self._checked_logits(samples)
+        usual = [len(samples), 1]  # as many rows as samples, in both calls
+        hooked = {module: names for module, names in plain.items() if calls[module] == usual}
         covered = {name for names in hooked.values() for name in names.values()}
         rest = [name for name in self.names if name not in covered]
-        broadcast = self._broadcasting(rest, inputs[:1])
+        broadcast = self._broadcasting(rest, samples, out)
         mapped = [name for name in rest if name not in broadcast]
-        ways = _Ways(hooked, broadcast, mapped, [])
-        if not torch.isfinite(out).all():  # no comparison would tell anything
-            return ways
-        ways = self._verified(ways, samples, out.argmax(dim=1))
-        if singly := [name for name in self.names if name in {*ways.mapped, *ways.looped}]:
-            warnings.warn(f"per-sample gradients one by one for {', '.join(singly)}", stacklevel=4)
-        self._ways[shape] = ways
+        truth = self._truth(samples, out)
+        ways = self._verified(_Ways(hooked, broadcast, mapped, [], []), samples, out, truth)
+        _say_singly([name for name in self.names if name in {*ways.mapped, *ways.looped}])
+        if all(torch.isfinite(total).all() for total in truth.values()):
+            self._ways[kind] = ways
         return ways
 
     @torch.no_grad()
     def _checked_logits(self, samples: Tensor) -> Tensor:
         """Return the logits of some samples; refuse a model that has no per-sample gradients."""
-        out, again = (_logits(self.model(samples)) for _ in range(2))
+        out, first = self._logits(samples), samples[:1]
         if len(out) != len(samples):
             raise ValueError(f"{len(samples)} samples have {len(out)} rows of logits")
-        alone = _logits(self.model(samples[:1]))
-        if not torch.isfinite(out).all():
-            return out
-        if not torch.equal(out, again) and not _close(out, again):
+        alone = self._logits(first)
+        if not _close(alone, out[:1]) and not _close(alone, self._logits(first)):
             raise ValueError(
                 "the model's logits of the same samples differ between two calls, in eval mode "
                 "too: there is something random in it"
             )
-        if not _close(alone, out[:1]):
-            raise ValueError(
-                "the logits of a sample depend on the others in its batch, in eval mode too (batch "
-                "statistics?): it has no gradients of its own"
-            )
+        _check_apart(alone, out[:1])
         return out
 
     @torch.no_grad()
-    def _broadcasting(self, names: list[str], sample: Tensor) -> list[str]:
+    def _check_size(self, inputs: Tensor, logits: Tensor) -> None:
+        """Refuse a model that mixes the samples of a batch of this size."""
+        if len(inputs) > 2 and inputs.shape not in self._sizes:
+            _check_apart(self._logits(_ends(inputs)), _ends(logits))
+            self._sizes.add(inputs.shape)
+
+    @torch.no_grad()
+    def _broadcasting(self, names: list[str], samples: Tensor, out: Tensor) -> list[str]:
         """Return the parameters of which each sample reads its own copy, along the first axis."""
         names = [n for n in names if self.parameters[n].shape[:1] == (1,)]
-        copies = {n: torch.cat([self.parameters[n], self.parameters[n] + 1]) for n in names}
-        probe = torch.cat([sample, sample])
+        if not names:
+            return []
+        copies = {
+            n: torch.cat([self.parameters[n] + i for i in range(len(samples))]) for n in names
+        }
         try:
-            out = _logits(self.model(probe))
-            changed = _logits(torch.func.functional_call(self.model, copies, (probe,)))
+            changed = self._logits(samples, copies)
             alone = torch.allclose(changed[0], out[0], rtol=1e-4, atol=1e-5)
         except (RuntimeError, IndexError, ValueError):
             alone = False
         if alone or len(names) < 2:
             return names if alone else []
-        return [n for name in names for n in self._broadcasting([name], sample)]
+        return [n for name in names for n in self._broadcasting([name], samples, out)]
 
-    def _verified(self, ways: _Ways, samples: Tensor, labels: Tensor) -> _Ways:
-        """Return the ways that give autograd's own squares of these samples, tensor by tensor."""
+    def _truth(self, samples: Tensor, out: Tensor) -> dict[str, Tensor]:
+        """Return autograd's squares of some samples, for the labels of `_strong_labels`."""
         truth = self._zeros()
-        self._add_looped(truth, self.names, samples, labels)
-        names = {name for module in ways.hooked.values() for name in module.values()}
+        try:
+            self._add_looped(truth, self.names, samples, _strong_labels(out, self.score))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"autograd cannot take this model's gradients: {reason}") from error
+        if self.score == "log-prob" and (out.isnan() | out.isposinf()).any():  # of all labels then
+            _check_finite(truth)
+        return truth
+
+    def _verified(
+        self, ways: _Ways, samples: Tensor, out: Tensor, truth: dict[str, Tensor]
+    ) -> _Ways:
+        """Return the ways that give autograd's own squares of these samples, tensor by tensor."""
+        labels = _strong_labels(out, self.score)
+        names = {name for parts in ways.hooked.values() for name in parts.values()}
         names |= {*ways.broadcast}
-        batched = _Ways(ways.hooked, ways.broadcast, [], [])
-        differ = self._differing(batched, names & truth.keys(), truth, samples, labels)
+        batched = ways._replace(mapped=[])
+        differ = self._differing(batched, names, truth, samples, labels)
         hooked = {
             module: {kind: name for kind, name in parts.items() if name not in differ}
             for module, parts in ways.hooked.items()
@@ -395,10 +511,11 @@ class Scorer:
         hooked = {module: parts for module, parts in hooked.items() if parts}
         broadcast = [name for name in ways.broadcast if name not in differ]
         mapped = [n for n in self.names if n in {*ways.mapped, *differ}]
-        alone = _Ways({}, [], mapped, [])
+        alone = _Ways({}, [], mapped, [], [])
         looped = self._differing(alone, mapped, truth, samples, labels) if mapped else set()
         mapped = [name for name in mapped if name not in looped]
-        return _Ways(hooked, broadcast, mapped, [n for n in self.names if n in looped])
+        unproven = [n for n in self.names if n not in looped and not truth[n].any()]
+        return _Ways(hooked, broadcast, mapped, [n for n in self.names if n in looped], unproven)
 
     def _differing(
         self,
@@ -409,33 +526,93 @@ class Scorer:
         labels: Tensor,
     ) -> set[str]:
         """Return those of some names whose squares are not the true ones."""
-        sums = self._zeros()
+        sums, bounds = self._zeros(), self._zeros()
         try:
-            self._add(sums, ways, samples, labels)
+            self._add(sums, ways, samples, labels, bounds)
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
             return {*names}
-        precision = max(torch.finfo(self.parameters[name].dtype).eps for name in self.names)
-        noise = precision * max(_rms(total) for total in truth.values())  # of a sum that cancels
-        return {
-            name
-            for name in names
-            if not _norm(sums[name] - truth[name])
-            <= TOLERANCE * precision**0.5 * _norm(truth[name]) + noise * truth[name].numel() ** 0.5
-        }
+        return {name for name in names if self._differs(sums[name], truth[name], bounds[name])}
+
+    def _differs(self, total: Tensor, truth: Tensor, bound: Tensor | None = None) -> bool:
+        """Tell whether squares are not the true ones; without signs they come to `bound`."""
+        precision = self.precision.eps
+        smallest = precision * self.precision.tiny
+        allowed = TOLERANCE * precision**0.5 * _norm(truth)
+        allowed += (UNDERFLOW * smallest) ** 2 * truth.numel() ** 0.5
+        if bound is not None:
+            allowed += (NOISE * precision) ** 2 * _norm(bound)  # of a sum that cancels
+        return not _norm(total - truth) <= allowed
 
 
-def _rms(values: Tensor) -> float:
-    return _norm(values) / max(1, values.numel()) ** 0.5
+def _say_singly(names: Sequence[str]) -> None:
+    if names:
+        warnings.warn(f"per-sample gradients one by one for {', '.join(names)}", stacklevel=5)
+
+
+def _strong_labels(out: Tensor, score: str) -> Tensor:
+    """Return labels (N,) whose score has large gradients, however sure the model is."""
+    if score == "logit":
+        return out.argmax(dim=1)
+    return out.masked_fill(~out.isfinite(), torch.inf).argmin(dim=1)
+
+
+def _ends(rows: Tensor) -> Tensor:
+    """Return the first and the last row, or the only one."""
+    return rows[[0, -1]] if len(rows) > 1 else rows
+
+
+def _check_finite(scores: dict[str, Tensor]) -> None:
+    for name, total in scores.items():
+        if not torch.isfinite(total).all():
+            raise ValueError(f"the sensitivity of {name} is not finite")
+
+
+def _check_apart(some: Tensor, others: Tensor) -> None:
+    """Refuse a model of which the same samples have other logits in another batch."""
+    if not _close(some, others):
+        raise ValueError(
+            "the logits of a sample depend on the others in its batch, in eval mode too (batch "
+            "statistics?): it has no gradients of its own"
+        )
 
 
 def _norm(values: Tensor) -> float:
-    return torch.linalg.vector_norm(values.double()).item()
+    return torch.linalg.vector_norm(values, dtype=torch.float64).item()
+
+
+def _square(grad: Tensor, total: Tensor) -> Tensor:
+    """Return the squares of gradients, in the type of their total where that holds more."""
+    return grad.to(torch.promote_types(grad.dtype, total.dtype)).square()
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Tell whether logits agree up to rounding."""
+    """Tell whether logits agree up to rounding; what is not finite has to be so in both."""
     tolerance = TOLERANCE * torch.finfo(a.dtype).eps ** 0.5
+    finite = a.isfinite()
+    if not torch.equal(finite, b.isfinite()):
+        return False
+    a, b = a.where(finite, 0), b.where(finite, 0)
     return _norm(a - b) <= tolerance * max(_norm(a), a.numel() ** 0.5)
+
+
+@contextlib.contextmanager
+def _watching(parameters: dict[str, nn.Parameter]) -> Iterator[set[str]]:
+    """Yield a set that comes to hold the parameters that a backward pass in the block reaches with
+    gradients other than zero."""
+    reached: set[str] = set()
+    before = {name: p.grad for name, p in parameters.items()}
+    for p in parameters.values():
+        p.grad = None
+        p.requires_grad_(True)
+    try:
+        yield reached
+        for name, p in parameters.items():
+            if p.grad is not None and p.grad.to_dense().any():
+                reached.add(name)
+    finally:
+        for name, p in parameters.items():
+            p.requires_grad_(False)
+            p.grad = before[name]
 
 
 @contextlib.contextmanager
@@ -443,7 +620,11 @@ def _standing_still(model: nn.Module) -> Iterator[None]:
     """Hold a model in eval mode, frozen and without autocast; leave it as it was."""
     modes = {module: module.training for module in model.modules()}
     trainable = {p: p.requires_grad for p in model.parameters()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in modes
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     device = next(iter(trainable)).device.type if trainable else "cpu"
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -451,7 +632,7 @@ def _standing_still(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)  # it passes modules by
         for p in trainable:
             p.requires_grad_(False)
-        with torch.autocast(device, enabled=False):
+        with torch.inference_mode(False), torch.autocast(device, enabled=False):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -460,8 +641,9 @@ def _standing_still(model: nn.Module) -> Iterator[None]:
         for module, training in modes.items():
             module.training = training
         with torch.no_grad():
-            for buffer, before in buffers:
+            for module, name, buffer, before in buffers:
                 buffer.copy_(before)
+                setattr(module, name, buffer)  # which the model may have replaced
 
 
 def _logits(output: Any) -> Tensor:
@@ -476,12 +658,15 @@ def _logits(output: Any) -> Tensor:
         output = output[0] if output else None
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor) or output.dim() != 2 or not output.is_floating_point():
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
             f"a model that is scored answers with logits (N, C), alone, first in a tuple or as "
-            f"'logits'; this one with {shape}"
+            f"'logits'; this one with {_described(output)}"
         )
     return output
+
+
+def _described(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _sampled_labels(logits: Tensor, u: Tensor) -> Tensor:
@@ -498,37 +683,43 @@ def _summed_score(logits: Tensor, labels: Tensor, score: str) -> Tensor:
 # ---------------------------------------------------------------------------- layers in a batch
 
 
-def _modules_called_once(model: nn.Module, samples: Tensor) -> dict[nn.Module, dict[str, str]]:
-    """Return the modules whose per-sample gradients can be had in a batch, with the names of their
-    parameters."""
+def _plain_modules(model: nn.Module, scored: set[str]) -> dict[nn.Module, dict[str, str]]:
+    """Return the modules whose per-sample gradients can be had in a batch: weight or bias -> its
+    name in the model, where that is scored."""
     owners: dict[nn.Parameter, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[parameter] = owners.get(parameter, 0) + 1
-    plain = {
-        module: prefix
-        for prefix, module in model.named_modules()
-        if _is_plain(module) and all(owners[p] == 1 for p in module.parameters())
-    }
-    calls = dict.fromkeys(plain, 0)
+    plain = {}
+    for prefix, module in model.named_modules():
+        if _is_plain(module) and all(owners[p] == 1 for p in module.parameters()):
+            names = {kind: f"{prefix}.{kind}".lstrip(".") for kind, _ in module.named_parameters()}
+            names = {kind: name for kind, name in names.items() if name in scored}
+            if names:
+                plain[module] = names
+    return plain
 
-    def count(module: nn.Module, inputs: tuple, named: dict, output: Tensor) -> None:
-        x = _input_of(inputs, named)
-        whole_batch = x is not None and x.dim() > 1 and len(x) == len(samples)
-        calls[module] += 1 if whole_batch else 2
 
-    handles = [module.register_forward_hook(count, with_kwargs=True) for module in plain]
+@contextlib.contextmanager
+def _counted(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[int]]]:
+    """Yield a dictionary that comes to hold the rows of each call of these modules."""
+    calls: dict[nn.Module, list[int]] = {module: [] for module in modules}
+
+    def note(module: nn.Module, inputs: tuple, named: dict, output: Tensor) -> None:
+        calls[module].append(_rows(inputs, named))
+
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in calls]
     try:
-        with torch.no_grad():
-            model(samples)
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        module: {kind: f"{plain[module]}.{kind}".lstrip(".") for kind, _ in parameters}
-        for module, times in calls.items()
-        if times == 1 and (parameters := list(module.named_parameters()))
-    }
+
+
+def _rows(inputs: tuple, named: dict) -> int:
+    """Return the length of a module's input along the first axis; -1: it has no such axis."""
+    x = _input_of(inputs, named)
+    return len(x) if x is not None and x.dim() > 1 else -1
 
 
 def _input_of(inputs: tuple, named: dict) -> Tensor | None:
@@ -541,14 +732,21 @@ def _is_plain(module: nn.Module) -> bool:
     """Tell whether a module is exactly one whose per-sample gradients are known.
 
     A subclass may do anything, and so may hooks and reparametrisations. One that computes what its
-    base does, by other operations, says so: `computes = nn.Conv2d` in its class.
+    base does, by other operations, says so: `computes = nn.Conv2d` in its own class.
     """
-    kind = getattr(type(module), "computes", type(module))
+    kind = vars(type(module)).get("computes", type(module))
     if kind not in (nn.Linear, nn.LayerNorm, nn.Conv2d) or not isinstance(module, kind):
         return False
-    if module._forward_pre_hooks or any(True for _ in module.children()):
+    if (
+        module._forward_pre_hooks
+        or "forward" in vars(module)
+        or any(True for _ in module.children())
+    ):
         return False
-    if not {name for name, _ in module.named_parameters()} <= {"weight", "bias"}:
+    parameters = dict(module.named_parameters())
+    if not (parameters.keys() <= {"weight", "bias"}):
+        return False
+    if any(type(p) is not nn.Parameter for p in parameters.values()):  # quantised, say
         return False
     if kind is nn.Conv2d:
         simple = module.kernel_size == module.stride and module.padding in ((0, 0), "valid")
@@ -556,11 +754,13 @@ def _is_plain(module: nn.Module) -> bool:
     return isinstance(module.weight, nn.Parameter) or kind is nn.LayerNorm
 
 
-def _recorder(sums: dict[str, Tensor]) -> Callable:
-    """Return the forward hook that adds a module's squared per-sample gradients to `sums`."""
+def _recorder(sums: dict[str, Tensor], bounds: dict[str, Tensor], calls: list[int]) -> Callable:
+    """Return the forward hook that adds a module's squared per-sample gradients to `sums`, what
+    they come to without signs to `bounds`, and its number of rows to `calls`."""
 
     def forward(module: nn.Module, inputs: tuple, named: dict, output: Tensor) -> Tensor | None:
-        if not torch.is_grad_enabled():
+        calls.append(_rows(inputs, named))
+        if not torch.is_grad_enabled() or calls[-1] < 0:
             return None
         x, entered = _input_of(inputs, named).detach(), None
         if not output.requires_grad:  # nothing trains: the graph begins here
@@ -568,9 +768,11 @@ def _recorder(sums: dict[str, Tensor]) -> Callable:
         version = x._version
 
         def backward(grad: Tensor) -> None:
-            if x._version != version:
-                raise RuntimeError("the input of a layer was changed in place")
+            if "weight" in sums and x._version != version:
+                raise ValueError("the input of a layer was changed in place")
             _add_squares(module, sums, x, grad.detach())
+            if bounds:
+                _add_squares(module, bounds, x, grad.detach(), signs=False)
 
         output.register_hook(backward)
         return entered
@@ -584,22 +786,30 @@ def _patches(images: Tensor, height: int, width: int) -> Tensor:
     return rows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
-def _add_squares(module: nn.Module, sums: dict[str, Tensor], x: Tensor, grad: Tensor) -> None:
+def _add_squares(
+    module: nn.Module, sums: dict[str, Tensor], x: Tensor, grad: Tensor, signs: bool = True
+) -> None:
+    """Add a module's squared per-sample gradients; without signs, nothing in them cancels."""
+    total = next(iter(sums.values()))
+    summed = torch.promote_types(grad.dtype, total.dtype)
     if isinstance(module, nn.LayerNorm):
         shape = module.normalized_shape
         normal = F.layer_norm(x, shape, eps=module.eps)
         for name, value in (("weight", grad * normal), ("bias", grad)):
             if name in sums:
-                per_sample = value.reshape(len(x), -1, *shape).sum(dim=1)
+                value = value if signs else value.abs()
+                per_sample = value.reshape(len(x), -1, *shape).sum(dim=1, dtype=summed)
                 sums[name] += per_sample.square_().sum(dim=0)
         return
     if isinstance(module, nn.Conv2d):
         x = _patches(x, *module.kernel_size)
         grad = grad.flatten(2).transpose(1, 2)
     if x.dtype != grad.dtype:  # of a model with autocast of its own
-        x, grad = x.to(sums_dtype := next(iter(sums.values())).dtype), grad.to(sums_dtype)
+        x, grad = x.to(total.dtype), grad.to(total.dtype)
     x, grad = (v.reshape(len(v), -1, v.shape[-1]) for v in (x, grad))
+    if not signs:
+        x, grad = x.abs(), grad.abs()
     if "weight" in sums:
         square_accumulate_(sums["weight"].view(sums["weight"].shape[0], -1), grad, x)
     if "bias" in sums:
-        sums["bias"] += grad.sum(dim=1).square_().sum(dim=0)
+        sums["bias"] += grad.sum(dim=1, dtype=summed).square_().sum(dim=0)

@@ -34,12 +34,15 @@ COMPACT_BELOW = 0.7  # density below which a CPU steps the unmasked entries alon
 class Sgd(NamedTuple):
     """How a step follows its gradient."""
 
-    lr: Annotated[float | None, "learning rate of a step", ">= 0"] = None
+    lr: Annotated[float | None, "learning rate of a step", "0 <= x <= 1e38"] = None
     momentum: Annotated[float, "momentum", "0 <= x <= 1"] = 0.9
     nesterov: Annotated[bool, "Nesterov momentum"] = False
-    weight_decay: Annotated[float | None, "L2 factor [0]", ">= 0"] = None
+    weight_decay: Annotated[float | None, "L2 factor [0]", "0 <= x <= 1e38"] = None
     clip_norm: Annotated[
-        float | None, "largest L2 norm of a step's gradient, of all that trains [none]", "> 0", "S"
+        float | None,
+        "largest L2 norm of a step's gradient, of all that trains [none]",
+        "1e-30 <= x <= 1e30",
+        "S",
     ] = None
 
 
@@ -51,28 +54,43 @@ class FlatView:
     model reads `compute` (P,), a cast of `theta`, and `grad` has that type too; otherwise `compute`
     is None and the model reads `theta` itself.
 
+    Pairs carry no buffers: the running statistics of a BatchNorm stay each model's own. A module's
+    floating-point buffers, as its state_dict has them, are entries of theta too: the model changes
+    them in place, servers average them. Integer ones stay the model's own.
+
     Args:
-        parameters: (name, parameter) pairs; all are made trainable.
+        parameters: (name, parameter) pairs, or a module; all are made trainable.
         dtype: of theta, fp32 or fp64.
+
+    Raises:
+        ValueError: no parameters, or a module with such buffers in a half-precision compute_dtype.
     """
 
     def __init__(
         self,
-        parameters: Iterable[tuple[str, nn.Parameter]],
+        parameters: Iterable[tuple[str, nn.Parameter]] | nn.Module,
         dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype | None = None,
     ):
+        buffers = _buffers(parameters) if isinstance(parameters, nn.Module) else {}
+        if isinstance(parameters, nn.Module):
+            parameters = parameters.named_parameters()
         parameters = dict(parameters)
         if not parameters:
             raise ValueError("a flat view needs at least one parameter")
-        self.shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+        carried = {**parameters, **buffers}
+        self.shapes = {name: tuple(p.shape) for name, p in carried.items()}
         self.offsets, end = {}, 0
-        for name, p in parameters.items():
+        for name, p in carried.items():
             self.offsets[name] = end
             end += math.ceil(p.numel() / ALIGNMENT) * ALIGNMENT
-        self.size = sum(p.numel() for p in parameters.values())
+        self.size = sum(p.numel() for p in carried.values())
         device = next(iter(parameters.values())).device
         half = compute_dtype not in (None, dtype)
+        if half and buffers:
+            raise ValueError(
+                f"{next(iter(buffers))} is a buffer: it needs a compute_dtype of {dtype}"
+            )
         self.theta = torch.zeros(end, dtype=dtype, device=device)
         self.compute = torch.zeros(end, dtype=compute_dtype, device=device) if half else None
         weights = self.theta if self.compute is None else self.compute
@@ -83,6 +101,10 @@ class FlatView:
             p.requires_grad_(True)
             p.data = self.view(weights, name)
             p.grad = self.view(self.grad, name)
+        for name, buffer in buffers.items():
+            self.view(self.theta, name).copy_(buffer)
+            buffer.data = self.view(self.theta, name)
+        self.buffers = self.marked(buffers) if buffers else None  # (P,) bool
         self.refresh()
 
     def fill_grad(self, loss: Tensor, add: bool = False) -> None:
@@ -99,7 +121,8 @@ class FlatView:
     def view(self, vector: Tensor, name: str) -> Tensor:
         """Return the view of parameter `name` in a flat (..., P) tensor, as (..., *shape)."""
         shape, start = self.shapes[name], self.offsets[name]
-        return vector[..., start : start + math.prod(shape)].unflatten(-1, shape)
+        part = vector[..., start : start + math.prod(shape)]
+        return part.view((*vector.shape[:-1], *shape))
 
     def marked(self, names: Iterable[str] | None = None) -> Tensor:
         """Return which entries of a flat vector belong to these parameters, or to any: (P,) bool.
@@ -123,6 +146,13 @@ class FlatView:
             self.compute.copy_(self.theta)
 
 
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the floating-point buffers that a module's state_dict has, by name."""
+    saved = model.state_dict().keys()
+    buffers = {name: b for name, b in model.named_buffers() if name in saved}
+    return {name: b for name, b in buffers.items() if b.is_floating_point()}
+
+
 class Entries:
     """The entries of a flat view that train, as one vector: all of them, or those of a mask.
 
@@ -131,7 +161,8 @@ class Entries:
     mask. The bits are the same.
 
     Args:
-        mask: (P,) bool in the layout of the view, True = trainable, or None.
+        mask: (P,) bool in the layout of the view, True = trainable, or None. Buffers are entries
+            under any mask, and no step touches them.
         prox: strength of each step's pull towards `pull_to`'s vector; 0: none.
         corrected: each step adds `correct`'s vector to its gradient.
     """
@@ -146,11 +177,15 @@ class Entries:
         corrected: bool = False,
     ):
         self.flat, self.sgd, self.prox = flat, sgd, prox
+        stepped = mask
+        if flat.buffers is not None:
+            stepped = ~flat.buffers if mask is None else mask & ~flat.buffers
+            mask = None if mask is None else mask | flat.buffers
         self.index = None if mask is None else mask.nonzero()[:, 0]
         self.theta = flat.theta if mask is None else flat.theta[self.index]
         few = mask is not None and len(self.index) < COMPACT_BELOW * flat.size
-        self.compact = few and flat.theta.is_cpu
-        self.mask = None if self.compact else mask
+        self.compact = few and flat.theta.is_cpu and flat.buffers is None
+        self.mask = None if self.compact else stepped
         self.momentum = torch.zeros_like(self.theta) if sgd.momentum else None
         self.stepped = [self.theta, self.momentum]  # what the optimiser works on
         if not self.compact:

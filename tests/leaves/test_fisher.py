@@ -5,9 +5,11 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from torch import nn
 
@@ -167,6 +169,98 @@ def test_a_parameter_that_mixes_samples_is_no_broadcast():
     torch.testing.assert_close(found["bias"].double(), reference(model, x, y)["bias"])
 
 
+class Gated(nn.Module):
+    """A layer that works for samples whose first number is positive, and whose weight is read."""
+
+    def __init__(self, size=5):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, size))
+        self.mix = nn.Linear(size, size)
+        self.alias = [self.mix.bias]  # which torch.func does not reach
+        self.head = nn.Linear(size, 4)
+
+    def forward(self, x):
+        open = (x[:, :1, :1] > 0).to(x.dtype)
+        y = self.mix(x).tanh() + 0.1 * x @ self.mix.weight + self.alias[0] + self.token
+        return self.head((x + open * y).mean(dim=1))
+
+
+@pytest.mark.parametrize("closed", [(0, 1, 2), (0, 2), (0, 1, 2, 3, 4, 5, 6)], ids=str)
+def test_a_tensor_is_compared_where_its_gradients_are_not_zero(closed):
+    torch.manual_seed(0)
+    model, x, y = Gated().double(), torch.randn(7, 2, 5).double(), torch.randint(4, (7,))
+    x[:, 0, 0] = 1.0
+    x[list(closed), 0, 0] = -1.0  # so that the first samples tell nothing of `mix` and `token`
+    batches = list(zip(x.split(3), y.split(3), strict=True))
+    scorer = Scorer(model, labels="true", dtype=torch.float64)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = scorer.diagonal(batches)
+    said = {str(warning.message) for warning in caught}
+    alive = len(closed) < 7
+    assert said == (
+        {"per-sample gradients one by one for mix.weight, mix.bias"} if alive else set()
+    )
+    for _ in range(2):
+        for name, expected in reference(model, x, y).items():
+            assert expected.any() == (alive or name.startswith("head")), name
+            torch.testing.assert_close(found[name], expected, rtol=1e-10, atol=1e-14)
+        found = scorer.diagonal(batches)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_a_layer_of_little_weight_is_compared_all_the_same():
+    class Scaled(nn.Module):  # layer scale, at a first value of 1e-6
+        def __init__(self):
+            super().__init__()
+            self.mix, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.head((x + 1e-6 * (self.mix(x) + x @ self.mix.weight)).mean(dim=1))
+
+    torch.manual_seed(0)
+    model, x, y = Scaled(), torch.randn(7, 5, 6), torch.randint(4, (7,))
+    with pytest.warns(UserWarning, match="one by one for mix.weight$"):
+        found = fisher_diagonal(model, [(x, y)], labels="true")
+    for name, expected in reference(model, x, y).items():
+        error = (found[name] - expected).norm() / expected.norm()
+        assert error < 1e-5, name
+
+
+def test_a_model_that_is_sure_of_itself_is_compared_by_the_labels_that_it_doubts():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 8), nn.Linear(8, 3))
+    model[1].register_forward_hook(lambda module, x, out: out + 0.5 * x[0] @ module.weight)
+    with torch.no_grad():
+        model[2].bias.copy_(torch.tensor([500.0, 0.0, 0.0]))  # p is 1, its gradient 0
+    x, y = torch.randn(6, 8), torch.tensor([0, 0, 1, 0, 2, 0])
+    with pytest.warns(UserWarning, match="one by one for 1.weight$"):
+        found = fisher_diagonal(model, [(x[:2], y[:2]), (x[2:], y[2:])], labels="true")
+    for name, expected in reference(model, x, y).items():
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_squares_of_half_gradients_do_not_underflow(odd, dtype):
+    model, x, y = odd
+    with torch.no_grad():
+        model.head.weight.mul_(1e-3)  # squares of 1e-8 and less, where fp16 ends at 6e-8
+    with pytest.warns(UserWarning, match="one by one for"):
+        found = fisher_diagonal(model.to(dtype), [(x.to(dtype), y)], labels="true")
+    for name, expected in reference(model, x.to(dtype), y).items():
+        error = (found[name] - expected).norm() / expected.norm()
+        assert error < (0.02 if dtype == torch.float16 else 0.1), name  # 11 bits, and 8
+
+
+def test_what_is_not_used_stays_zero_and_is_not_scored_one_by_one(recwarn):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)
+    found = fisher_diagonal(model, [torch.randn(5, 3), torch.randn(2, 3)])
+    assert not recwarn.list and found["2.bias"].any()
+    assert not any(found[name].any() for name in ("0.weight", "0.bias", "2.weight"))
+
+
 def test_the_model_is_left_as_it_was(odd):
     model, x, y = odd
     model.mix.weight.requires_grad_(False)
@@ -251,3 +345,56 @@ def test_what_cannot_be_scored_is_refused(odd):
             fisher_diagonal(model, [batch], labels="true")
     with pytest.raises(ValueError, match="is not finite"):
         fisher_diagonal(model, [x * math.inf], labels="sampled")
+    for labels in (torch.zeros(6).long(), torch.zeros(7, 1).long()):
+        with pytest.raises(ValueError, match="there must be one for each sample"):
+            fisher_diagonal(model, [(x, labels)], labels="true")
+    with pytest.raises(ValueError, match="come as a tensor .N, ...., not dict"):
+        fisher_diagonal(model, [{"pixels": x}])
+    with pytest.raises(ValueError, match="float32 or float64, not in torch.float16"):
+        fisher_diagonal(model, [x], dtype=torch.float16)
+    scorer = Scorer(model)
+    model.head = nn.Linear(6, 4)
+    with pytest.raises(ValueError, match="other parameters than its Scorer was made for"):
+        scorer.diagonal([x])
+    model.codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="codes is torch.int8: it has no real gradient"):
+        fisher_diagonal(model, [x])
+
+
+def test_models_without_gradients_of_each_sample_are_refused():
+    class By(nn.Module):
+        def __init__(self, rule):
+            super().__init__()
+            self.rule, self.mix, self.head = rule, nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.head(self.rule(self.mix(x), x))
+
+    def large(y, x):  # statistics of batches of more than 4
+        return y - y.mean(dim=0) if len(x) > 4 else y
+
+    def in_place(y, x):
+        z = y.exp()
+        z2 = z * z
+        z += 1
+        return z2
+
+    x = torch.randn(7, 6)
+    fisher_diagonal(By(large), [x[:4]])
+    for rule, reason in (
+        (large, "depend on the others"),
+        (lambda y, x: F.dropout(y), "something random"),
+        (lambda y, x: y.sum(dim=0, keepdim=True), "2 samples have 1 rows of logits"),
+        (in_place, "autograd cannot take this model's gradients: one of the variables needed"),
+    ):
+        with pytest.raises(ValueError, match=reason) as caught:
+            fisher_diagonal(By(rule), [x])
+        assert "\n" not in str(caught.value)
+
+
+def test_an_empty_batch_is_no_sample(odd):
+    model, x, y = odd
+    with pytest.warns(UserWarning):
+        found = fisher_diagonal(model, [(x[:0], y[:0]), (x, y), (x[:0], y[:0])], labels="true")
+        expected = fisher_diagonal(model, [(x, y)], labels="true")
+    assert all(torch.equal(found[name], scores) for name, scores in expected.items())

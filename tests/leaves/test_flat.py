@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from built import build
 from test_model import randomise
 
 import flat as flat_file
+from fedavg import Cohort, FedAvg
 from flat import Entries, FlatView, Sgd, clip_divisor
 from model import build_vit
 
@@ -76,6 +78,91 @@ def test_a_filled_gradient_is_that_of_backward_and_zero_where_the_loss_does_not_
     assert torch.equal(flat.grad, 2 * once)
     flat.fill_grad(model.features(images).sum())
     assert not flat.view(flat.grad, "head.weight").any() and flat.grad.any()
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0)])
+def test_a_parameter_of_any_shape_has_its_view(shape):
+    value = torch.nn.Parameter(torch.full(shape, 2.0))
+    flat = FlatView({"scale": value, "rest": torch.nn.Parameter(torch.ones(3))}.items())
+    assert value.shape == shape and flat.size == 3 + value.numel()
+    assert flat.view(torch.zeros(4, len(flat.theta)), "scale").shape == (4, *shape)
+    flat.theta.zero_()
+    assert not value.any()
+
+
+# ---------------------------------------------------------------------------- buffers
+
+
+def with_statistics(seed=0):
+    torch.manual_seed(seed)
+    layers = torch.nn.Conv2d(2, 5, 3), torch.nn.BatchNorm2d(5), torch.nn.Flatten()
+    return torch.nn.Sequential(*layers, torch.nn.Linear(20, 3))
+
+
+STATISTICS = ["1.running_mean", "1.running_var"]
+
+
+def test_a_module_brings_its_buffers_and_pairs_do_not():
+    model, bare = with_statistics(), with_statistics()
+    flat, pairs = FlatView(model), FlatView(bare.named_parameters())
+    assert list(flat.shapes) == [*pairs.shapes, *STATISTICS]
+    assert flat.size == pairs.size + 10 and pairs.buffers is None
+    assert torch.equal(flat.theta[: len(pairs.theta)], pairs.theta)
+    x = torch.randn(8, 2, 4, 4)
+    assert torch.equal(model(x), bare(x))
+    for name in STATISTICS:
+        assert torch.equal(flat.view(flat.theta, name), bare.state_dict()[name])
+        assert torch.equal(flat.view(flat.buffers, name), torch.ones(5, dtype=torch.bool))
+    assert flat.buffers.sum() == 10 and model[1].num_batches_tracked == 1
+    flat.reset(torch.zeros_like(flat.theta))
+    assert not model[1].running_var.any() and bare[1].running_var.any()
+    with pytest.raises(ValueError, match="1.running_mean is a buffer: it needs a compute_dtype of"):
+        FlatView(with_statistics(), compute_dtype=torch.bfloat16)
+    no_buffers = FlatView(build_vit("vit_demo", 5), compute_dtype=torch.bfloat16)
+    assert no_buffers.buffers is None
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_round_averages_running_statistics_and_no_step_touches_them(masked):
+    model = with_statistics()
+    flat = FlatView(model)
+    mask = flat.marked(["0.weight", "3.bias"]) if masked else None
+    sgd = Sgd(momentum=0.9, weight_decay=0.1, clip_norm=1.0)
+    entries = Entries(flat, mask, sgd, prox=0.5)
+    assert not entries.compact and entries.size == (90 + 3 + 10 if masked else flat.size)
+    x, y = torch.randn(3, 2, 6, 2, 4, 4), torch.randint(3, (3, 2, 6))
+    alone = []  # each client's statistics, by its own copy of the model
+
+    def train(theta, clients, round):
+        for k in clients:
+            entries.load(theta)
+            entries.pull_to(theta)
+            plain = with_statistics()
+            plain.load_state_dict(model.state_dict())
+            for j in range(2):
+                plain(x[k, j])
+                flat.fill_grad(torch.nn.functional.cross_entropy(model(x[k, j]), y[k, j]))
+                entries.step(0.1, first=j == 0)
+                with torch.no_grad():
+                    for p, stepped in zip(plain.parameters(), model.parameters(), strict=True):
+                        p.copy_(stepped)
+            alone.append({name: plain.state_dict()[name].clone() for name in STATISTICS})
+            yield entries.gather(), torch.zeros(1)
+
+    weights = np.array([10, 20, 30]) / 60
+    cohort = Cohort(np.arange(3), np.arange(3), weights)
+    federation = FedAvg(entries.theta.clone(), train, cohort=lambda round: cohort)
+    start = flat.theta.clone()
+    while federation.advance() is None:
+        pass
+    entries.load(federation.theta)
+    for name in STATISTICS:
+        mean = sum(w * client[name].double() for w, client in zip(weights, alone, strict=True))
+        torch.testing.assert_close(flat.view(flat.theta, name).double(), mean, rtol=1e-6, atol=1e-7)
+        assert not torch.equal(alone[0][name], alone[1][name])
+    moved = (flat.theta != start) & ~flat.buffers
+    assert torch.equal(moved, moved & mask) if masked else moved.sum() > 100
+    assert model[1].num_batches_tracked == 6
 
 
 # ---------------------------------------------------------------------------- what trains
