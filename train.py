@@ -13,7 +13,6 @@ import os
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS deterministic
 
 import contextlib
-import io
 import sys
 
 import torch
@@ -22,7 +21,7 @@ import fedavg
 from commands import calibrate, centralized, doctor, inspect, merge, ridge, study
 from commands import fedavg as federated_command
 from commands.options import Command, parse
-from machine import runs
+from machine import runs, streams
 from machine.ranks import LostProcess, ToldByFirst
 
 COMMANDS = {
@@ -39,18 +38,21 @@ COMMANDS = {
     "export": Command(inspect.run_export, inspect.EXPORT),
     "plot": Command(inspect.run_plot, inspect.PLOT),
 }
-OUT_OF_MEMORY = "the device is out of memory: try a lower --eval-batch, --micro-batch or --fraction"
+OUT_OF_MEMORY = (
+    "no memory is left, on the device or on the host: try a lower --eval-batch, --micro-batch, "
+    "--batch-size or --fraction"
+)
+CLOSED_PIPE = 128 + 13  # SIGPIPE
 TOLD_ONCE = (ToldByFirst, fedavg.ClientError)  # errors that all processes of a group share
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns 0, 2 for bad input, 1 when a process of its group was lost, or
-    128 + signal when interrupted. Of several processes the first speaks for those that fail alike.
+    128 + signal when interrupted, 141 where nobody reads what it says any more. Of several
+    processes the first speaks for those that fail alike.
     """
     first, shared = int(os.environ.get("RANK", 0)) == 0, True
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that has no letter for a name
-            stream.reconfigure(errors="backslashreplace")
+    streams.guard()
     try:
         line = parse(arguments, COMMANDS, __doc__)
         shared = False
@@ -58,9 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
             if not first:
                 silence.enter_context(contextlib.redirect_stdout(nowhere))
             COMMANDS[line.command].run(line)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if streams.reader_gone():
+            return CLOSED_PIPE
+        if out_of_memory(error):
             error = OUT_OF_MEMORY
+        elif isinstance(error, RuntimeError):
+            raise
         if first or not (shared or isinstance(error, TOLD_ONCE)):
             who = "" if first else f" of process {os.environ['RANK']}"
             print(f"train.py: error{who}: {' '.join(str(error).splitlines())}", file=sys.stderr)
@@ -69,10 +75,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1
     except runs.Interrupted as stop:
-        return stop.exit_status
+        return CLOSED_PIPE if streams.reader_gone() else stop.exit_status
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Tell whether an error says that the device or the host has no memory left."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "can't allocate memory" in str(error)  # torch's own on a CPU
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import time
 import numpy as np
 
 from commands.options import GROUPS, Line
-from machine import safe_files
 from machine.status import print_figures
 from study import plots
 from training import session
@@ -43,7 +42,7 @@ def run(line: Line) -> None:
         for kind, row in zip(kinds, density.tolist(), strict=True)
     }
     figures |= {"overlap": overlap, "density": table, "wall_seconds": time.monotonic() - started}
-    safe_files.write_json(folder.folder / "summary.json", figures, sealed=True)
+    folder.summarise(**figures)
     title = f"{o.masking.mask_rule}, {100 * mask.kept.double().mean():.1f} % trainable"
     try:
         plots.plot_density(kinds, layers, density, folder.folder / "density.png", title)

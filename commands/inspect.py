@@ -113,8 +113,7 @@ def run_plot(line: Line) -> None:
     if len(set(names)) < len(names):
         names = [str(run.folder) for run in folders]
     logs = [run.vouched_records() for run in folders]
-    plots.plot_curves(dict(zip(names, logs, strict=True)), out)
-    print(f"written to {out}")
+    print(f"written to {plots.plot_curves(dict(zip(names, logs, strict=True)), out)}")
 
 
 def run_shards(line: Line) -> None:
@@ -139,8 +138,8 @@ def run_shards(line: Line) -> None:
     if len(shards) > o.shown.show:
         print(f"... and {len(shards) - o.shown.show} more clients (--show)")
     if o.shown.out:
-        plots.plot_shards({f"{o.sharding.name}, seed {o.source.seed}": counts}, o.shown.out)
-        print(f"written to {o.shown.out}")
+        title = f"{o.sharding.name}, seed {o.source.seed}"
+        print(f"written to {plots.plot_shards({title: counts}, o.shown.out)}")
 
 
 def print_clients(figures: dict) -> None:

@@ -117,7 +117,7 @@ class Merger:
             finished = Outcome(folder, made)
             learner = finished.untrained_learner()
             start = learner.flat.theta.clone()
-            learner.entries.load(finished.theta)
+            finished.load_into(learner.entries)
             before, after = parameters(learner, start)
             starts.append(before)
             ends.append(after)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 import head
 from commands.options import GROUPS, Line
-from machine import safe_files
 from machine.status import print_figures
 from training import session
 from training.features import features, fit_head
@@ -49,5 +48,5 @@ def run(line: Line) -> None:
     }
     print_figures(final | figures)
     figures |= {"final": final, "wall_seconds": time.monotonic() - started}
-    safe_files.write_json(folder.folder / "summary.json", figures, sealed=True)
+    folder.summarise(**figures)
     print(f"written to {folder.folder / 'summary.json'}")

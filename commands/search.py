@@ -11,7 +11,7 @@ from pathlib import Path
 import centralized
 import fedavg
 from commands.options import Line
-from machine import safe_files
+from machine import runs, safe_files
 from machine.ranks import OneProcess
 from study.tables import best_of
 
@@ -26,6 +26,7 @@ def search_then_train(line: Line, group: OneProcess, train: Callable[[Line, str]
     if not search.search:
         train(line, name)
         return
+    runs.Run(Path(line.stored["runs_dir"]) / name).check()  # before search.json goes there
     seed, tried = line.stored["seed"], {}
     for lr in search.search_lr:
         for weight_decay in search.search_weight_decay:

@@ -108,11 +108,11 @@ class FedIR(Term):
         return start
 
 
-def _write(path: Path, vector: Tensor) -> None:
-    torch.save(vector, path)
+def _write(path: Path, vectors: dict[int, Tensor]) -> None:
+    torch.save(vectors, path)
 
 
-def _read(path: Path) -> Tensor:
+def _read(path: Path) -> dict[int, Tensor]:
     return torch.load(path, weights_only=True)
 
 
@@ -127,8 +127,9 @@ class ClientStates(Term):
         initial: (S,) every client's vector before it first takes part; gives dtype and device.
         clients: K, over which the average runs.
         place: device where the vectors lie between a client's rounds; None: that of `initial`.
-        folder: where `state_dict` leaves the vectors that changed; None keeps them in the state.
-        write, read: save one tensor in a file, and load it, or raise ValueError where it is
+        folder: where `state_dict` leaves the vectors that changed, in one file; None keeps them in
+            the state.
+        write, read: save client -> vector in a file, and load it, or raise ValueError where it is
             damaged; of the process that writes the run, `write` is None in the others.
 
     Raises:
@@ -142,8 +143,8 @@ class ClientStates(Term):
         *,
         place: torch.device | None = None,
         folder: Path | None = None,
-        write: Callable[[Path, Tensor], None] | None = _write,
-        read: Callable[[Path], Tensor] = _read,
+        write: Callable[[Path, dict[int, Tensor]], None] | None = _write,
+        read: Callable[[Path], dict[int, Tensor]] = _read,
     ):
         self.initial, self.clients = initial.clone(), clients
         self.place = place or initial.device
@@ -155,6 +156,9 @@ class ClientStates(Term):
         self._changes: dict[int, int] = {}  # how often each vector has changed
         self._unmerged: set[int] = set()
         self._unwritten: set[int] = set()
+        self._saves = 0  # states that had something to write
+        self._files: dict[int, str] = {}  # where each vector was written last
+        self._sizes: dict[str, int] = {}  # vectors in each of these files
         self._states: list[set[str]] = []  # files of the last states
 
     def get(self, client: int) -> Tensor:
@@ -210,39 +214,68 @@ class ClientStates(Term):
         state = {"mean": self.mean, "total": self.total, "changes": dict(self._changes)}
         if self.folder is None:
             return state | {"vectors": dict(self._vectors)}
+        if self._unwritten:
+            self._write_changed()
+        files = set(self._files.values())
+        if files not in self._states[-1:]:
+            self._states = [*self._states, files][-STATES:]
+            self._forget_old_files()
+        return state | {"saves": self._saves, "files": dict(self._files)}
+
+    def _write_changed(self) -> None:
+        """Write what changed, or all vectors where they are less than half of what files hold."""
+        self._saves += 1
+        name, clients = f"clients-{self._saves}.pt", self._unwritten
+        files = {**self._files, **dict.fromkeys(clients, name)}
+        sizes = {name: len(clients)} | self._sizes
+        if 2 * len(files) < sum(sizes[file] for file in set(files.values())):
+            clients = set(self._vectors)
+            files = dict.fromkeys(clients, name)
         if self.write is not None:
             self.folder.mkdir(exist_ok=True)
-            for client in sorted(self._unwritten):
-                self.write(self._file(client, self._changes[client]), self._vectors[client].cpu())
-            self._forget_old_files()
-        self._unwritten.clear()
-        return state
-
-    def _file(self, client: int, times: int) -> Path:
-        return self.folder / f"client{client}-{times}.pt"
-
-    def _files(self) -> set[str]:
-        return {self._file(k, n).name for k, n in self._changes.items()} if self.folder else set()
+            vectors = {client: self._vectors[client].cpu() for client in sorted(clients)}
+            self.write(self.folder / name, vectors)
+        self._files, self._unwritten = files, set()
+        self._sizes = {f: sizes[f] for f in set(files.values())} | {name: len(clients)}
 
     def _forget_old_files(self) -> None:
-        self._states = [*self._states, self._files()][-STATES:]
-        if len(self._states) == STATES:
-            for path in self.folder.glob("client*-*.pt"):
+        if self.write is not None and len(self._states) == STATES:
+            for path in self.folder.glob("clients-*.pt"):
                 if not any(path.name in names for names in self._states):
                     path.unlink(missing_ok=True)
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from `state_dict`'s answer."""
+        """Continue from `state_dict`'s answer.
+
+        Raises:
+            ValueError: a vector is missing, or of another shape or type.
+        """
         self.mean.copy_(state["mean"])
         self.total.copy_(state["total"])
         self._changes = dict(state["changes"])
         self._change.zero_()
         self._unmerged, self._unwritten = set(), set()
-        self._states = [self._files()]
+        self._saves, self._files = state.get("saves", 0), dict(state.get("files", {}))
+        self._states, self._sizes = [set(self._files.values())], {}
         vectors = state.get("vectors")
         if vectors is None:
-            vectors = {k: self.read(self._file(k, n)) for k, n in self._changes.items()}
-        self._vectors = {k: vector.to(self.place) for k, vector in vectors.items()}
+            vectors = self._read_files()
+        self._vectors = {client: self._checked(client, vectors) for client in self._changes}
+
+    def _read_files(self) -> dict[int, Tensor]:
+        """Return the vectors of all clients, each file read once."""
+        vectors = {}
+        for name in sorted(set(self._files.values())):
+            part = self.read(self.folder / name)
+            self._sizes[name] = len(part)
+            vectors |= {k: part[k] for k, file in self._files.items() if file == name and k in part}
+        return vectors
+
+    def _checked(self, client: int, vectors: dict[int, Tensor]) -> Tensor:
+        vector, initial = vectors.get(client), self.initial
+        if getattr(vector, "shape", None) != initial.shape or vector.dtype != initial.dtype:
+            raise ValueError(f"no vector {tuple(initial.shape)} {initial.dtype} of client {client}")
+        return vector.to(self.place)
 
 
 class Scaffold(ClientStates):

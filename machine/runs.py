@@ -3,15 +3,12 @@
     config.json      the options that define the run, and what it ran with
     log.jsonl        one JSON object per round or epoch
     checkpoint.pt    torch.save plus a footer; checkpoint.prev.pt is the one before
-    summary.json     final and best-by-validation figures, wall time
+    summary.json     final and best-by-validation figures, wall time, which run's they are
 
-A checkpoint is written aside, fsynced and renamed, and holds the log of that moment; on resume the
-log is cut back to it, or written anew where it is another. Killed at any moment, a run loses at
-most what came after its last checkpoint, and repeats that to the same bits when its process is
-deterministic.
-
-Every file that a run reads holds a SHA-256 of itself and of what it is for, in which run
-(safe_files.py, which this file takes along).
+A checkpoint is written aside, fsynced and renamed, and holds the log of that moment, which a resume
+goes back to. Killed at any moment, a run loses at most what came after its last checkpoint, and
+repeats that to the same bits when its process is deterministic. Every file that a run reads holds a
+SHA-256 of itself and of what it is for, in which run (safe_files.py, which this file takes along).
 
     from runs import Run, drive
     run = Run("runs/example"); run.open({"rounds": 3})
@@ -44,6 +41,11 @@ else:  # copied beside it
     import safe_files
 
 OPENING = ("config.json", "lock", "shards.npz", "head.pt", "mask.pt")  # written before the log
+STATES = ("scaffold", "local_norm")  # folders of clients' states
+NAMES = (  # of a run's files and folders; none may be a link
+    *(*OPENING, "log.jsonl", "checkpoint.pt", "checkpoint.prev.pt", "summary.json", "search.json"),
+    *("curves.png", "density.png", "per_client.json", "search", "tensorboard", *STATES),
+)
 FORMAT = 1  # of the folder; a folder of another format is refused by number
 CHECKPOINT = 2  # the same of a checkpoint
 PUT_BACK = "Put the run's own file in its place, or take another --name"
@@ -75,20 +77,15 @@ class Run:
 
     def __init__(self, folder: str | Path, writes: bool = True):
         self.folder, self.writes = Path(folder), writes
-        self.config_path = self.folder / "config.json"
-        self.log_path = self.folder / "log.jsonl"
+        self.config_path, self.log_path = self.folder / "config.json", self.folder / "log.jsonl"
         self.checkpoint_path = self.folder / "checkpoint.pt"
         self.previous_path = self.folder / "checkpoint.prev.pt"
         self._log = bytearray()  # what log.jsonl holds
         self._fell_back = False  # on the checkpoint before, the newest being damaged
-        self._made_here, self._id = False, None
+        self._new: list[Path] = []  # what this object makes before the log
+        self._id = None
 
-    def open(
-        self,
-        options: dict,
-        extra: dict | None = None,
-        free: Iterable[str] = (),
-    ) -> None:
+    def open(self, options: dict, extra: dict | None = None, free: Iterable[str] = ()) -> None:
         """Create the folder, or check that it was made by the same options.
 
         Args:
@@ -97,32 +94,49 @@ class Run:
             extra: what else config.json records (versions, statistics); never compared.
 
         Raises:
-            ValueError: the folder belongs to other options (they are named), is open in another
+            ValueError: the folder is of other options (they are named), no run's, open in another
                 process, or cannot be written; or JSON cannot hold an option.
         """
-        options = safe_files.as_json(options, "options")
+        options, free = safe_files.as_json(options, "options"), set(free)
         extra = safe_files.as_json(extra or {}, "extra")
-        if self.config_path.exists():
-            self._check_options(options, set(free))
+        identity = safe_files.seal({name: options[name] for name in set(options) - free})
+        self._check_options(options, free, identity)
         if not self.writes:
             return
         try:
+            new = [p for p in (*(self.folder / n for n in OPENING), self.folder) if not p.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
             safe_files.lock(self.folder)
-            for folder in (self.folder, *self.folder.glob("*/")):
-                if folder == self.folder or not (folder / "config.json").exists():  # another run
-                    safe_files.forget_asides(folder)  # no other process writes here now
+            self._check_options(options, free, identity)  # another process may have been here
+            for folder in (self.folder, *(self.folder / name for name in STATES)):
+                safe_files.forget_asides(folder)  # no other process writes here now
+            fresh = not self.config_path.exists()
+            self._new = new if fresh else []
             config = {"format": FORMAT, "options": options} | extra
-            self._made_here = not self.config_path.exists()
-            if self._made_here:
-                defining = {name: options[name] for name in set(options) - set(free)}
-                config["id"] = safe_files.seal(defining)
-            else:
-                config["id"] = self.id()
-            if self._made_here or self.config()["options"] != options:
+            config["id"] = identity if fresh else self.id()
+            if fresh or self.config()["options"] != options:
                 safe_files.write_json(self.config_path, config, sealed=True)
         except OSError as error:
             raise ValueError(f"cannot write the run folder {self.folder}: {error}") from None
+
+    def check(self, identity: str | None = None) -> None:
+        """Raise ValueError where a link stands for a run's file, or others' files are in the way.
+
+        A checkpoint of the run `identity`, or of any, speaks for a folder without config.json.
+        """
+        safe_files.check_plain(*(self.folder / name for name in NAMES))
+        if self.config_path.exists() or not self.folder.is_dir():
+            return
+        left = ("search", "search.json") if (self.folder / "search").is_dir() else ()  # by --search
+        there = [p for p in self.folder.iterdir() if p.name not in left]
+        there = [p for p in there if not safe_files.ASIDE.fullmatch(p.name)]
+        if all(p.name == "lock" and not p.stat().st_size for p in there):  # of a killed opening
+            return
+        for path in (self.checkpoint_path, self.previous_path):
+            with contextlib.suppress(OSError, safe_files.DamagedFile):
+                safe_files.load_checked(path, identity and f"checkpoint of run {identity}")
+                return
+        raise ValueError(f"{self.folder} is not empty and is no run's folder: take another --name")
 
     def close(self) -> None:
         """Let other processes open the folder."""
@@ -133,12 +147,10 @@ class Run:
         """Take back a folder that this object made when the block, before the log, refuses."""
         try:
             yield
-        except (ValueError, OSError):
-            if self._made_here and not self.log_path.exists():
-                for name in OPENING:
-                    (self.folder / name).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # not empty
-                    self.folder.rmdir()
+        except (ValueError, OSError, MemoryError, RuntimeError):
+            for path in self._new if not self.log_path.exists() else ():
+                with contextlib.suppress(OSError):  # it was not made, or is not empty
+                    path.rmdir() if path == self.folder else path.unlink()
             self.close()
             raise
 
@@ -148,31 +160,30 @@ class Run:
         Raises:
             ValueError: this is no run folder, its config is damaged, or of another format.
         """
+        safe_files.check_plain(*(self.folder / name for name in NAMES))
         try:
             config = safe_files.read_json(self.config_path)
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{self.folder} is no run folder: it has no config.json") from None
         except safe_files.DamagedFile as error:
-            raise safe_files.DamagedFile(
-                f"{error}. Without it the command that made the run goes on"
-            ) from None
-        if config.get("format") != FORMAT or not isinstance(config.get("options"), dict):
-            raise ValueError(
-                f"{self.config_path}: not of format {FORMAT}, which this version reads"
-            )
-        return config
+            way = "Without it the command that made the run goes on" if self.saved() else PUT_BACK
+            raise safe_files.DamagedFile(f"{error}. {way}") from None
+        if config.get("format") == FORMAT and isinstance(config.get("options"), dict):
+            return config
+        raise ValueError(f"{self.config_path}: not of format {FORMAT}, which this version reads")
 
-    def _check_options(self, options: dict, free: set[str]) -> None:
-        stored = self.config()["options"]
-        differ = [
+    def _check_options(self, options: dict, free: set[str], identity: str) -> None:
+        self.check(identity)
+        stored = self.config()["options"] if self.config_path.exists() else options
+        other = "; ".join(
             f"{name} is {stored.get(name)!r} there and {options.get(name)!r} here"
             for name in sorted({*stored, *options} - free)
             if stored.get(name) != options.get(name)
             and json.dumps(stored.get(name)) != json.dumps(options.get(name))  # nan is not nan
-        ]
-        if differ:
+        )
+        if other:
             raise ValueError(
-                f"{self.folder} was made by other options: {'; '.join(differ)}. Take another --name"
+                f"{self.folder} was made by other options: {other}. Take another --name"
             )
 
     def id(self) -> str:
@@ -194,6 +205,7 @@ class Run:
     def kept(self, name: str) -> Any:
         """`load_checked` what was kept under this name; no other file passes for it."""
         try:
+            safe_files.check_plain(self.folder / name)
             return safe_files.load_checked(self.folder / name, self.purpose(name))
         except safe_files.WrongFile as error:
             raise safe_files.WrongFile(f"{error}. {PUT_BACK}") from None
@@ -205,7 +217,7 @@ class Run:
         safe_files.check_held(self.folder)
         line = (json.dumps(safe_files.as_json(record, "record")) + "\n").encode()
         try:
-            with open(self.log_path, "ab") as file:
+            with open(self.log_path, "ab", opener=safe_files.no_link) as file:
                 file.write(line)
         except OSError as error:
             raise OSError(f"cannot write {self.log_path}: {error.strerror}") from None
@@ -215,13 +227,11 @@ class Run:
         """Return the log's records; a last line cut short by a kill is left out."""
         if not self.log_path.exists():
             return []
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             records = _parsed(self.log_path.read_bytes())
-        except (ValueError, RecursionError):
-            raise safe_files.DamagedFile(f"{self.log_path} is damaged: a line is no JSON") from None
-        if not all(isinstance(record, dict) for record in records):
-            raise safe_files.DamagedFile(f"{self.log_path} is damaged: a line is no JSON object")
-        return records
+            if all(isinstance(record, dict) for record in records):
+                return records
+        raise safe_files.DamagedFile(f"{self.log_path} is damaged: a line is no JSON object")
 
     def vouched_records(self) -> list[dict]:
         """Return the records that the newest whole checkpoint knows; all where there is none."""
@@ -233,17 +243,13 @@ class Run:
         return self.checkpoint_path.exists() or self.previous_path.exists()
 
     def save(self, state: dict) -> None:
-        """Write a checkpoint; the one before stays until this one is whole, and beside it after.
-
-        The one before is what was last restored: a damaged file never takes its place.
-        """
+        """Write a checkpoint; the one before, as last restored, stays until then and beside it."""
         if not self.writes:
             return
         safe_files.check_held(self.folder)
-        with open(self.log_path, "ab") as file:
+        with open(self.log_path, "ab", opener=safe_files.no_link) as file:
             os.fsync(file.fileno())
-        log = {"text": self._log.decode()}
-        fresh = self.folder / "checkpoint.new.pt"
+        fresh, log = self.folder / "checkpoint.new.pt", {"text": self._log.decode()}
         checkpoint = {"format": CHECKPOINT, "state": state, "log": log}
         safe_files.save_checked(fresh, checkpoint, self.purpose("checkpoint"))
         if self.checkpoint_path.exists() and not self._fell_back:
@@ -261,21 +267,20 @@ class Run:
 
         Raises:
             DamagedFile: there are checkpoints, and none of them can be gone on from.
+            ValueError: one is whole, and not the state of this run's process.
         """
         damaged, way = [], f"Delete {self.folder} to start over"
-        for path in (self.checkpoint_path, self.previous_path):
-            if not path.exists():
-                continue
+        for path in filter(Path.exists, (self.checkpoint_path, self.previous_path)):
             try:
                 checkpoint = safe_files.load_checked(path, self.purpose("checkpoint"))
                 if not isinstance(checkpoint, dict) or not {"log", "state"} <= checkpoint.keys():
                     raise safe_files.WrongFile(f"{path} is whole, and no checkpoint of a run")
                 if checkpoint.get("format") != CHECKPOINT:
-                    raise ValueError(
-                        f"{path}: not of format {CHECKPOINT}, which this version reads; go on with "
-                        "the version that made it"
-                    )
-                take(checkpoint["state"])
+                    reads = f"not of format {CHECKPOINT}, which this version reads"
+                    raise ValueError(f"{path}: {reads}; go on with the version that made it")
+                with safe_files.contents(path):
+                    _parsed(checkpoint["log"]["text"].encode())
+                    take(checkpoint["state"])
             except (FileNotFoundError, safe_files.DamagedFile) as error:
                 gone = isinstance(error, FileNotFoundError)
                 message = f"{error.filename} is gone" if gone else str(error)
@@ -292,27 +297,23 @@ class Run:
         return None
 
     def restore(self, take: Callable[[Any], object] = lambda state: None) -> dict | None:
-        """Return the newest whole checkpoint's state, the log cut back to it; None at the start.
-
-        `take` is as of `load`.
-        """
+        """Return the state that `load` finds, the log cut back to it; None at the start."""
         checkpoint = self.load(take)
         self._log = bytearray(checkpoint["log"]["text"].encode() if checkpoint else b"")
         if self.writes:
             written = self.log_path.read_bytes() if self.log_path.exists() else b""
             if not written.startswith(self._log):
                 say(f"warning: {self.log_path} is not as the checkpoint knows it; written anew")
-                safe_files.write_atomically(
-                    self.log_path, lambda aside: aside.write_bytes(self._log)
-                )
+                safe_files.write_atomically(self.log_path, lambda p: p.write_bytes(self._log))
             elif written != self._log:
-                os.truncate(self.log_path, len(self._log))
+                with open(self.log_path, "ab", opener=safe_files.no_link) as file:
+                    file.truncate(len(self._log))
         return checkpoint["state"] if checkpoint else None
 
     def summarise(self, **figures: Any) -> dict:
         """Write and return summary.json: `figures`, the last and the best-by-validation record."""
         evaluated = [r for r in self.records() if "val_acc" in r or "test_acc" in r]
-        summary = dict(figures)
+        summary = {"run": self.id()} | figures
         if evaluated:
             summary["final"] = evaluated[-1]
         if best := best_record(evaluated):
@@ -320,10 +321,14 @@ class Run:
         safe_files.write_json(self.folder / "summary.json", summary, sealed=True)
         return summary
 
-    def summary(self) -> dict | None:
-        """Return summary.json; None where there is none, or, with a warning, a damaged one."""
+    def summary(self, unbound: bool = False) -> dict | None:
+        """Return summary.json, if `unbound` one that names no run too; None without a good one."""
+        path = self.folder / "summary.json"
         try:
-            return safe_files.read_json(self.folder / "summary.json")
+            summary = safe_files.read_json(path)
+            if not (unbound and "run" not in summary) and summary.get("run") != self.id():
+                raise safe_files.WrongFile(f"{path} is not the summary of this run")
+            return summary
         except FileNotFoundError:
             return None
         except safe_files.DamagedFile as error:
@@ -458,17 +463,34 @@ def _begin(
     run: Run, process: Any, unit: str, note: Callable, environment: dict | None, best: dict
 ) -> float:
     """Restore the process and `best`, or log the start; returns earlier sessions' wall time."""
-    state = run.restore(lambda state: process.load_state_dict(state["process"]))
-    if state is None:
+
+    def take(state: dict) -> None:
+        process.load_state_dict(state["process"])
+        _check_like(state["process"], process.state_dict(), unit)
+        best.clear()
+        best.update(state.get("best", {}))
+        sum([getattr(process, unit), state["wall_seconds"]])  # TypeError for what is no number
+        _differences(state["environment"], environment)
+
+    if (state := run.restore(take)) is None:
         note({unit: 0})
         return 0.0
-    best.update(state.get("best", {}))
+    reached = getattr(process, unit)
     if run.writes:
-        say(f"{run.folder} goes on from {unit} {getattr(process, unit)}")
+        say(f"{run.folder} goes on from {unit} {reached}")
     if changes := _differences(state["environment"], environment):
-        at = int(getattr(process, unit))
-        run.log({"note": f"not bit-exact from {unit} {at + 1} on: {changes}"})
+        run.log({"note": f"not bit-exact from {unit} {int(reached) + 1} on: {changes}"})
     return state["wall_seconds"]
+
+
+def _check_like(stored: Any, restored: Any, where: str) -> None:
+    """Raise TypeError where a restored process has other tensors than were stored."""
+    if isinstance(restored, dict):
+        for name in restored.keys() & stored.keys():
+            _check_like(stored[name], restored[name], name)
+    elif isinstance(restored, Tensor):
+        if (stored.shape, stored.dtype) != (restored.shape, restored.dtype):
+            raise TypeError(f"{where} is {tuple(stored.shape)} {stored.dtype}")
 
 
 def _differences(before: dict | None, now: dict | None) -> str:

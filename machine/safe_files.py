@@ -2,7 +2,7 @@
 
 A file is written aside, fsynced and renamed. It holds a SHA-256 of itself and of what it is for:
 neither damage nor a file that was put in its place passes for it. What could not be read back is
-refused when it is saved.
+refused when it is saved. No pipe or device is read, which could be waited for without end.
 
     from safe_files import *; from pathlib import Path
     save_checked(Path("x.pt"), {"n": 3}, purpose="x of run 7")
@@ -21,11 +21,13 @@ import io
 import json
 import os
 import pickle
+import re
+import stat
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -43,6 +45,7 @@ RESERVED = '<>:"|?*\\'  # in the names of files on Windows
 DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{d}{i}" for d in ("COM", "LPT") for i in range(1, 10))}
 DAY = 86400.0  # seconds, after which what was half written is nobody's
 LONGEST = 200  # bytes of a part of a folder's name; file systems take 255
+ASIDE = re.compile(r".+\.[0-9a-f]{8}-\d+\.tmp", re.DOTALL)  # NAME.<hash of its path>-<process>.tmp
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of a file system that cannot sync a folder
 
 _locks: dict[Path, Any] = {}  # of the folders that this process has open
@@ -62,8 +65,10 @@ class WrongFile(DamagedFile):
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a file beside `path`, sync it to disk, then rename it into place."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write the same path
+    place = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:8]
+    aside = path.with_name(f"{path.name}.{place}-{os.getpid()}.tmp")  # others may write it too
     try:
+        aside.unlink(missing_ok=True)  # a link, say
         write(aside)
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())
@@ -78,16 +83,45 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def forget_asides(folder: Path, age: float | None = None) -> None:
-    """Delete what killed processes have half written beside a folder's files.
-
-    Args:
-        age: seconds for which a file has not been written to, where other processes may be writing
-            now; None where none is.
-    """
+    """Delete what killed processes left half written, of that age in seconds or of any."""
     for aside in folder.glob("*.tmp"):
         with contextlib.suppress(OSError):  # another process was first
-            if age is None or time.time() - aside.stat().st_mtime > age:
+            old = age is None or time.time() - aside.lstat().st_mtime > age
+            if old and ASIDE.fullmatch(aside.name):
                 aside.unlink()
+
+
+def opened(path: Path) -> BinaryIO:
+    """Open a file to read; a pipe or a device is refused."""
+    if not (stat.S_ISREG(mode := path.stat().st_mode) or stat.S_ISDIR(mode)):
+        raise WrongFile(f"{path} is no regular file")
+    return open(path, "rb")
+
+
+def check_plain(*paths: Path) -> None:
+    """Raise WrongFile where a path is there, and a link, a pipe or a device."""
+    for path in paths:
+        with contextlib.suppress(OSError):  # it is not there
+            if stat.S_ISLNK(path.lstat().st_mode):
+                raise WrongFile(f"{path} is a link, and what a run writes stays in its folder")
+            opened(path).close()
+
+
+def no_link(path: str, flags: int) -> int:
+    """The `opener` of files to write that follows no link, where the system can tell."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+@contextlib.contextmanager
+def contents(path: Path) -> Iterator[None]:
+    """Raise ValueError that names the file, whole by its checksum, whose contents do not fit."""
+    try:
+        yield
+    except (DamagedFile, torch.OutOfMemoryError):
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(f"{path} is whole, and its contents do not fit ({reason})") from None
 
 
 def write_json(path: Path, value: Any, sealed: bool = False) -> None:
@@ -137,8 +171,10 @@ def read_json(path: Path) -> dict:
     Raises:
         DamagedFile: it is none, or other than what was sealed.
     """
+    with opened(path) as file:
+        content = file.read()
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(content.decode())
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
@@ -155,9 +191,7 @@ def seal(value: dict) -> str:
 
 
 def save_checked(path: Path, value: Any, purpose: str | None = None) -> None:
-    """torch.save `value` atomically, with a footer that holds its hash.
-
-    numpy's scalars are saved as Python's, its arrays as tensors.
+    """torch.save `value` atomically, numpy's parts as torch's, with a footer that holds its hash.
 
     Args:
         purpose: what the file is for, if `load_checked` is to refuse any other in its place.
@@ -184,10 +218,7 @@ def save_checked(path: Path, value: Any, purpose: str | None = None) -> None:
 
 
 def _readable(value: Any, where: tuple) -> Any:
-    """Return a value with numpy's parts as torch loads them; `where` are the keys that lead there.
-
-    Raises ValueError for what torch would not load.
-    """
+    """Return a value, at the keys `where`, as torch loads it, or raise ValueError."""
     kind = type(value)
     if kind in (type(None), bool, float, str) or kind is int and value.bit_length() < 64:
         return value
@@ -196,8 +227,7 @@ def _readable(value: Any, where: tuple) -> Any:
     if kind in (list, tuple):
         return kind([_readable(part, (*where, i)) for i, part in enumerate(value)])
     if kind in (dict, OrderedDict):
-        parts = [(_readable(k, where), _readable(v, (*where, k))) for k, v in value.items()]
-        readable = kind(parts)
+        readable = kind((_readable(k, where), _readable(v, (*where, k))) for k, v in value.items())
         if kind is OrderedDict:  # a module's state has its versions there
             vars(readable).update(_readable(vars(value), where))
         return readable
@@ -228,7 +258,7 @@ def load_checked(path: Path, purpose: str | None = None) -> Any:
         WrongFile: it is whole, and for something else, or not of plain values.
     """
     size, length = path.stat().st_size, len(BOUND) + 2 * DIGEST
-    with open(path, "rb") as file:
+    with opened(path) as file:
         file.seek(max(0, size - length))
         footer = file.read()
     if size < length or not footer.startswith(BOUND):
@@ -255,11 +285,10 @@ def _bound(purpose: str) -> bytes:
 
 def _sha256(path: Path, length: int, then: bytes) -> bytes:
     """Hash the first `length` bytes of a file, and what follows them."""
-    digest, left = hashlib.sha256(), length
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while left and (block := file.read(min(left, 1 << 20))):
+        while block := file.read(min(length - file.tell(), 1 << 20)):
             digest.update(block)
-            left -= len(block)
     digest.update(then)
     return digest.digest()
 
@@ -286,10 +315,10 @@ def lock(folder: Path) -> None:
     Raises:
         ValueError: another process holds it.
     """
-    key = folder.resolve()
-    if fcntl is None or key in _locks:
+    if fcntl is None or (key := folder.resolve()) in _locks:
         return
-    file = open(folder / "lock", "w")
+    check_plain(folder / "lock")
+    file = open(folder / "lock", "a", opener=no_link)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -321,25 +350,21 @@ def check_held(folder: Path) -> None:
     """Raise FileNotFoundError where a folder is not the one that this process locked."""
     if (file := _locks.get(folder.resolve())) is None:
         return
-    try:
-        same = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock"))
-    except FileNotFoundError:
-        same = False
-    if not same:
-        raise FileNotFoundError(f"{folder} was deleted, or made anew, while it was in use")
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock")):
+            return
+    raise FileNotFoundError(f"{folder} was deleted, or made anew, while it was in use")
 
 
 def folder_below(root: str | Path, name: str) -> Path:
     """Return root/name, a folder inside of `root` by a name that every file system takes.
 
     Raises:
-        ValueError: an empty or unprintable name, one that leads elsewhere, or one with characters
-            or parts that Windows reserves.
+        ValueError: a name that is empty, unprintable or reserved by Windows, or leads elsewhere.
     """
-    parts = name.split("/")
     if not name.isprintable() or any(c in RESERVED for c in name):
         raise ValueError(f"{name!r} holds characters that a folder's name cannot have everywhere")
-    for part in parts:
+    for part in name.split("/"):
         stem = part.partition(".")[0].rstrip(" ").upper()
         if not part.strip(" ") or part in (".", "..") or part.endswith((".", " ")):
             raise ValueError(f"{name!r} must stay below the folder of runs, each part a plain name")
@@ -348,10 +373,7 @@ def folder_below(root: str | Path, name: str) -> Path:
         if len(part.encode()) > LONGEST:
             raise ValueError(f"{name[:20]!r}... is longer than {LONGEST} bytes")
     root, folder = Path(root), Path(root, name)
-    try:
-        inside = folder.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError):  # a loop of links
-        inside = False
-    if not inside:
-        raise ValueError(f"{name!r} must stay below {root}, and a link leads out of it")
-    return folder
+    with contextlib.suppress(OSError, RuntimeError):  # a loop of links
+        if folder.resolve().is_relative_to(root.resolve()):
+            return folder
+    raise ValueError(f"{name!r} must stay below {root}, and a link leads out of it")

@@ -57,12 +57,18 @@ def pyplot():
     return plt
 
 
-def save(figure, path: str | Path) -> None:
-    """Write the figure, free of dates, so that the same data gives the same file."""
+def save(figure, path: str | Path) -> Path:
+    """Write the figure, as a PNG where the name has no ending; return the file's path.
+
+    It is free of dates, so that the same data gives the same file.
+    """
     path = Path(path)
+    if path.suffix in ("", "."):
+        path = path.with_name(f"{path.name.rstrip('.')}.png")
     metadata = {"CreationDate": None} if path.suffix == ".pdf" else None
     figure.savefig(path, dpi=200, metadata=metadata)
     pyplot().close(figure)
+    return path
 
 
 def look(i: int) -> dict:
@@ -75,8 +81,8 @@ def look(i: int) -> dict:
 # ---------------------------------------------------------------------------- curves
 
 
-def plot_curves(logs: dict[str, Sequence[dict]], path: str | Path) -> None:
-    """Draw loss and accuracy against rounds or epochs.
+def plot_curves(logs: dict[str, Sequence[dict]], path: str | Path) -> Path:
+    """Draw loss and accuracy against rounds or epochs; return the file's path.
 
     Args:
         logs: label -> records of a run's log.
@@ -115,7 +121,7 @@ def plot_curves(logs: dict[str, Sequence[dict]], path: str | Path) -> None:
         axes.set(xlabel=_unit(logs.values()), ylabel=what)
         axes.grid()
     _legend(figure, (left, right))
-    save(figure, path)
+    return save(figure, path)
 
 
 def plot_bands(
@@ -298,7 +304,7 @@ def _legend(figure, panels: Sequence) -> None:
 # ---------------------------------------------------------------------------- heat maps
 
 
-def plot_shards(counts: Mapping[str, np.ndarray], path: str | Path) -> None:
+def plot_shards(counts: Mapping[str, np.ndarray], path: str | Path) -> Path:
     """Draw how many samples of each class (columns) each client (rows) holds; few are written out.
 
     Args:
@@ -318,7 +324,7 @@ def plot_shards(counts: Mapping[str, np.ndarray], path: str | Path) -> None:
         axes.set(xlabel="class", title=title)
     panels[0][0].set_ylabel("client")
     figure.colorbar(image, ax=list(panels[0]), label="samples")
-    save(figure, path)
+    return save(figure, path)
 
 
 def plot_density(

@@ -210,7 +210,7 @@ def summary(folder: Path, cell: Cell) -> dict | None:
         ValueError: the folder holds another run under this name.
     """
     run = Run(folder / cell.name)
-    if (finished := run.summary()) is None:
+    if (finished := run.summary(unbound=True)) is None:
         return None
     try:
         options = read_json(run.config_path)["options"]

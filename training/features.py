@@ -216,7 +216,8 @@ def set_fitted_head(
     """Fill in the model's head, from the run's head.pt where it is there."""
     if run is not None and (run.folder / "head.pt").exists():
         try:
-            fitted = head.FittedHead(**run.kept("head.pt"))
+            with safe_files.contents(run.folder / "head.pt"):
+                fitted = head.FittedHead(**run.kept("head.pt"))
         except safe_files.WrongFile:
             raise
         except safe_files.DamagedFile as error:
@@ -225,5 +226,8 @@ def set_fitted_head(
         fitted = fit_head(workspace, model, kind, images).to("cpu")
         if run is not None:
             run.keep("head.pt", vars(fitted))
-    model.head.weight.copy_(fitted.weight)
-    model.head.bias.copy_(fitted.bias)
+    for name, parameter in model.head.named_parameters():
+        tensor = getattr(fitted, name)
+        if getattr(tensor, "shape", None) != parameter.shape:
+            raise ValueError(f"{run.folder / 'head.pt'} is whole, and its {name} does not fit")
+        parameter.copy_(tensor)

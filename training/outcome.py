@@ -77,7 +77,8 @@ class Outcome:
             weights = checkpoint["state"].get("best")
             if not weights:  # or begun without --early-stop, and never better since
                 raise ValueError(f"{folder} has kept no best weights: --early-stop keeps them")
-            self.reached[unit], self.theta = weights["at"], weights["weights"]
+            with safe_files.contents(self.run.checkpoint_path):
+                self.reached[unit], self.theta = weights["at"], weights["weights"]
 
     @functools.cached_property
     def workspace(self) -> Workspace:
@@ -142,8 +143,15 @@ class Outcome:
     def learner(self) -> Learner:
         """Return the learner that the run had, holding the checkpoint's parameters."""
         learner = self.untrained_learner(self.frame())
-        learner.entries.load(self.theta)
+        self.load_into(learner.entries)
         return learner
+
+    def load_into(self, entries: Entries) -> None:
+        """Let entries hold the checkpoint's parameters, if these fit."""
+        with safe_files.contents(self.run.checkpoint_path):
+            if self.theta.shape != entries.theta.shape or not self.theta.is_floating_point():
+                raise TypeError(f"theta is {tuple(self.theta.shape)} {self.theta.dtype}")
+            entries.load(self.theta)
 
     def model(self) -> vit.VisionTransformer:
         """Return the model in fp32, from the checkpoint alone: what does not train is as it was."""
@@ -155,7 +163,7 @@ class Outcome:
         mask = find_mask(self.workspace, model, made.mask, made.masking, self.shards, self.run)
         parameters = dict(model.named_parameters())
         flat = FlatView((n, parameters[n]) for n in (mask.trained(names) if mask else names))
-        Entries(flat, mask.flat(flat) if mask else None, made.sgd).load(self.theta)
+        self.load_into(Entries(flat, mask.flat(flat) if mask else None, made.sgd))
         return model
 
 
@@ -237,8 +245,9 @@ def add_personalised(
             f"--personalised with --best: {finished.run.folder} keeps its clients' states of the "
             "last round alone"
         )
-    for name, state in ({"loss_scale": learner.loss_scale} | states).items():
-        state.load_state_dict(finished.process["states"][name])
+    with safe_files.contents(finished.run.checkpoint_path):
+        for name, state in ({"loss_scale": learner.loss_scale} | states).items():
+            state.load_state_dict(finished.process["states"][name])
     clients = Personalising(
         learner,
         finished.shards,

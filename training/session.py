@@ -157,9 +157,47 @@ def finished_summary(
     early = patience is not None and summary.get("stopped_early") == patience
     if summary[unit] < total and not early:
         return None
+    for fault in run_faults(run):
+        runs.say(f"warning: {fault}")
     why = ", stopped early" if early else ""
     print(f"{run.folder} is finished: {unit} {summary[unit]}{why}. {headline(summary)}")
     return summary
+
+
+def run_faults(run: runs.Run) -> list[str]:
+    """Name what is gone or damaged among the files of a finished run."""
+    options, faults = run.config()["options"], []
+
+    def read(name: str, purpose: str) -> Any:
+        path = run.folder / name
+        try:
+            return safe_files.load_checked(path, run.purpose(purpose))
+        except FileNotFoundError:
+            faults.append(f"{path} is gone")
+        except (OSError, ValueError) as error:
+            faults.append(str(error))
+        return None
+
+    if options.get("head", "linear") != "linear":
+        read("head.pt", "head.pt")
+    if options.get("mask") is not None or options.get("mask_rule") is not None:
+        read("mask.pt", "mask.pt")
+    log = run.log_path.read_bytes() if run.log_path.exists() else None
+    if log is None:
+        faults.append(f"{run.log_path} is gone")
+    if (checkpoint := read("checkpoint.pt", "checkpoint")) is None:
+        return faults
+    try:
+        with safe_files.contents(run.checkpoint_path):
+            if log not in (None, checkpoint["log"]["text"].encode()):
+                faults.append(f"{run.log_path} is not as the checkpoint knows it")
+            states = checkpoint["state"]["process"].get("states", {})
+            for name, state in states.items():
+                for file in sorted(set(state.get("files", {}).values())):
+                    read(f"{name}/{file}", f"{name}/{file}")
+    except ValueError as error:
+        faults.append(str(error))
+    return faults
 
 
 # ---------------------------------------------------------------------------- what trains

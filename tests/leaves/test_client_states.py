@@ -191,30 +191,91 @@ def test_processes_share_the_clients_states(size):
     assert all(torch.equal(again.get(k), variates.get(k)) for k in range(12))
 
 
+class Disk:
+    """Counts what is written and read, and dies before a write if told to."""
+
+    def __init__(self):
+        self.written, self.read, self.dies_at = [], [], None
+
+    def write(self, path, vectors):
+        if self.dies_at == len(self.written):
+            raise KeyboardInterrupt
+        self.written.append((path.name, len(vectors)))
+        torch.save(vectors, path)
+
+    def load(self, path):
+        self.read.append(path.name)
+        return torch.load(path, weights_only=True)
+
+
 def test_files_hold_what_changed_and_every_checkpoint_of_the_last_can_be_resumed(tmp_path):
     expected, _ = federation()
     run(expected, 12)
-    written = []
-
-    def write(path, tensor):
-        written.append(path.name)
-        torch.save(tensor, path)
-
-    loop, _ = federation(folder=tmp_path, write=write)
+    disk = Disk()
+    loop, variates = federation(folder=tmp_path, write=disk.write)
     states, calls = [], 0
     while loop.round < 12:
         loop.advance()
         calls += 1
         if calls % 3 == 0:
             states.append(copy.deepcopy(loop.state_dict()))
-    assert len(written) == len(set(written))  # nothing twice
-    assert calls - 3 <= len(written) <= calls
-    assert len(list(tmp_path.iterdir())) < 12 + 3 * 3  # old files go
-    for state in states[-2:]:  # a checkpoint and its predecessor
+            names = [name for name, _ in disk.written]
+            assert len(names) == len(set(names)) == len(states)  # one file a save
+            live = set(states[-1]["states"]["scaffold"]["files"].values())
+            assert sum(n for name, n in disk.written if name in live) <= 2 * len(variates._vectors)
+            for state in states[-2:]:  # a checkpoint and its predecessor
+                again, _ = federation(folder=tmp_path, write=None)
+                again.load_state_dict(state)
+    assert sum(n for _, n in disk.written) < 3 * calls  # what changed, and rewritten now and then
+    assert len(list(tmp_path.iterdir())) < 3 * 3  # old files go
+    for state in states[-2:]:
         again, _ = federation(folder=tmp_path, write=None)
         again.load_state_dict(state)
         run(again, 12)
         assert torch.equal(again.theta, expected.theta)
+
+
+@pytest.mark.parametrize("lost", [0, 1])  # the newest checkpoint is whole, or gives way
+@pytest.mark.parametrize("dies_at", range(2, 14))
+def test_killed_at_any_save_a_checkpoint_and_its_predecessor_find_their_files(
+    tmp_path, dies_at, lost
+):
+    expected, _ = federation()
+    run(expected, 9)
+    disk, states = Disk(), []
+    for death in (dies_at, dies_at + 1, None):
+        disk.dies_at = death
+        loop, _ = federation(folder=tmp_path, write=disk.write, read=disk.load)
+        if states:
+            states = states[: len(states) - lost]
+            loop.load_state_dict(states[-1])
+        try:
+            while loop.round < 9:
+                loop.advance()
+                states.append(copy.deepcopy(loop.state_dict()))
+        except KeyboardInterrupt:
+            assert death is not None
+        for state in states[-2:]:
+            federation(folder=tmp_path, write=None)[0].load_state_dict(state)
+    assert torch.equal(loop.theta, expected.theta)
+
+
+def test_a_state_without_changes_writes_nothing_and_counts_as_the_last(tmp_path):
+    disk = Disk()
+    loop, _ = federation(folder=tmp_path, write=disk.write, read=disk.load)
+    assert loop.state_dict() and not list(tmp_path.iterdir())
+    run(loop, 2)
+    earlier = copy.deepcopy(loop.state_dict())
+    run(loop, 4)
+    for _ in range(9):
+        state = copy.deepcopy(loop.state_dict())
+    assert len(disk.written) == 2
+    for saved in (earlier, state):
+        disk.read.clear()
+        again, _ = federation(folder=tmp_path, write=disk.write, read=disk.load)
+        again.load_state_dict(saved)
+        assert len(disk.read) == len(set(disk.read)) <= 2  # each file once
+        assert again.state_dict()["states"]["scaffold"]["saves"] == (saved is state) + 1
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -222,18 +283,35 @@ def test_a_state_whose_file_is_gone_is_refused_by_name(tmp_path, size):
     def work(group):
         writes = {} if group.rank == 0 else {"write": None}
         loop, _ = federation(group=group, folder=tmp_path, **writes)
-        run(loop, 3)
+        run(loop, 1)
+        loop.state_dict()
+        run(loop, 2)
         return loop.state_dict()
 
     state = in_threads(size, work)[0]
     files = sorted(tmp_path.iterdir())
-    assert len(files) > 6
+    assert [path.name for path in files] == ["clients-1.pt", "clients-2.pt"]
     for path in files:
         whole = path.read_bytes()
         path.unlink()
         with pytest.raises(FileNotFoundError, match=path.name):
             federation(folder=tmp_path)[0].load_state_dict(state)
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda part, k: part.pop(k), lambda part, k: part.update({k: torch.zeros(1).double()}),
+    lambda part, k: part.update({k: torch.zeros(6)}), lambda part, k: part.update({k: 3}),
+])  # fmt: skip
+def test_vectors_that_are_not_the_clients_are_refused(tmp_path, wrong):
+    loop, variates = federation(folder=tmp_path)
+    run(loop, 2)
+    state, client = loop.state_dict(), min(variates._vectors)
+    part = torch.load(tmp_path / "clients-1.pt", weights_only=True)
+    wrong(part, client)
+    torch.save(part, tmp_path / "clients-1.pt")
+    with pytest.raises(ValueError, match=rf"no vector \(6,\) torch.float64 of client {client}$"):
+        federation(folder=tmp_path)[0].load_state_dict(state)
 
 
 def test_a_change_beyond_the_fixed_point_is_refused():

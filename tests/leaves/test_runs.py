@@ -17,7 +17,7 @@ import pytest
 import torch
 from walk import Walk
 
-from machine.runs import Interrupted, Run, drive
+from machine.runs import NAMES, STATES, Interrupted, Run, drive
 from machine.safe_files import (
     SEAL,
     DamagedFile,
@@ -156,9 +156,9 @@ def test_another_runs_file_does_not_pass_for_ones_own(tmp_path, capsys):
     (same := Run(ours.folder)).open({"rate": 1, "rounds": 9}, free={"rounds"})
     assert same.load()["state"]["process"]["round"] == 5
     ours.config_path.unlink()
-    (other := Run(ours.folder)).open({"rate": 3, "rounds": 7}, free={"rounds"})
-    with pytest.raises(DamagedFile, match="belongs elsewhere"):
-        other.load()
+    with pytest.raises(ValueError, match="ours is not empty and is no run's folder: take another"):
+        Run(ours.folder).open({"rate": 3, "rounds": 7}, free={"rounds"})
+    assert not ours.config_path.exists()
 
 
 @pytest.mark.parametrize("name", ["config.json", "summary.json"])
@@ -185,15 +185,202 @@ def test_every_flipped_bit_of_a_json_file_is_found_or_says_the_same(run, name, c
     assert found >= 8 * (len(whole) - len(SEAL))
 
 
-def test_what_a_killed_process_half_wrote_goes_at_the_next_start(run):
+def test_what_a_killed_process_half_wrote_goes_at_the_next_start(run, tmp_path):
     run.close()
-    for name in ("checkpoint.new.pt.1.tmp", "scaffold/client3-1.pt.1.tmp"):
-        (run.folder / name).parent.mkdir(exist_ok=True)
-        (run.folder / name).write_bytes(b"half")
+    half = "checkpoint.new.pt.0123abcd-1.tmp"
     (inner := Run(run.folder / "inner")).open({})
-    (inner.folder / "checkpoint.new.pt.1.tmp").write_bytes(b"another run's, which may be writing")
+    (tmp_path / "elsewhere").mkdir()
+    (run.folder / "link").symlink_to(tmp_path / "elsewhere")
+    places = [run.folder / name for name in (".", "scaffold", "local_norm", "inner", "notes")]
+    for folder in (*places, tmp_path / "elsewhere"):
+        folder.mkdir(exist_ok=True)
+        (folder / half).write_bytes(b"half")
+        (folder / "notes.tmp").write_bytes(b"mine")
     Run(run.folder).open({"rounds": 9})
-    assert list(run.folder.rglob("*.tmp")) == [inner.folder / "checkpoint.new.pt.1.tmp"]
+    stay = {inner.folder, run.folder / "notes", tmp_path / "elsewhere"}
+    assert {path.parent for path in tmp_path.rglob(half)} == stay
+    assert len(list(tmp_path.rglob("notes.tmp"))) == 6
+
+
+# ---------------------------------------------------------------------------- others' files
+
+
+def snapshot(folder):
+    return {p: p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("names", [
+    ("notes.tmp",), ("log.jsonl", "curves.png"), ("mask.pt", "head.pt"), ("summary.json",),
+    ("lock",), ("search.json",), ("checkpoint.pt",), ("sub/",), ("scaffold/x.pt",),
+    ("config.json.tmp",),
+])  # fmt: skip
+def test_a_folder_that_is_no_run_is_refused_and_loses_nothing(tmp_path, names):
+    folder = tmp_path / "mine"
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).mkdir() if name.endswith("/") else (folder / name).write_text("mine")
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match="mine is not empty and is no run's folder: take another"):
+        Run(folder).open({"rounds": 9})
+    assert snapshot(tmp_path) == before
+
+
+def test_what_a_killed_opening_leaves_is_not_in_the_way(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "search" / "lr0.1-wd0").mkdir(parents=True)
+    for name in ("lock", "config.json.0123abcd-99.tmp"):
+        (folder / name).touch()
+    (folder / "search.json").write_text("{}")
+    (run := Run(folder)).open({"rounds": 9})
+    assert {p.name for p in folder.iterdir()} == {"search", "search.json", "lock", "config.json"}
+    assert run.config()["options"] == {"rounds": 9}
+
+
+@pytest.mark.parametrize("there", [(), ("folder",), ("folder", "lock")])
+def test_an_opening_takes_back_what_it_made_and_no_more(tmp_path, there):
+    folder = tmp_path / "run"
+    if there:
+        folder.mkdir()
+    if "lock" in there:
+        (folder / "lock").touch()
+    before = snapshot(tmp_path)
+    for error in (ValueError, OSError, MemoryError, RuntimeError):
+        (run := Run(folder)).open({"rounds": 9})
+        with pytest.raises(error), run.opening():
+            run.keep("head.pt", 3)
+            raise error
+        assert snapshot(tmp_path) == before
+
+
+def test_an_opening_that_goes_on_takes_nothing_back(run):
+    drive(run, Walk(), "round", 2)
+    for name in ("config.json", "log.jsonl"):  # with a checkpoint alone it is a run's folder too
+        (run.folder / name).unlink()
+        run.keep("head.pt", 3) if run.config_path.exists() else None
+        (again := Run(run.folder)).open({"rounds": 9})
+        before = snapshot(run.folder)
+        with pytest.raises(ValueError), again.opening():
+            raise ValueError
+        missing = before.keys() - snapshot(run.folder).keys()
+        assert {p.name for p in missing} <= {"config.json", "lock"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_file_of_a_run_is_a_link(run, tmp_path, name):
+    drive(run, Walk(), "round", 2)
+    run.close()
+    (outside := tmp_path / "outside").mkdir()
+    (outside / "precious").write_text("precious")
+    path = run.folder / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(outside if name in ("search", "tensorboard", *STATES) else outside / "precious")
+    before = snapshot(outside)
+    for use in (lambda run: run.open({"rounds": 9}), Run.config, Run.id, Run.check):
+        with pytest.raises(ValueError, match=f"{name} is a link, and what a run writes stays in"):
+            use(Run(run.folder))
+    assert snapshot(outside) == before
+
+
+def test_a_log_that_becomes_a_link_is_not_followed(run, tmp_path):
+    run.log({"round": 0})
+    run.log_path.rename(tmp_path / "log")
+    run.log_path.symlink_to(tmp_path / "log")
+    before = (tmp_path / "log").read_bytes()
+    with pytest.raises(OSError, match="cannot write .*log.jsonl"):
+        run.log({"round": 1})
+    assert (tmp_path / "log").read_bytes() == before
+    run.log_path.unlink()
+    run.keep("a.pt", 3)
+    (run.folder / "a.pt").rename(tmp_path / "a.pt")
+    (run.folder / "a.pt").symlink_to(tmp_path / "a.pt")
+    with pytest.raises(WrongFile, match="a.pt is a link"):
+        run.kept("a.pt")
+
+
+def test_links_of_others_in_a_runs_folder_stay_and_its_folder_may_be_a_link(run, tmp_path):
+    run.close()
+    (run.folder / "extra").symlink_to(tmp_path)
+    (tmp_path / "alias").symlink_to(run.folder)
+    drive(run := Run(tmp_path / "alias"), Walk(), "round", 2)
+    Run(tmp_path / "alias").open({"rounds": 9})
+    assert (run.folder / "extra").is_symlink() and len(run.records()) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", ["config.json", "checkpoint.pt", "log.jsonl", "lock", "mask.pt"])
+def test_a_pipe_in_a_files_place_is_refused_at_once(run, name):
+    run.close()
+    (run.folder / name).unlink(missing_ok=True)
+    os.mkfifo(run.folder / name)
+    for use in (lambda run: run.open({"rounds": 9}), Run.config):
+        with pytest.raises(ValueError, match=f"{name} is no regular file"):
+            use(Run(run.folder))
+
+
+# ---------------------------------------------------------------------------- wrong contents
+
+
+def test_a_summary_counts_for_its_own_run_alone(tmp_path, capsys):
+    ours, theirs = Run(tmp_path / "ours"), Run(tmp_path / "theirs")
+    for run, rate in ((ours, 1), (theirs, 2)):
+        run.open({"rate": rate})
+        assert run.summarise(round=3)["run"] == run.id() == run.summary()["run"]
+    for name, counts in (("theirs", ()), ("nobody's", (True,)), ("ours", (False, True))):
+        if name == "theirs":
+            shutil.copy(theirs.folder / "summary.json", ours.folder / "summary.json")
+        elif name == "ours":
+            ours.summarise(round=3)
+        else:
+            write_json(ours.folder / "summary.json", {"round": 3}, sealed=True)
+        for unbound in (False, True):
+            summary, said = ours.summary(unbound=unbound), capsys.readouterr().out
+            assert (summary is not None) == (unbound in counts), (name, unbound)
+            assert ("summary.json is not the summary of this run" in said) == (summary is None)
+
+
+class Copied(Walk):
+    """A walk whose tensor stays where it is, as those of models do."""
+
+    def load_state_dict(self, state):
+        self.round = state["round"]
+        self.value.copy_(state["value"])
+
+
+WRONG = {
+    "no process": lambda state: state.pop("process"),
+    "no counter": lambda state: state["process"].pop("round"),
+    "a counter of text": lambda state: state["process"].update(round="5"),
+    "no tensor": lambda state: state["process"].update(value=[1, 2, 3]),
+    "another shape": lambda state: state["process"].update(value=torch.zeros(1).double()),
+    "another type": lambda state: state["process"].update(value=torch.zeros(3)),
+    "no time": lambda state: state.pop("wall_seconds"),
+    "time of text": lambda state: state.update(wall_seconds="1"),
+    "no environment": lambda state: state.pop("environment"),
+    "environment of numbers": lambda state: state.update(environment=3),
+    "best of numbers": lambda state: state.update(best=3),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_whole_checkpoint_of_another_process_is_named_and_stays(run, wrong):
+    drive(run, Walk(), "round", 5)
+    drive(run, Walk(), "round", 7)
+    checkpoint = run.load()
+    WRONG[wrong](checkpoint["state"])
+    save_checked(run.checkpoint_path, checkpoint, run.purpose("checkpoint"))
+    before = snapshot(run.folder)
+    with pytest.raises(ValueError, match="checkpoint.pt is whole, and its contents do not fit"):
+        drive(Run(run.folder), Copied(), "round", 9)
+    assert snapshot(run.folder) == before
+
+
+def test_a_whole_checkpoint_with_another_log_is_named(run):
+    drive(run, Walk(), "round", 5)
+    for log in (3, {}, {"text": 3}, {"text": "no JSON\n"}):
+        checkpoint = torch.load(run.checkpoint_path, weights_only=True) | {"log": log}
+        save_checked(run.checkpoint_path, checkpoint, run.purpose("checkpoint"))
+        with pytest.raises(ValueError, match="checkpoint.pt is whole, and its contents do not fit"):
+            Run(run.folder).restore()
 
 
 @pytest.mark.skipif(fcntl is None, reason="needs flock")

@@ -7,7 +7,7 @@ import random
 import time
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from decimal import Decimal
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ import torch
 from machine import safe_files
 from machine.safe_files import (
     DamagedFile,
+    contents,
     forget_asides,
     load_checked,
     lock,
@@ -62,13 +63,34 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_what_was_half_written_goes_once_it_is_old(tmp_path):
-    for name, age in (("a.pt.7.tmp", 0), ("b.pt.7.tmp", 100), ("c.pt", 100)):
+    new, old = "a.pt.0123abcd-7.tmp", "b.pt.0123abcd-7.tmp"
+    others = {"c.pt", "notes.tmp", "d.pt.7.tmp", "e.pt.0123abcd-7.tmp.gz", ".0123abcd-7.tmp"}
+    for name, age in ((new, 0), (old, 100), *((name, 100) for name in others)):
         (tmp_path / name).write_bytes(b"half")
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     forget_asides(tmp_path, age=50)
-    assert {p.name for p in tmp_path.iterdir()} == {"a.pt.7.tmp", "c.pt"}
+    assert {p.name for p in tmp_path.iterdir()} == {new, *others}
     forget_asides(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+    assert {p.name for p in tmp_path.iterdir()} == others
+
+
+def test_a_temporary_name_says_whose_it_is_and_leads_nowhere(tmp_path):
+    def write(aside):
+        names.append(aside.name)
+        assert not aside.is_symlink()
+        aside.write_text("new")
+
+    names = []
+    write_atomically(tmp_path / "x", write)
+    assert safe_files.ASIDE.fullmatch(names[0]) and names[0].startswith("x.")
+    assert names[0].endswith(f"-{os.getpid()}.tmp")
+    (tmp_path / "outside").write_text("theirs")
+    (tmp_path / names[0]).symlink_to(tmp_path / "outside")
+    write_atomically(tmp_path / "x", write)
+    (tmp_path / "sub").mkdir()
+    write_atomically(tmp_path / "sub" / "x", write)
+    assert names[0] == names[1] != names[2]
+    assert (tmp_path / "outside").read_text() == "theirs"
 
 
 # ---------------------------------------------------------------------------- what is taken
@@ -164,6 +186,49 @@ def test_json_takes_numpys_and_says_what_it_cannot_hold(tmp_path):
         assert read_json(path).items() >= {"a": 0.5, "b": ["c/d", [1]]}.items()
     with pytest.raises(ValueError, match="x.json.b.1: an object, which JSON cannot hold"):
         write_json(path, {"b": [0, object()]})
+
+
+# ---------------------------------------------------------------------------- what is no file
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipes_and_devices_are_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for path in (tmp_path / "pipe", tmp_path / "link", Path("/dev/zero")):
+        for read in (load_checked, read_json):
+            with pytest.raises(DamagedFile, match=f"{path.name} is no regular file"):
+                read(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="needs links")
+def test_a_lock_is_no_link_and_keeps_what_is_there(tmp_path):
+    (tmp_path / "theirs").write_text("theirs")
+    for made in (Path.touch, lambda path: path.symlink_to("theirs")):
+        path = tmp_path / "lock"
+        path.unlink(missing_ok=True)
+        made(path)
+        if path.is_symlink():
+            with pytest.raises(ValueError, match="lock is a link"):
+                lock(tmp_path)
+        else:
+            path.write_text("theirs")
+            lock(tmp_path)
+            unlock(tmp_path)
+        assert path.read_text() == "theirs"
+    with pytest.raises(OSError), open(path, "ab", opener=safe_files.no_link):
+        pass
+
+
+def test_contents_that_do_not_fit_name_their_file_and_other_errors_pass(tmp_path):
+    for error in (KeyError("theta"), TypeError("x"), RuntimeError("size\nmore"), ValueError("x")):
+        with pytest.raises(ValueError, match="x.pt is whole, and its contents do not fit") as told:
+            with contents(tmp_path / "x.pt"):
+                raise error
+        assert "\n" not in str(told.value) and type(error).__name__ in str(told.value)
+    for error in (DamagedFile("x"), OSError("x"), MemoryError(), torch.OutOfMemoryError("x")):
+        with pytest.raises(type(error)), contents(tmp_path / "x.pt"):
+            raise error
 
 
 # ---------------------------------------------------------------------------- file systems

@@ -241,8 +241,8 @@ def in_use(folder: Path, pattern: str) -> list[Path]:
     if "client" not in pattern:
         return found
     process = torch.load(folder / "runs/x/checkpoint.pt", weights_only=True)["state"]["process"]
-    changes = process["states"]["scaffold"]["changes"]
-    return [p for p in found if p.stem in {f"client{k}-{n}" for k, n in changes.items()}]
+    files = set(process["states"]["scaffold"]["files"].values())
+    return [path for path in found if path.name in files]
 
 
 def damaged_evaluations(tally: Tally, where: Path, ways: int, seed: int) -> None:
