@@ -230,7 +230,10 @@ class FedAvg:
             the round's record after its last client, else None.
         """
         started = time.perf_counter()
-        record = next(self._loop)
+        try:
+            record = next(self._loop)
+        except StopIteration:
+            raise RuntimeError("an error has ended the loop: load a state first") from None
         self.seconds += time.perf_counter() - started
         if record is not None:
             record["seconds"], self.seconds = round_seconds(self.seconds), 0.0

@@ -83,8 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def out_of_memory(error: Exception) -> bool:
     """Tell whether an error says that the device or the host has no memory left."""
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or "can't allocate memory" in str(error)  # torch's own on a CPU
+    typed = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return typed or "can't allocate memory" in str(error)  # torch's own on a CPU
 
 
 if __name__ == "__main__":

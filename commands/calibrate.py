@@ -33,7 +33,7 @@ def run(line: Line) -> None:
     mask.save(folder.folder / "mask.pt")
     kinds, layers, density = density_table(mask)
     print_density(kinds, layers, density)
-    figures = {name: mask.made[name] for name in SHOWN} | {"mask_bytes": mask.bytes}
+    figures = {name: mask.origin[name] for name in SHOWN} | {"mask_bytes": mask.bytes}
     print_figures(figures)
     overlap = calibration.agreement()
     print_overlap(overlap)
@@ -43,7 +43,7 @@ def run(line: Line) -> None:
     }
     figures |= {"overlap": overlap, "density": table, "wall_seconds": time.monotonic() - started}
     folder.summarise(**figures)
-    title = f"{o.masking.mask_rule}, {100 * mask.kept.double().mean():.1f} % trainable"
+    title = f"{o.masking.mask_rule}, {100 * mask.trains.double().mean():.1f} % trainable"
     try:
         plots.plot_density(kinds, layers, density, folder.folder / "density.png", title)
     except ValueError as error:

@@ -160,8 +160,8 @@ def opening_bytes(learner: Learner, clients: int) -> dict[str, int]:
     """Return what was sent before round 1: calibration, then the mask once to every client."""
     if learner.mask is None:
         return {}
-    made, broadcast = learner.mask.made, clients * learner.mask.bytes
-    return {"bytes_up": made["bytes_up"], "bytes_down": made["bytes_down"] + broadcast}
+    origin, broadcast = learner.mask.origin, clients * learner.mask.bytes
+    return {"bytes_up": origin["bytes_up"], "bytes_down": origin["bytes_down"] + broadcast}
 
 
 def absent_classes(names: list[str]) -> dict[str, list[str]]:
@@ -203,7 +203,7 @@ def privacy_of_run(o: SimpleNamespace, rounds: int, mask: Mask | None) -> dict:
 def uncovered(o: SimpleNamespace, mask: Mask | None) -> list[str]:
     """Name what a run takes from the clients' data outside of its private rounds."""
     fitted = [f"the {o.head.head} head fitted to their data"] * (o.head.head != "linear")
-    scored = mask is not None and masks.needs_scores(mask.made["mask_rule"])
+    scored = mask is not None and masks.needs_scores(mask.origin["mask_rule"])
     return fitted + ["the mask calibrated on their data"] * scored
 
 

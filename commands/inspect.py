@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from commands.options import Line, made_by
+from commands.options import Line, recipe_of
 from machine import runs, safe_files
 from machine.device import Machine
 from machine.status import print_figures
@@ -76,7 +76,7 @@ def outcome_of(line: Line) -> Outcome:
     """Return what the run of a command line has come to."""
     o, machine = line.groups, getattr(line.groups, "machine", Machine("cpu", precision="fp32"))
     folder, data_dir, weights = o.run_folder
-    return Outcome(folder, made_by(folder, data_dir, machine, weights), o.best.best)
+    return Outcome(folder, recipe_of(folder, data_dir, machine, weights), o.best.best)
 
 
 def run_eval(line: Line) -> None:
@@ -96,7 +96,7 @@ def run_export(line: Line) -> None:
     finished, o = outcome_of(line), line.groups.export
     outcome.export(finished.model(), Path(o.file), with_head=o.with_head)
     reached = " ".join(f"{unit} {at}" for unit, at in finished.reached.items())
-    model, pixels = finished.made.backbone.model, finished.workspace.normalisation()
+    model, pixels = finished.recipe.backbone.model, finished.workspace.normalisation()
     mean, std = NORMALISATIONS[pixels]
     print(f"{o.file}: {model} at {reached}, pixels normalised by {mean}, {std}")
     print(f"load it by --model {model} --weights {o.file} --normalisation {pixels}")

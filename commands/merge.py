@@ -11,7 +11,7 @@ from torch import Tensor
 
 import editing
 import fisher
-from commands.options import Line, made_by
+from commands.options import Line, recipe_of
 from flat import FlatView
 from machine import runs, safe_files
 from machine.device import Machine, exact_products
@@ -113,8 +113,8 @@ class Merger:
         exact = machine._replace(precision="fp32")  # frozen parameters keep all their bits
         starts, ends = [], []
         for folder in folders:
-            made = made_by(folder, options.data_dir, exact, options.weights)
-            finished = Outcome(folder, made)
+            recipe = recipe_of(folder, options.data_dir, exact, options.weights)
+            finished = Outcome(folder, recipe)
             learner = finished.untrained_learner()
             start = learner.flat.theta.clone()
             finished.load_into(learner.entries)
@@ -127,10 +127,10 @@ class Merger:
                     raise ValueError(
                         f"{folder} and {folders[0]} did not start alike: {name} differs"
                     )
-        self.workspace = Workspace(made.source, machine, made.backbone)
+        self.workspace = Workspace(recipe.source, machine, recipe.backbone)
         model = self.workspace.build_model()
         whole = Training(augment=False)
-        self.learner = Learner(self.workspace, model, whole, made.sgd, freeze_head=False)
+        self.learner = Learner(self.workspace, model, whole, recipe.sgd, freeze_head=False)
         self.flat, self.names = self.learner.flat, list(starts[0])
         self.start = self.flatten(starts[0])
         self.vectors = torch.stack([self.flatten(end) for end in ends]) - self.start  # (m, P)

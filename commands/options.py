@@ -43,7 +43,7 @@ from training.clients import LocalSteps
 from training.diagnostics import Diagnosing
 from training.features import FittedHead, Head
 from training.learner import Training
-from training.outcome import Made
+from training.outcome import Recipe
 from training.rounds import Federation, Rounds
 from training.session import Running, Watching, default_name
 from training.workspace import Backbone, Sharding, Source
@@ -367,7 +367,7 @@ def federation(o: types.SimpleNamespace) -> Federation:
     )
 
 
-def made_by(folder: str, data_dir: str, machine: Machine, weights: str | None = None) -> Made:
+def recipe_of(folder: str, data_dir: str, machine: Machine, weights: str | None = None) -> Recipe:
     """Return the options of the run in a folder, on this machine.
 
     Args:
@@ -394,7 +394,7 @@ def made_by(folder: str, data_dir: str, machine: Machine, weights: str | None = 
     if missing or not isinstance(stored.get("weights_sha256"), str):
         raise DamagedFile(f"{run.config_path} is damaged: {missing or 'weights_sha256'}")
     federated = command == "fedavg"
-    return Made(
+    return Recipe(
         source=o.source,
         backbone=o.backbone,
         machine=o.machine,

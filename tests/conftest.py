@@ -104,7 +104,7 @@ def assert_frozen_stayed(learner) -> None:
     for name, trains in learner.mask.parts().items():
         assert torch.equal(now[name][~trains], start[name][~trains]), name
         moved += (now[name][trains] != start[name][trains]).sum().item()
-    assert moved > 0.9 * learner.mask.made["kept"] == 0.9 * learner.entries.size
+    assert moved > 0.9 * learner.mask.origin["kept"] == 0.9 * learner.entries.size
 
 
 class Threads:

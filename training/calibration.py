@@ -202,7 +202,7 @@ class Calibration:
             ) from None
         status.close()
         senders = len(images) if self.scores else 0
-        made = options._asdict() | {
+        origin = options._asdict() | {
             "seed": self.seed,
             "model": self.workspace.backbone.model,
             "weights_sha256": vit.fingerprint(self.model),
@@ -214,7 +214,7 @@ class Calibration:
             "bytes_down": (rounds - 1) * senders * math.ceil(len(mask) / 8),
             "seconds": float(f"{time.monotonic() - started:.3f}"),
         }
-        return Mask(self.shapes, mask, made)
+        return Mask(self.shapes, mask, origin)
 
     def agreement(self) -> dict:
         """Compare the masks that clients would make alone, in one round on half of their images.

@@ -17,37 +17,37 @@ from flat import FlatView
 from machine import safe_files
 
 FORMAT = 1
-MADE = ("mask_rule", "weights_sha256", "bytes_up", "bytes_down")  # what others read of `made`
+ORIGIN = ("mask_rule", "weights_sha256", "bytes_up", "bytes_down")  # what others read of `origin`
 
 
 class Mask:
     """Which entries of which parameters train; everything else is frozen.
 
     Args:
-        shapes: name -> shape of the parameters that took part, in the order of `kept`.
-        kept: (P,) bool, their entries end to end, True = trainable.
-        made: plain values that say how it was made.
+        shapes: name -> shape of the parameters that took part, in the order of `trains`.
+        trains: (P,) bool, their entries end to end, True = trainable.
+        origin: plain values that say how it was made.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], kept: Tensor, made: dict):
-        self.shapes, self.kept, self.made = shapes, kept.cpu(), made
+    def __init__(self, shapes: dict[str, tuple[int, ...]], trains: Tensor, origin: dict):
+        self.shapes, self.trains, self.origin = shapes, trains.cpu(), origin
 
     @property
     def bytes(self) -> int:
         """What sending it costs: a bit an entry."""
-        return math.ceil(len(self.kept) / 8)
+        return math.ceil(len(self.trains) / 8)
 
     @property
     def sha256(self) -> str:
         """Hash which entries of which parameters are kept."""
         digest = hashlib.sha256(repr(list(self.shapes.items())).encode())
-        digest.update(masks.pack(self.kept).numpy().tobytes())
+        digest.update(masks.pack(self.trains).numpy().tobytes())
         return digest.hexdigest()
 
     def parts(self) -> dict[str, Tensor]:
         """Return name -> bool tensor of the parameter's shape."""
         sizes = [math.prod(shape) for shape in self.shapes.values()]
-        pairs = zip(self.shapes.items(), self.kept.split(sizes), strict=True)
+        pairs = zip(self.shapes.items(), self.trains.split(sizes), strict=True)
         return {name: part.view(shape) for (name, shape), part in pairs}
 
     def trained(self, names: Iterable[str]) -> list[str]:
@@ -66,8 +66,8 @@ class Mask:
         """Write the mask file; purpose: as `safe_files.save_checked` takes it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
-        content = {"mask_format": FORMAT, "shapes": shapes, "bits": masks.pack(self.kept)}
-        safe_files.save_checked(path, content | {"made": self.made}, purpose)
+        content = {"mask_format": FORMAT, "shapes": shapes, "bits": masks.pack(self.trains)}
+        safe_files.save_checked(path, content | {"made": self.origin}, purpose)
 
     @classmethod
     def load(cls, path: Path, model: vit.VisionTransformer, purpose: str | None = None) -> Mask:
@@ -93,12 +93,12 @@ class Mask:
             raise ValueError(f"mask {path}: not a mask of format {FORMAT}")
         try:
             shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
-            size, bits, made = (
+            size, bits, origin = (
                 sum(map(math.prod, shapes.values())),
                 content["bits"],
                 content["made"],
             )
-            if made["mask_rule"] not in masks.RULES or not made.keys() >= set(MADE):
+            if origin["mask_rule"] not in masks.RULES or not origin.keys() >= set(ORIGIN):
                 raise KeyError("made")
             if bits.dtype != torch.uint8 or bits.shape != (math.ceil(size / 8),):
                 raise TypeError("bits")
@@ -111,8 +111,8 @@ class Mask:
                     f"mask {path}: made for another model, {name} is {shape} in the mask and "
                     f"{expected.get(name, 'absent')} in the model"
                 )
-        mask = cls(shapes, masks.unpack(bits, size), made)
-        if not mask.kept.any():
+        mask = cls(shapes, masks.unpack(bits, size), origin)
+        if not mask.trains.any():
             raise ValueError(f"mask {path}: it keeps no entry, so that nothing would train")
         return mask
 

@@ -37,7 +37,7 @@ class Best(NamedTuple):
     ] = False
 
 
-class Made(NamedTuple):
+class Recipe(NamedTuple):
     """The options that a run was made with, as far as what it has come to depends on them."""
 
     source: Source
@@ -60,8 +60,8 @@ class Outcome:
         ValueError: no run folder, or none with a checkpoint, or no best weights.
     """
 
-    def __init__(self, folder: str | Path, made: Made, best: bool = False):
-        self.run, self.made = runs.Run(folder), made
+    def __init__(self, folder: str | Path, recipe: Recipe, best: bool = False):
+        self.run, self.recipe = runs.Run(folder), recipe
         checkpoint = self.run.load()
         if checkpoint is None:
             raise ValueError(f"{folder} holds no checkpoint: a run that trains none")
@@ -83,22 +83,22 @@ class Outcome:
     @functools.cached_property
     def workspace(self) -> Workspace:
         """The run's data, on this command's device."""
-        return Workspace(self.made.source, self.made.machine, self.made.backbone)
+        return Workspace(self.recipe.source, self.recipe.machine, self.recipe.backbone)
 
     @functools.cached_property
     def shards(self) -> list[np.ndarray]:
         """The clients' indices into the training images; centrally there is one client."""
-        if self.made.sharding is None:
+        if self.recipe.sharding is None:
             return [self.workspace.train_index]
-        return self.workspace.shards(self.made.sharding)
+        return self.workspace.shards(self.recipe.sharding)
 
     @property
     def suffices(self) -> bool:
         """Whether the checkpoint holds the whole backbone, so that its start is not needed."""
-        made = self.made
-        masked = made.mask is not None or made.masking.mask_rule is not None
-        headed = made.head.head == "linear" or (self.run.folder / "head.pt").exists()
-        return made.training.train == "all" and headed and not masked
+        recipe = self.recipe
+        masked = recipe.mask is not None or recipe.masking.mask_rule is not None
+        headed = recipe.head.head == "linear" or (self.run.folder / "head.pt").exists()
+        return recipe.training.train == "all" and headed and not masked
 
     def start(self) -> vit.VisionTransformer:
         """Return the model with the backbone weights that the run began with.
@@ -106,7 +106,7 @@ class Outcome:
         Raises:
             ValueError: the weights have moved, or changed since.
         """
-        weights = self.made.backbone.weights
+        weights = self.recipe.backbone.weights
         try:
             model = self.workspace.build_model()
         except ValueError as error:
@@ -114,7 +114,7 @@ class Outcome:
                 f"{self.run.folder} needs the weights that it began with ({error}): --weights FILE "
                 "says where they are now"
             ) from None
-        if vit.fingerprint(model) != self.made.weights_sha256:
+        if vit.fingerprint(model) != self.recipe.weights_sha256:
             raise ValueError(
                 f"{self.run.folder} began with other weights than --weights {weights} now are"
             )
@@ -126,18 +126,18 @@ class Outcome:
 
     def untrained_learner(self, model: vit.VisionTransformer | None = None) -> Learner:
         """Return the learner that the run had, as it began, or of another model."""
-        made = self.made
+        recipe = self.recipe
         return prepare(
             self.workspace,
             self.start() if model is None else model,
             self.run,
             self.shards,
-            made.training,
-            made.sgd,
-            made.head,
-            made.masking,
-            made.mask,
-            *([made.federation.terms] if made.federation else ()),
+            recipe.training,
+            recipe.sgd,
+            recipe.head,
+            recipe.masking,
+            recipe.mask,
+            *([recipe.federation.terms] if recipe.federation else ()),
         )
 
     def learner(self) -> Learner:
@@ -155,15 +155,15 @@ class Outcome:
 
     def model(self) -> vit.VisionTransformer:
         """Return the model in fp32, from the checkpoint alone: what does not train is as it was."""
-        model, made = self.frame(), self.made
-        if made.head.head != "linear":
-            head, images = made.head.head, made.head.head_images
+        model, recipe = self.frame(), self.recipe
+        if recipe.head.head != "linear":
+            head, images = recipe.head.head, recipe.head.head_images
             set_fitted_head(self.workspace, model, head, images, self.run)
-        names = vit.trained_names(model, made.training.train, made.head.freeze_head)
-        mask = find_mask(self.workspace, model, made.mask, made.masking, self.shards, self.run)
+        names = vit.trained_names(model, recipe.training.train, recipe.head.freeze_head)
+        mask = find_mask(self.workspace, model, recipe.mask, recipe.masking, self.shards, self.run)
         parameters = dict(model.named_parameters())
         flat = FlatView((n, parameters[n]) for n in (mask.trained(names) if mask else names))
-        self.load_into(Entries(flat, mask.flat(flat) if mask else None, made.sgd))
+        self.load_into(Entries(flat, mask.flat(flat) if mask else None, recipe.sgd))
         return model
 
 
@@ -200,7 +200,7 @@ def per_client(finished: Outcome, personalised: int = 0) -> dict:
         ValueError: the run has no clients, or no validation data.
     """
     workspace = finished.workspace
-    if finished.made.sharding is None:
+    if finished.recipe.sharding is None:
         raise ValueError(f"--per-client: {finished.run.folder} has no clients")
     if not len(workspace.val_index):
         raise ValueError(f"--per-client: {finished.run.folder} holds out no validation data")
@@ -237,7 +237,7 @@ def add_personalised(
     finished: Outcome, learner: Learner, shares: list[np.ndarray], rows: list[dict]
 ) -> None:
     """Add to some clients' rows the accuracy after local steps of their own from the model."""
-    federation = finished.made.federation
+    federation = finished.recipe.federation
     terms = client_terms(learner, finished.shards, federation, finished.run)
     states = {name: term for name, term in terms.items() if hasattr(term, "load_state_dict")}
     if states and finished.best:

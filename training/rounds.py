@@ -118,13 +118,13 @@ def client_terms(
     entries, terms = learner.entries, {}
     store = functools.partial(client_store, learner, o, len(shards), run)
     if o.terms.scaffold:
-        kept = store("scaffold", entries.theta.nbytes)
+        place = store("scaffold", entries.theta.nbytes)
         zeros = torch.zeros_like(entries.theta)
-        terms["scaffold"] = Scaffold(zeros, len(shards), entries.correct, **kept)
+        terms["scaffold"] = Scaffold(zeros, len(shards), entries.correct, **place)
     if o.terms.local_norm:
         at = local_entries(learner)
-        kept = store("local_norm", len(at) * entries.theta.itemsize)
-        terms["local_norm"] = LocalNorm(entries.theta, at, len(shards), **kept)
+        place = store("local_norm", len(at) * entries.theta.itemsize)
+        terms["local_norm"] = LocalNorm(entries.theta, at, len(shards), **place)
     if o.terms.fedir:
         workspace = learner.workspace
         labels = workspace.dataset.train.labels.numpy()

@@ -105,7 +105,7 @@ def open_run(
     if stored.get("mask") is not None:
         mask = given_mask(stored["mask"], model, run.folder / "mask.pt")
         made_from["mask_sha256"] = mask.sha256
-        if mask.made["weights_sha256"] != made_from["weights_sha256"]:
+        if mask.origin["weights_sha256"] != made_from["weights_sha256"]:
             print(f"warning: --mask {stored['mask']} was made for other weights", file=sys.stderr)
     extra = {
         "environment": workspace.environment(),

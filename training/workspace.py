@@ -167,7 +167,7 @@ class Workspace:
         if self.backbone.normalisation != "auto":
             return self.backbone.normalisation
         statistics = vit.default_normalisation(self.backbone.weights)
-        return next(name for name, known in NORMALISATIONS.items() if known == statistics)
+        return next(name for name, pair in NORMALISATIONS.items() if pair == statistics)
 
     def preprocess(self, dtype: torch.dtype | None = None) -> data.Preprocess:
         """Return the resize and normalisation that the weights expect; dtype: the precision's."""

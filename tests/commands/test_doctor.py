@@ -48,7 +48,7 @@ def test_doctor_times_a_mask_of_the_commands_sparsity(cli, learners):
     made = ("--mask-rule", "random", "--sparsity", 0.99, "--name", "m")
     assert cli("calibrate", "--data", "synthetic", *made)[0] == 0
     figures = figures_of(cli, "--head", "ridge", "--mask", "runs/m/mask.pt")
-    assert figures["parameters"] == learners[-1].mask.made["kept"] < 700
+    assert figures["parameters"] == learners[-1].mask.origin["kept"] < 700
     threshold = ("--mask-rule", "least-sensitive", "--threshold", 1e-6)
     figures = figures_of(cli, "--head", "ridge", *threshold)
     assert learners[-1].mask is None

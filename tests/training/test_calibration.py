@@ -94,7 +94,9 @@ def test_scores_are_those_of_the_damped_network_and_the_weights_come_back(small_
 
     calibration.sensitivity = spy
     mask = calibration.make()
-    assert len(seen) == 20 and mask.made["kept"] == mask.kept.sum() == round(0.2 * len(mask.kept))
+    assert len(seen) == 20 and mask.origin["kept"] == mask.trains.sum() == round(
+        0.2 * len(mask.trains)
+    )
     original = before["blocks.0.attn.qkv.weight"]
     assert torch.equal(seen[0], original)
     changed = seen[-1] != original
@@ -120,9 +122,9 @@ def test_a_mask_file_holds_all_of_the_mask(small_data, tmp_path):
     mask.save(tmp_path / "deep" / "mask.pt")
     model = prepare(small_data).model
     again = Mask.load(tmp_path / "deep" / "mask.pt", model)
-    assert again.sha256 == mask.sha256 and again.made == mask.made
-    assert again.made["mask_rule"] == "least-sensitive" and again.made["sparsity"] == 0.7
-    assert mask.bytes == math.ceil(len(mask.kept) / 8)
+    assert again.sha256 == mask.sha256 and again.origin == mask.origin
+    assert again.origin["mask_rule"] == "least-sensitive" and again.origin["sparsity"] == 0.7
+    assert mask.bytes == math.ceil(len(mask.trains) / 8)
     kinds, layers, density = density_table(mask)
     parts = mask.parts()
     shown = [
@@ -131,7 +133,7 @@ def test_a_mask_file_holds_all_of_the_mask(small_data, tmp_path):
     thirds = parts["blocks.1.attn.qkv.weight"].chunk(3)
     assert shown == [part.double().mean().item() for part in thirds]
     assert np.isnan(density[kinds.index("cls_token"), layers.index("0")])
-    assert sum(int(part.sum()) for part in parts.values()) == mask.made["kept"]
+    assert sum(int(part.sum()) for part in parts.values()) == mask.origin["kept"]
 
 
 # ---------------------------------------------------------------------------- training under it
@@ -277,7 +279,7 @@ def test_every_kind_of_mask_trains(small_data, options):
     learner, loop = build_loop(small_data, *LOOP, *FEW, *scoring, *options)
     start = loop.theta.clone()
     (record,) = rounds(loop, 1)
-    assert (learner.mask.made["bytes_up"] > 0) == sensitive and record["bytes_up"] > 0
+    assert (learner.mask.origin["bytes_up"] > 0) == sensitive and record["bytes_up"] > 0
     assert not torch.equal(loop.theta, start)
 
 
@@ -385,7 +387,7 @@ def test_clients_whose_own_masks_are_empty_are_not_compared(small_data):
     top = -keys.mean(dim=0).min().item()  # of the mean: half of a client's images has lower ones
     assert prepare(small_data, *options, "--sparsity", 0.9).agreement()
     calibration = prepare(small_data, *options, "--threshold", 0.99 * top)
-    assert calibration.make().kept.any() and calibration.agreement() == {}
+    assert calibration.make().trains.any() and calibration.agreement() == {}
 
 
 @pytest.mark.parametrize("damage", ["cut", "another's"])
@@ -396,7 +398,7 @@ def test_a_kept_mask_of_something_else_is_named_and_made_again(small_data, capsy
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-99])
     else:
-        Mask(whole.shapes, ~whole.kept, whole.made).save(path, "another key")
+        Mask(whole.shapes, ~whole.trains, whole.origin).save(path, "another key")
     assert cached_mask(calibration).sha256 == whole.sha256
     said = "damaged, or no mask" if damage == "cut" else "no mask that belongs here"
     assert f"{path.name}: {said}" in capsys.readouterr().err

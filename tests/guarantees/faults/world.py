@@ -109,21 +109,29 @@ def outcome(folder: Path) -> dict[str, Any]:
         name = str(path.relative_to(folder))
         if path.name in UNCOUNTED or path.suffix not in (".pt", ".json", ".jsonl", ".npz"):
             continue
+        if path.name.startswith("clients-"):
+            continue
         if path.suffix == ".pt":
-            found[name] = canonical(torch.load(path, weights_only=True))
+            found[name] = canonical(with_vectors(path))
         elif path.suffix == ".npz":
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         else:
             lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
             found[name] = [canonical(json.loads(line)) for line in lines]
-    newest: dict[str, int] = {}  # older vectors of a client may be left
-    for name in found:
-        if "/client" in name:
-            stem, times = name.removesuffix(".pt").rsplit("-", 1)
-            newest[stem] = max(newest.get(stem, 0), int(times))
-    last = {f"{stem}-{times}.pt" for stem, times in newest.items()}
-    found = {n: value for n, value in found.items() if "/client" not in n or n in last}
     return found
+
+
+def with_vectors(path: Path) -> Any:
+    """Load a file; a checkpoint with its clients' vectors in place of the files that hold them."""
+    content = torch.load(path, weights_only=True)
+    states = content["state"]["process"].get("states", {}) if path.stem == "checkpoint" else {}
+    for name, state in states.items():
+        if files := state.pop("files", None):  # which saves wrote them depends on when they came
+            parts = {
+                f: torch.load(path.parent / name / f, weights_only=True) for f in {*files.values()}
+            }
+            state.update(saves=None, vectors={k: parts[f][k] for k, f in sorted(files.items())})
+    return content
 
 
 class Tally:
