@@ -255,18 +255,20 @@ class Scorer:
         with _standing_still(self.model):
             sums, count = self._zeros(), 0
             for batch in batches:
-                inputs, given = batch if isinstance(batch, tuple | list) else (batch, None)
+                inputs, targets = batch if isinstance(batch, tuple | list) else (batch, None)
                 if not isinstance(inputs, Tensor) or inputs.dim() == 0:
                     raise ValueError(f"samples come as a tensor (N, ...), not {_described(inputs)}")
-                if self.labels == "sampled" and (given is None or not given.is_floating_point()):
-                    given = torch.from_numpy(generator.random(len(inputs)))
-                elif given is None or (self.labels == "true" and given.is_floating_point()):
+                if self.labels == "sampled" and (
+                    targets is None or not targets.is_floating_point()
+                ):
+                    targets = torch.from_numpy(generator.random(len(inputs)))
+                elif targets is None or (self.labels == "true" and targets.is_floating_point()):
                     raise ValueError("labels 'true' needs batches of (inputs, labels)")
-                if given.shape != inputs.shape[:1]:
-                    shapes = f"{tuple(inputs.shape)} come with labels {tuple(given.shape)}"
+                if targets.shape != inputs.shape[:1]:
+                    shapes = f"{tuple(inputs.shape)} come with labels {tuple(targets.shape)}"
                     raise ValueError(f"inputs {shapes}: there must be one for each sample")
                 if len(inputs) > 0:
-                    logits = self._add(sums, self._ways_of(inputs), inputs, given)
+                    logits = self._add(sums, self._ways_of(inputs), inputs, targets)
                     self._check_size(inputs, logits)
                 count += len(inputs)
             if count == 0:

@@ -207,10 +207,10 @@ def measure_starts(setting: str, methods: list[str], options: argparse.Namespace
         found.setdefault("train.py", []).append((command(setting, options.threads), np.nan))
     reference, rows = np.median(found[methods[0]], axis=0)[0], []
     for method, values in found.items():
-        seconds, made = np.array(values).T
+        seconds, data_seconds = np.array(values).T
         row = {"setting": setting, "method": method, **quantiles(seconds)}
         row["to_" + methods[0]] = round(np.median(seconds) / reference, 3)
-        rows.append(row | {"data_s": round(np.median(made), 3), "starts": len(seconds)})
+        rows.append(row | {"data_s": round(np.median(data_seconds), 3), "starts": len(seconds)})
         print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     return rows
 

@@ -110,8 +110,8 @@ def row(figure: str, what: str, figures: dict, clients: int, rounds: int | None 
     shown = ", ".join(f"{k} {v:g}" for k, v in figures.items())
     print(f"K {clients:>7,} {what:16} {figure:20} {shown}", end="")
     print(f", rounds {rounds}" if rounds else "", f", goal {goal}" if goal else "", flush=True)
-    made = {"clients": clients, "rounds": rounds, "what": what, "figure": figure}
-    return made | figures | {"goal": goal}
+    labels = {"clients": clients, "rounds": rounds, "what": what, "figure": figure}
+    return labels | figures | {"goal": goal}
 
 
 def main() -> None:

@@ -46,43 +46,43 @@ def methods(density: float, size: int, device: str) -> dict[str, Callable[[], ob
         p, as_float = torch.nn.Parameter(start.clone()), None if mask is None else mask.float()
         p.grad = grad.clone()
         optimiser = torch.optim.SGD([p], lr=LR, momentum=MOMENTUM, fused=fused)
-        kept = torch.empty_like(start)
+        before = torch.empty_like(start)
 
         @torch.no_grad()
         def step() -> None:
             if how == "multiplied":
                 p.grad.mul_(as_float)
             elif how == "restored":
-                kept.copy_(p)
+                before.copy_(p)
             optimiser.step()
             if how == "restored":
-                torch.where(mask, p, kept, out=p.data)
+                torch.where(mask, p, before, out=p.data)
 
         return step
 
     source = torch.zeros(size * (20 if mask is None else 21) // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     backends = ("triton", "reference") if device != "cpu" else ("reference",)
-    found = {"copy": lambda: target.copy_(source)}
-    found |= {f"sparse_sgdm_ {backend}": ours(backend) for backend in backends}
+    steps_of = {"copy": lambda: target.copy_(source)}
+    steps_of |= {f"sparse_sgdm_ {backend}": ours(backend) for backend in backends}
     for fused in (None, True):
         name = "SGD fused" if fused else "SGD"
-        found[name] = torch_sgd("", fused)
+        steps_of[name] = torch_sgd("", fused)
         if mask is not None:
-            found[f"{name} * mask"] = torch_sgd("multiplied", fused)
-            found[f"{name}, restored"] = torch_sgd("restored", fused)
-    return found
+            steps_of[f"{name} * mask"] = torch_sgd("multiplied", fused)
+            steps_of[f"{name}, restored"] = torch_sgd("restored", fused)
+    return steps_of
 
 
 def measure(density: float, options: argparse.Namespace) -> list[dict]:
     """Return one row per method."""
-    found = methods(density, options.size, options.device)
+    steps_of = methods(density, options.size, options.device)
     steps = 1
     if options.device != "cpu":
         steps, device = 20, torch.device(options.device)
-        several = {name: lambda m=m: [m() for _ in range(steps)] for name, m in found.items()}
-        found = {name: record(run, device)[0].replay for name, run in several.items()}
-    seconds = interleaved(found, options.repetitions, options.device)
+        several = {name: lambda m=m: [m() for _ in range(steps)] for name, m in steps_of.items()}
+        steps_of = {name: record(run, device)[0].replay for name, run in several.items()}
+    seconds = interleaved(steps_of, options.repetitions, options.device)
     seconds = {name: values / steps for name, values in seconds.items()}
     rows, moved = [], options.size * (20 if density == 1 else 21)
     for name, values in seconds.items():

@@ -145,8 +145,8 @@ def run_project(
 def run(setting: str, target: float, options: argparse.Namespace) -> list[dict]:
     """Run one setting; returns its evaluations."""
     weights = f"--weights {options.data_dir / 'vit_tiny_patch16_224.pth'}"
-    given = f"{SHARED} {weights} --data-dir {options.data_dir} --threads {options.threads}"
-    arguments = f"{given} --rounds {options.rounds} {SETTINGS[setting]}"
+    shared = f"{SHARED} {weights} --data-dir {options.data_dir} --threads {options.threads}"
+    arguments = f"{shared} --rounds {options.rounds} {SETTINGS[setting]}"
     if setting.startswith("plain"):
         work = Plain(arguments)
         progress = Progress(setting, work.workspace, options.eval_every, work.rounds)
@@ -198,9 +198,9 @@ def best_plain(curves: dict[str, list[dict]]) -> dict:
 
 def prepare(setting: str, threads: int) -> Callable[[], object]:
     """Return a call that trains a setting's next client, on generated images."""
-    given = f"{SHARED} --data synthetic --weights none --threads {threads} {PACED[setting]}"
+    shared = f"{SHARED} --data synthetic --weights none --threads {threads} {PACED[setting]}"
     if setting.startswith("plain"):
-        work, turn = Plain(given), itertools.count()
+        work, turn = Plain(shared), itertools.count()
         model = work.workspace.build_model()
         total = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
 
@@ -211,7 +211,7 @@ def prepare(setting: str, threads: int) -> Callable[[], object]:
                 total[name] = total[name] + value
 
         return client
-    options, workspace = opened(given)
+    options, workspace = opened(shared)
     learner = build_learner(workspace, options)  # its head is not fitted, but frozen as in a run
     learner.keep_activations()
     return build_loop(learner, options, workspace.shards(options.sharding)).advance

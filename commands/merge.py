@@ -12,6 +12,7 @@ from torch import Tensor
 import editing
 import fisher
 from commands.options import Line, recipe_of
+from federated.methods import DareDrop, TiesKeep
 from flat import FlatView
 from machine import runs, safe_files
 from machine.device import Machine, exact_products
@@ -33,18 +34,8 @@ class Merge(NamedTuple):
     ]
     rule: Annotated[str, "how the runs' changes become one; add: their sum", RULES] = "mean"
     scale: Annotated[float, "factor on the merged change", "finite"] = 1.0
-    ties_keep: Annotated[
-        float | None,
-        "ties: share of its entries that each change keeps, the largest [0.2]",
-        "0 < x <= 1",
-        "SHARE",
-    ] = None
-    dare_drop: Annotated[
-        float | None,
-        "dare: probability that an entry of a change is dropped, below 1 [0.9]",
-        ">= 0",
-        "P",
-    ] = None
+    ties_keep: TiesKeep = None
+    dare_drop: DareDrop = None
     fisher_images: Annotated[
         int | None,
         "fisher: training images on which each model's sensitivities are taken [256]",

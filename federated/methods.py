@@ -18,6 +18,19 @@ import editing
 from fedavg import FIXED_POINT, Cohort, Method
 from federated.privacy import Secret, add_noise_, clip_factor, conceal_
 
+TiesKeep = Annotated[
+    float | None,
+    "ties: share of its entries that each change keeps, the largest [0.2]",
+    "0 < x <= 1",
+    "SHARE",
+]
+DareDrop = Annotated[
+    float | None,
+    "dare: probability that an entry of a change is dropped, below 1 [0.9]",
+    ">= 0",
+    "P",
+]
+
 
 class Aggregation(NamedTuple):
     """How clients' changes become one."""
@@ -28,18 +41,8 @@ class Aggregation(NamedTuple):
         "merging rules of model editing",
         METHODS,
     ] = "mean"
-    ties_keep: Annotated[
-        float | None,
-        "ties: share of its entries that each change keeps, the largest [0.2]",
-        "0 < x <= 1",
-        "SHARE",
-    ] = None
-    dare_drop: Annotated[
-        float | None,
-        "dare: probability that an entry of a change is dropped, below 1 [0.9]",
-        ">= 0",
-        "P",
-    ] = None
+    ties_keep: TiesKeep = None
+    dare_drop: DareDrop = None
 
 
 class Shared(NamedTuple):

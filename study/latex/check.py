@@ -27,8 +27,8 @@ NUMBER = re.compile(r"\d+[.,]\d+|\d+\s*(?:\\?%|per\s?cent|points?)|(?<![A-Za-z])
 def typed_numbers(text: str) -> list[tuple[int, str]]:
     """Return the line and wording of every number in a LaTeX text that no macro has looked up."""
 
-    def blank(found: re.Match) -> str:
-        return re.sub(r"[^\n]", " ", found[0])
+    def blank(problems: re.Match) -> str:
+        return re.sub(r"[^\n]", " ", problems[0])
 
     text = re.sub(r"(?<!\\)%.*", blank, text)
     text = re.sub(r"\\ifabove\{[^{}]*\}\{[^{}]*\}", blank, text)
@@ -40,16 +40,18 @@ def typed_numbers(text: str) -> list[tuple[int, str]]:
 
 def complaints(log: str) -> list[str]:
     """Return what LaTeX's log says that a reader would see."""
-    found = re.findall(r"LaTeX Warning: (?:Reference|Citation|Float too large|There were).*", log)
+    problems = re.findall(
+        r"LaTeX Warning: (?:Reference|Citation|Float too large|There were).*", log
+    )
     for box, points in re.findall(r"Overfull \\([hv]box) \(([\d.]+)pt too \w+\)", log):
         if float(points) > WIDEST:
-            found.append(f"a {box} sticks out by {points} pt")
+            problems.append(f"a {box} sticks out by {points} pt")
     pages = re.search(r"Output written on .*?\((\d+) pages?", log)
     if pages is None:
-        found.append("no pages were written")
+        problems.append("no pages were written")
     elif int(pages[1]) > MOST_PAGES:
-        found.append(f"{pages[1]} pages, and {MOST_PAGES} are allowed")
-    return found
+        problems.append(f"{pages[1]} pages, and {MOST_PAGES} are allowed")
+    return problems
 
 
 def main(what: str, *paths: str) -> int:
