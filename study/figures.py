@@ -1,10 +1,14 @@
-"""The report's figures, each from the runs of the experiments that have what it shows."""
+"""The report's figures, each from the runs of the experiments that have what it shows.
+
+python -m study.figures draws README's.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +27,8 @@ class Done(NamedTuple):
     records: list[dict]
 
 
+PUBLISHED = {"iid": 83.9, "50": 83.8, "10": 82.6, "5": 81.3, "1": 70.4}  # test %, DINO's ViT-S/16:
+# the best that other projects of this setting report (K = 100, C = 0.1, J = 4)
 CLIENTS = 100  # of the shardings that are drawn
 LEAST_SHOWN = 0.005  # of a kind of parameter, the share kept in some layer
 TRAINS = {"head": "the head trains", "all": "everything trains"}
@@ -171,6 +177,40 @@ def draw_shards(ran: Ran, path: Path) -> None:
     plots.plot_shards(counts, path)
 
 
+def reached(folder: Path) -> dict[str, float]:
+    """Return the test accuracy, %, that the runs in a folder end with, by classes per client."""
+    figures = {}
+    for path in sorted(folder.glob("*/summary.json")):
+        options = json.loads(path.with_name("config.json").read_text())["options"]
+        sharding = str(options["nc"] or "iid")
+        figures[sharding] = 100 * json.loads(path.read_text())["final"]["test_acc"]
+    return figures
+
+
+def draw_overview(figures: Mapping[str, float], path: Path) -> None:
+    """Draw test accuracy against classes per client, beside what is published."""
+    order = list(PUBLISHED)
+    series = {
+        "here: ViT-Ti/16, trained with labels": figures,
+        "published: ViT-S/16, DINO": PUBLISHED,
+    }
+    figure, axes = plots.pyplot().subplots(figsize=(5.0, 2.6), layout="constrained")
+    for i, (label, values) in enumerate(series.items()):
+        x = [order.index(sharding) for sharding in order if sharding in values]
+        axes.plot(x, [values[order[at]] for at in x], label=label, **plots.look(i))
+        for at in x:
+            text = f"{values[order[at]]:.1f}"
+            shift = (0, 5) if i == 0 else (-7, -11)
+            axes.annotate(
+                text, (at, values[order[at]]), shift, textcoords="offset points", ha="center"
+            )
+    axes.set(xlabel="classes per client $N_c$", ylabel="test accuracy (%)", ylim=(66, 92))
+    axes.set_xticks(range(len(order)), order)
+    axes.grid(axis="y")
+    axes.legend(loc="lower left")
+    plots.save(figure, path)
+
+
 def accuracy(done: Done) -> float:
     """Return a run's final validation accuracy in percent."""
     return 100 * done.summary["final"]["val_acc"]
@@ -193,3 +233,7 @@ FIGURES = {
     "density": draw_density,
     "linearity": draw_linearity,
 }
+
+
+if __name__ == "__main__":  # python -m study.figures, after a new run in results/gpu
+    draw_overview(reached(Path("results/gpu")), Path("docs/accuracy.png"))

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from matplotlib import image
 from test_house import ROOMS, files
 
 from commands.options import parse
+from study.figures import draw_overview, reached
 from train import COMMANDS, main
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -96,7 +98,7 @@ def test_a_rows_figures_are_those_of_its_logs(page, row, quoted):
 
 def test_the_tables_hold_figures():
     pages = [row.values[0] for row in checked_rows()]
-    assert len(pages) > 30 and pages.count(ROOT / "README.md") == 4
+    assert len(pages) > 30
     assert pages.count(ROOT / "docs" / "results.md") == 14
 
 
@@ -171,6 +173,20 @@ def test_links_lead_somewhere(page):
 def test_lines_are_short_outside_tables(page):
     lines = page.read_text().splitlines()
     assert not [line for line in lines if len(line) > 100 and not line.startswith("|")]
+
+
+def test_the_first_screen_is_short_and_its_figures_have_files():
+    """The seconds are those of the test of the rounds on an H200."""
+    screen, _, _ = (ROOT / "README.md").read_text().partition("\n## ")
+    assert len(screen.splitlines()) <= 30 and screen.count("```bash") == 2 and "](docs/" in screen
+    figures = reached(ROOT / "results" / "gpu")
+    assert re.findall(r"(\d\d\.\d) %", screen) == [f"{figures[n]:.1f}" for n in ("iid", "1")]
+
+
+def test_the_first_screens_picture_has_what_the_runs_came_to(tmp_path):
+    draw_overview(reached(ROOT / "results" / "gpu"), tmp_path / "accuracy.png")
+    drawn, shown = (image.imread(f / "accuracy.png") for f in (tmp_path, ROOT / "docs"))
+    assert drawn.shape == shown.shape and abs(drawn - shown).mean() < 0.01
 
 
 def test_the_readme_is_short():
