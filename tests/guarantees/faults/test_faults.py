@@ -1,6 +1,6 @@
 """The quick set of faults: none ends in other bits or in a traceback, none loses a run.
 
-FAULTS=full python -m pytest -m slow tests/guarantees/faults    everything, the whole matrix: minutes
+FAULTS=full python -m pytest -m slow tests/guarantees/faults    all, the whole matrix: minutes
 """
 
 import json
