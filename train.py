@@ -60,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not first:
                 silence.enter_context(contextlib.redirect_stdout(nowhere))
             COMMANDS[line.command].run(line)
+        sys.stdout.flush()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if streams.reader_gone():
             return CLOSED_PIPE

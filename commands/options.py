@@ -38,6 +38,7 @@ from flat import Sgd
 from machine.device import Graph, Machine
 from machine.runs import Run
 from machine.safe_files import DamagedFile
+from masks import needs_scores
 from training.calibration import GivenMask, Masking
 from training.clients import LocalSteps
 from training.diagnostics import Diagnosing
@@ -53,6 +54,8 @@ BOUND = re.compile(
     r"(?: or (?P<word>\w+))?"
 )
 
+OF_A_MASK = ("mask_scope", "per_tensor")
+SCORING = ("calibration_rounds", "calibration_images", "calibration_fraction", "damp")
 FILLED = (  # options of a run that are never None: they follow others
     *("model", "weights", "image_size", "lr", "weight_decay", "batch_size", "head"),
 )
@@ -310,6 +313,13 @@ def fields(group: type) -> dict[str, tuple[type, ...]]:
     return {name: tuple(typing.get_origin(k) or k for k in kinds(h)) for name, h in hints.items()}
 
 
+@functools.cache
+def choices_of(group: type) -> dict[str, tuple]:
+    """Return the choices of a group's options, by name, of those that have some."""
+    notes = {name: typing.get_args(hint)[1:] for name, hint in annotated(group).items()}
+    return {n: tuple(x) for n, some in notes.items() for x in some if not isinstance(x, str)}
+
+
 def kinds(hint: Any) -> tuple[type, ...]:
     """Return the types that a hint allows: those of a union, or the one that it is."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
@@ -320,14 +330,16 @@ def read(group: type, values: Mapping[str, Any]) -> Any:
     """Return a group of options from values by name.
 
     Raises:
-        DamagedFile: a value that is missing or of another type, as in a file that was edited.
+        DamagedFile: a value that is missing, of another type or no choice, as in an edited file.
     """
     chosen = {}
     for name, allowed in fields(group).items():
         if name not in values:
             raise DamagedFile(f"{name} is missing in its options")
         value = values[name]
-        if not fits(value, allowed, optional=group._field_defaults.get(name, name) is None):
+        chooses = not isinstance(value, str) or value in choices_of(group).get(name, (value,))
+        optional = group._field_defaults.get(name, name) is None
+        if not (chooses and fits(value, allowed, optional)):
             raise DamagedFile(f"{name} is {value!r} in its options")
         chosen[name] = value
     return group(**chosen)
@@ -388,7 +400,10 @@ def recipe_of(folder: str, data_dir: str, machine: Machine, weights: str | None 
         raise ValueError(f"{folder} holds no checkpoint: a run of {command}, without one")
     try:
         o = grouped(GROUPS[command], stored | here)
-        missing = next((name for name in FILLED if stored[name] is None), None)
+        rule, needed = o.masking.mask_rule, FILLED
+        if rule is not None:
+            needed += OF_A_MASK + (SCORING if needs_scores(rule) else ())
+        missing = next((name for name in needed if stored[name] is None), None)
     except (DamagedFile, KeyError) as error:
         raise DamagedFile(f"{run.config_path} is damaged: {error}") from None
     if missing or not isinstance(stored.get("weights_sha256"), str):

@@ -47,6 +47,12 @@ def drawn(draw: Callable, ran: Ran, path: Path) -> bool:
         draw(ran, path)
     except (ValueError, OSError) as error:
         print(f"{path.name} is not drawn: {error}")
+    except (
+        AttributeError,
+        LookupError,
+        TypeError,
+    ) as error:  # a summary or a log of other contents
+        print(f"{path.name} is not drawn: what a run says does not fit ({type(error).__name__})")
     return path.exists()
 
 
@@ -64,7 +70,7 @@ def draw_heterogeneity(ran: Ran, path: Path) -> None:
     panels: dict[str, dict] = {}
     for done in ran.get("heterogeneity", []):
         group = panels.setdefault(TRAINS[done[0].key[0]], {})
-        values = group.setdefault(f"$J$ = {done[0].options['J']}", {})
+        values = group.setdefault(f"$J$ = {done[0].options['J']:d}", {})
         values[sharding(done[0], "")] = [accuracy(run) for run in done]
     plots.plot_grouped(panels, path, "classes per client $N_c$")
 
@@ -80,7 +86,7 @@ def draw_bytes(ran: Ran, path: Path) -> None:
         if rule == "dense":
             reference[panel] = "dense", float(np.mean(values))
         else:
-            points = panels.setdefault(panel, {}).setdefault(rule, [])
+            points = panels.setdefault(panel, {}).setdefault(plots.plain(rule), [])
             points.append((float(np.mean(sent)) / 1e6, values))
     plots.plot_against(panels, path, "sent in the whole run (MB)", reference=reference)
 
@@ -93,7 +99,7 @@ def draw_linearity(ran: Ran, path: Path) -> None:
         if all(figures):
             rule = done[0].options["mask_rule"] or "dense"
             point = float(np.mean(figures)), [accuracy(run) for run in done]
-            panels.setdefault(f"{sharding(done[0])}: {what}", {})[rule] = [point]
+            panels.setdefault(f"{sharding(done[0])}: {what}", {})[plots.plain(rule)] = [point]
     plots.plot_against(panels, path, None)
 
 
@@ -147,10 +153,12 @@ def draw_density(ran: Ran, path: Path) -> None:
     table = {kind: np.array(list(row.values()), dtype=float) for kind, row in density.items()}
     shown = {kind: row for kind, row in table.items() if np.nanmax(row) >= LEAST_SHOWN}
     some = [i for i in range(len(layers)) if not all(np.isnan(row[i]) for row in shown.values())]
-    title = f"{options['mask_rule']}, {sharding(first[0])}, frozen share {options['sparsity']:g}; "
+    title = f"{plots.plain(options['mask_rule'])}, {sharding(first[0])}, "
+    title += f"frozen share {options['sparsity']:g}; "
     title += f"kinds not shown keep less than {100 * LEAST_SHOWN:g} % in every layer"
     shares = np.array(list(shown.values()))[:, some]
-    plots.plot_density(list(shown), [layers[i] for i in some], shares, path, title)
+    kinds, layers = map(plots.plain, shown), [plots.plain(layers[i]) for i in some]
+    plots.plot_density(list(kinds), layers, shares, path, title)
 
 
 def draw_shards(ran: Ran, path: Path) -> None:
@@ -218,7 +226,7 @@ def accuracy(done: Done) -> float:
 
 def sharding(done: Done, named: str = "$N_c$ = ") -> str:
     """Return iid, or how many classes a client of the run holds."""
-    return f"{named}{done.options['nc']}" if done.options["nc"] else "iid"
+    return f"{named}{done.options['nc']:d}" if done.options["nc"] else "iid"
 
 
 FIGURES = {

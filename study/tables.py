@@ -22,6 +22,9 @@ from study.typeset import NOT_RUN, markdown_table
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
+LARGEST = 1e300  # figure of a run
+
+
 class Cell(NamedTuple):
     """One run: its row's name, the command and its options, a learning rate and a seed."""
 
@@ -74,7 +77,8 @@ class Measure(NamedTuple):
         """Return the figure; None where the run has none."""
         for key in self.path.split("/"):
             summary = summary.get(key) if isinstance(summary, dict) else None
-        return None if summary is None else self.factor * summary
+        number = isinstance(summary, int | float) and abs(summary) < LARGEST  # others' may be any
+        return self.factor * summary if number else None
 
     def text(self, values: list[float], sign: str = "") -> str:
         """Write a mean, with the standard deviation of two or more: 51.23 ± 0.40."""
@@ -84,6 +88,7 @@ class Measure(NamedTuple):
         return f"{np.mean(values):{sign}.{self.digits}f}{spread}"
 
 
+SECONDS = Measure("seconds", "wall_seconds")
 VALIDATION = Measure("validation %", "final/val_acc", 100, 2)
 TEST = Measure("test %", "final/test_acc", 100, 2)
 BYTES = Measure("bytes to dense", "bytes_to_dense")
@@ -140,11 +145,8 @@ class Experiment(NamedTuple):
 
     def seconds(self, folder: Path, row: Row) -> float | None:
         """Return how long a run of the row takes, by those that are done."""
-        took = [
-            finished["wall_seconds"]
-            for runs in self.tried(folder, row).values()
-            for finished in runs.values()
-        ]
+        tried = self.tried(folder, row).values()
+        took = [seconds for runs in tried for seconds in values(SECONDS, runs)]
         return float(np.mean(took)) if took else None
 
     def tried(self, folder: Path, row: Row) -> dict[float | None, dict[int, dict]]:

@@ -306,20 +306,11 @@ def start(folder, line):
 
 
 @pytest.mark.slow
-def test_a_reader_that_goes_saves_and_the_same_command_ends_in_the_same_bits(tmp_path):
+def test_a_reader_that_goes_saves(tmp_path):  # and the run goes on: faults/matrix.py
     line = "$TRAIN " + " ".join(map(str, (*FEDAVG, "--rounds", 12, "--eval-every", 1)))
     cut = start(tmp_path, f"{line} | head -2; exit ${{PIPESTATUS[0]}}")
     assert cut.returncode == 141 and cut.stderr == "", cut
-    run = Run(tmp_path / "runs" / "x")
-    assert 0 < run.load()["state"]["process"]["round"] < 12
-    assert start(tmp_path, line).returncode == 0
-    assert start(tmp_path, f"{line} --name whole").returncode == 0
-    ends = [r.load()["state"]["process"] for r in (run, Run(tmp_path / "runs" / "whole"))]
-    assert torch.equal(*(end["theta"] for end in ends))
-    bare = [
-        [r | {"seconds": 0} for r in Run(tmp_path / "runs" / n).records()] for n in ("x", "whole")
-    ]
-    assert bare[0] == bare[1]
+    assert 0 < Run(tmp_path / "runs" / "x").load()["state"]["process"]["round"] < 12
 
 
 @pytest.mark.slow

@@ -43,6 +43,8 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv.pop(1))
 import data, train
+from commands import centralized, fedavg
+centralized.plot_curves = fedavg.plot_curves = lambda logs, path: None  # nobody looks
 small = data.synthetic_dataset(samples_per_class=20)
 data.synthetic_dataset = lambda: small
 for line in sys.argv[1:]:
