@@ -71,3 +71,6 @@ def test_the_sentence_of_the_documents_holds(rows):
         assert f"{min(ratios):.2g} to {max(ratios):.2g} times the {how} rate" in text
     bests = [row.best for row in masked]
     assert max(bests) / min(bests) == pytest.approx(30_000) and "span a factor of 30,000" in text
+    hundredth = [row for row in masked if row.key[1:] == ("least-sensitive", 0.99, 4)]
+    lowest = min(min(row.accuracy) / row.follows("matched") for row in hundredth)
+    assert len(hundredth) == 2 and f"no rate below {lowest:.2g} times the matched one" in text
