@@ -142,12 +142,23 @@ def test_a_mask_file_holds_all_of_the_mask(small_data, tmp_path):
 
 
 @pytest.mark.parametrize("sparsity", [0.9, pytest.param(0.2, marks=pytest.mark.slow)])
-def test_frozen_entries_keep_their_bits_through_a_central_run(cli, small_data, learners, sparsity):
+def test_frozen_entries_keep_their_bits_through_a_central_run(
+    cli, small_data, learners, monkeypatch, sparsity
+):
+    rates, step = set(), flat.Entries.step
+
+    def recorded(entries, lr, **settings):
+        rates.add(lr)
+        step(entries, lr, **settings)
+
+    monkeypatch.setattr(flat.Entries, "step", recorded)
     options = ("--sparsity", sparsity, "--lr", 0.01, "--weight-decay", 0.1, "--nesterov")
     status, _, err = cli(*CENTRAL, *MASK, *QUICK, *options, "--name", "s")
     assert status == 0, err
     (learner,) = learners
     assert_frozen_stayed(learner)
+    (rate,) = rates
+    assert rate == pytest.approx(0.01 * learner.mask.rate_factor("matched"))
     assert torch.equal(theta(small_data / "runs" / "s"), learner.entries.theta)
 
 
@@ -206,17 +217,15 @@ def test_the_rate_follows_the_sensitivity_that_the_mask_keeps(cli, small_data):
     each = [scores(calibration.images(k)) * len(calibration.shards[k]) for k in calibration.clients]
     mean = (sum(each) / weights.sum()).double()
     share = (mean.sort().values[: round(0.1 * len(mean))].sum() / mean.sum()).item()
-    for how, factor in (("matched", share**-0.5), ("functional", 1 / share), ("raw", 1)):
-        options = (*options, "--mask-lr", how, "--lr", 1e-6)
-        status, out, err = cli(*options, "--name", how)
-        assert status == 0, err
-        first = Run(small_data / "runs" / how).records()[0]
-        summary = json.loads((small_data / "runs" / how / "summary.json").read_text())
-        assert summary.get("lr_factor") == first.get("lr_factor")
-        assert summary.get("lr_factor", 1) == pytest.approx(factor, rel=1e-4)
-        assert summary.get("lr", 1e-6) == pytest.approx(1e-6 * factor, rel=1e-4)
-        said = [line for line in out.splitlines() if line.startswith("lr 1e-06 x ")]
-        assert len(said) == (how != "raw") and all(f"--mask-lr {how}" in line for line in said)
+    status, out, err = cli(*options, "--mask-lr", "functional", "--lr", 1e-6, "--name", "x")
+    assert status == 0, err
+    first = Run(small_data / "runs" / "x").records()[0]
+    summary = json.loads((small_data / "runs" / "x" / "summary.json").read_text())
+    expected = {"lr": 1e-6 / share, "lr_factor": 1 / share, "sensitivity_share": share}
+    for name, value in expected.items():
+        assert first[name] == summary[name] == pytest.approx(value, rel=1e-4), name
+    (said,) = (line for line in out.splitlines() if line.startswith("lr 1e-06 x "))
+    assert f"= {1e-6 / share:.4g}: --mask-lr functional" in said
 
 
 @pytest.mark.parametrize("rule", ["random", "least-sensitive"])
