@@ -313,9 +313,8 @@ def cached_mask(calibration: Calibration) -> Mask:
             print(f"warning: {error}; made again", file=sys.stderr)
         else:
             print(f"mask taken from {path}, made {mask.origin['date']}; --fresh makes it anew")
-            say_rounds(
-                mask.origin["rounds"], calibration.options.mask_rule, calibration.options.consensus
-            )
+            options = calibration.options
+            say_rounds(mask.origin["rounds"], options.mask_rule, options.consensus)
             return mask
     mask = calibration.make()
     try:

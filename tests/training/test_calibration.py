@@ -256,14 +256,17 @@ def test_the_share_is_of_mean_scores_whatever_the_consensus(small_data, consensu
     assert mask.origin["sensitivity_share"] == pytest.approx(share, rel=1e-4)
 
 
-def test_a_mask_file_of_an_older_version_goes_by_its_density(cli, small_data):
+@pytest.mark.parametrize("rule", ["random", "least-sensitive"])
+def test_a_mask_file_of_an_older_version_goes_by_its_density(cli, small_data, rule):
     path = save_mask(small_data, 0.75)
     content = safe_files.load_checked(path)
+    content["made"]["mask_rule"] = rule
     del content["made"]["sensitivity_share"]
     safe_files.save_checked(path, content)
     status, out, err = cli(*TINY, *FEW, "--mask", path, "--lr", 1e-6)
     assert status == 0, err
     assert "lr 1e-06 x 2 = 2e-06: --mask-lr matched, as the mask keeps 25 % of the entries" in out
+    assert ("its file is older" in out) == (rule != "random")
 
 
 def test_a_mask_of_what_the_output_does_not_depend_on_has_no_matched_rate(cli, small_data):
