@@ -181,7 +181,7 @@ def draw_rates(rows: Sequence[Tried], path: Path) -> None:
         sharding, rule, frozen, rounds = row.key
         title = "iid" if sharding == "iid" else f"$N_c$ = {sharding[2:]}"
         label = f"{rule} {frozen:g}" if frozen else rule
-        label += f", {rounds} round{'s' * (rounds > 1)}" if rounds not in (0, 4) else ""
+        label += f", {rounds} round{'s' * (rounds > 1)}" if rounds else ""
         unit = row.follows("matched")
         rates = [rate / unit for rate in row.accuracy]
         marks = row.best / unit, row.follows("functional") / unit
