@@ -223,6 +223,7 @@ RUNGS = {  # the lower of the two rates tried, iid: the less the entries matter,
     **{("highest-magnitude", s): lr for s, lr in (("0.5", 0.003), ("0.9", 0.01), ("0.99", 0.03))},
     **{("random", s): lr for s, lr in (("0.5", 0.003), ("0.9", 0.01), ("0.99", 0.03))},
 }
+RAW = ("--mask-lr", "raw")  # the rates above are those of each rule, not of dense training
 ACCURACY = (VALIDATION, TEST, BYTES)
 
 
@@ -233,7 +234,7 @@ def masked(s: Scale, rule: str, sparsity: str, sharding: str, *more: str) -> tup
     options += SHARDINGS[sharding]
     if rule == "dense":
         return options
-    options += ("--mask-rule", rule, "--sparsity", sparsity)
+    options += ("--mask-rule", rule, "--sparsity", sparsity, *RAW)
     images = ("--calibration-images", f"{s.images}") if needs_scores(rule) else ()
     return (*options, *images, *more)
 
@@ -351,7 +352,7 @@ def scaffold_mask(s: Scale) -> Experiment:
     ):
         more = ("--nc", "5", *["--scaffold"] * (method == "scaffold"))
         if weights == "masked":
-            more += ("--mask-rule", "least-sensitive", "--sparsity", "0.9")
+            more += ("--mask-rule", "least-sensitive", "--sparsity", "0.9", *RAW)
             more += ("--calibration-images", f"{s.images}")
         rates = (low, rung(low, 1), rung(low, -1))[: s.tries]
         rows.append(Row((weights, method), (*options, *more), rates, s.wide_seeds))

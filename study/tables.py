@@ -243,11 +243,11 @@ def given(cell: Cell) -> dict[str, str]:
 
 
 def same(stored: object, value: str) -> bool:
-    """Tell whether a stored option is what was typed."""
+    """Tell whether a stored option is what was typed; raw is stored as None (--mask-lr)."""
     try:
         return float(stored) == float(value)
     except (TypeError, ValueError):
-        return str(stored) == value
+        return str("raw" if stored is None else stored) == value
 
 
 def values(measure: Measure, summaries: dict[int, dict]) -> list[float]:

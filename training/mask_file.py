@@ -44,6 +44,27 @@ class Mask:
         digest.update(masks.pack(self.trains).numpy().tobytes())
         return digest.hexdigest()
 
+    @property
+    def sensitivity_share(self) -> float:
+        """The share of all sensitivity that it keeps; of a file that does not say, of entries."""
+        share = self.origin.get("sensitivity_share")
+        return masks.sensitivity_share(self.trains) if share is None else share
+
+    def rate_factor(self, mask_lr: str | None) -> float:
+        """Return what the dense learning rate is multiplied by; mask_lr: as GivenMask has it.
+
+        Raises:
+            ValueError: no rate matches, as the mask keeps no sensitivity.
+        """
+        if mask_lr is None:
+            return 1.0
+        if not self.sensitivity_share > 0:
+            raise ValueError(
+                f"--mask-lr {mask_lr}: nothing that the output depends on trains under this mask, "
+                "so no rate matches dense training's; --mask-lr raw, or another mask"
+            )
+        return masks.rate_factor(self.sensitivity_share, mask_lr)
+
     def parts(self) -> dict[str, Tensor]:
         """Return name -> bool tensor of the parameter's shape."""
         sizes = [math.prod(shape) for shape in self.shapes.values()]
@@ -130,6 +151,24 @@ def given_mask(file: str, model: vit.VisionTransformer, copy: Path) -> Mask:
     if path.exists() and Mask.load(path, model).sha256 != mask.sha256:
         raise ValueError(f"--mask {path} is not the mask that {copy.parent} was made with")
     return mask
+
+
+def say_rounds(rounds: Iterable[dict], rule: str, consensus: str) -> None:
+    """Print what rounds of a calibration came to, in scores, which --threshold is compared with.
+
+    Args:
+        rounds: a masks.CalibrationRound each, as a mask file has it.
+    """
+    sign = masks.RULES[rule].sign
+    ranks = rule == "random" or (masks.needs_scores(rule) and consensus in masks.RANKS)
+    for step in rounds:
+        alive = f"{step['alive']:,} of {step['of']:,} weights stay alive"
+        bar = f"scores {'from' if sign < 0 else 'up to'} {sign * step['bar']:.3g}"
+        quantiles = sorted(sign * key for key in step["quantiles"])  # LEVELS lie around a half
+        pairs = zip(masks.LEVELS, quantiles, strict=True)
+        shares = (f"{100 * level:g} % below {score:.3g}" for level, score in pairs)
+        scores = "" if ranks else f", {bar} (of all: {', '.join(shares)})"
+        print(f"calibration round {step['round']}: {alive}{scores}", flush=True)
 
 
 def layer_and_kinds(name: str) -> tuple[str, list[str]]:

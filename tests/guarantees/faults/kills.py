@@ -24,7 +24,8 @@ from training import session
 
 WRITES_ALL = (  # every kind of file that a run writes
     "fedavg --data synthetic --clients 4 --fraction 0.5 --J 1 --batch-size 8 --name x --rounds 1 "
-    "--scaffold --head ridge --mask-rule lowest-magnitude --early-stop 5 --eval-every 1"
+    "--scaffold --head ridge --mask-rule lowest-magnitude --mask-lr raw "
+    "--early-stop 5 --eval-every 1"
 )
 
 

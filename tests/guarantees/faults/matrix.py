@@ -22,7 +22,8 @@ SMALL = "--data synthetic --clients 10 --J 2 --batch-size 8 --name x"
 FEDAVG = f"fedavg {SMALL} --rounds 16 --eval-every 2"
 FEATURES = {
     "plain": FEDAVG,
-    "masked": f"{FEDAVG} --head ridge --mask-rule least-sensitive --calibration-images 40",
+    "masked": f"{FEDAVG} --head ridge --mask-rule least-sensitive --mask-lr raw "
+    "--calibration-images 40",
     "scaffold": f"{FEDAVG} --scaffold --fraction 0.3",
     "local norms": f"{FEDAVG} --local-norm --fraction 0.3 --early-stop 20",
     "fedadam": f"{FEDAVG} --server fedadam --aggregate fednova --straggler-fraction 0.5",
