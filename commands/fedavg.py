@@ -7,14 +7,16 @@ from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 import masks
+import model as vit
 from commands.options import GROUPS, Line, federation
 from commands.search import search_then_train
 from fedavg import FedAvg
 from federated.privacy import Privacy, epsilon
-from machine import runs
-from machine.ranks import launched_group
+from machine import ranks, runs
+from machine.device import choose_device, free_memory
 from study.plots import plot_curves
 from training import session
 from training.diagnostics import Diagnostics
@@ -46,11 +48,12 @@ NEVER_COVERED = (  # by epsilon, of what a private run leaves behind
 def run(line: Line) -> None:
     """Train by FedAvg; with --search choose learning rate and weight decay first.
 
-    torchrun --nproc-per-node=N train.py fedavg ... spreads the clients over N processes, to the
-    same bits at the same --threads; several nodes need a common file system.
+    --processes spreads the clients over the cores of a CPU, torchrun --nproc-per-node=N train.py
+    fedavg ... over N GPUs, to the same bits at the same --threads; several nodes need a common file
+    system.
     """
     o = line.groups
-    with launched_group() as group:
+    with ranks.launched_group() as group:
         workspace = Workspace(o.source, o.machine, o.backbone, group)
         with group.first_then_others():
             shards = workspace.shards(o.sharding)
@@ -111,6 +114,31 @@ def train(workspace: Workspace, shards: list[np.ndarray], line: Line, name: str)
         account=account,
         measure=measure,
     )
+
+
+def processes(line: Line) -> int:
+    """Return how many processes are to share a run's clients: those of --processes."""
+    o, size = line.groups, line.groups.processes.processes
+    if size != "auto":
+        return size
+    spread = o.training.train == "all" and o.local_steps.batch_size != "full"
+    fits = o.machine.threads is None and ranks.launched() == 1 and ranks.CAN_FORK
+    if not (spread and fits and choose_device(o.machine.device).type == "cpu"):
+        return 1
+    return ranks.processes_that_pay(
+        rounds=o.rounds.rounds,
+        clients=max(1, round(o.participation.fraction * o.sharding.clients)),
+        images=o.local_steps.J * o.local_steps.batch_size,
+        operations=training_operations(vit.MODELS[o.backbone.model], o.backbone.image_size),
+        cores=torch.get_num_threads(),
+        memory=free_memory(torch.device("cpu")),
+    )
+
+
+def training_operations(shape: vit.ViTShape, image_size: int) -> float:
+    """Return about how many floating-point operations a training pass of an image takes."""
+    tokens = 1 + (image_size // shape.patch) ** 2
+    return 3 * 2 * tokens * 12 * shape.width**2 * shape.depth  # the blocks' products
 
 
 def federate(

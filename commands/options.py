@@ -36,6 +36,7 @@ from federated.privacy import Privacy
 from federated.server import ServerOptions
 from flat import Sgd
 from machine.device import Graph, Machine
+from machine.ranks import Processes
 from machine.runs import Run
 from machine.safe_files import DamagedFile
 from masks import needs_scores
@@ -84,7 +85,7 @@ TRAINED = (Training, Head, Sgd, Schedule, Graph, Watching, Search, GivenMask, Ma
 GROUPS = {  # of the commands that make runs
     "fedavg": (
         *(Rounds, LocalSteps, Participation, ClientTerms, Aggregation, ServerOptions, Privacy),
-        *(Diagnosing, Sharding, *TRAINED, *BASE),
+        *(Diagnosing, Sharding, *TRAINED, *BASE, Processes),
     ),
     "centralized": (Epochs, *TRAINED, *BASE),
     "ridge": (Sharding, *BASE),
@@ -143,6 +144,7 @@ class Command(NamedTuple):
 
     run: Callable[[Line], None]
     options: tuple[type, ...]
+    processes: Callable[[Line], int] = lambda line: 1  # that share a line's work here
 
 
 def build_parser(commands: Mapping[str, Command], description: str = "") -> Parser:
@@ -392,7 +394,7 @@ def recipe_of(folder: str, data_dir: str, machine: Machine, weights: str | None 
     run = Run(folder)
     stored = run.config()["options"]
     command, precision = stored.get("command"), stored.get("precision")
-    here = machine._asdict() | {"data_dir": data_dir, "cuda_graph": "off"}
+    here = machine._asdict() | {"data_dir": data_dir, "cuda_graph": "off", "processes": 1}
     here["precision"] = precision if machine.precision == "auto" else machine.precision
     here["normalisation"] = stored.get("pixels")  # whatever the file is called now
     here |= {"fresh": False, "mask_lr": stored.get("mask_lr")}  # older runs have neither

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ import model as vit
 from federated import privacy
 from federated.methods import compares_clients
 from federated.server import ADAPTIVE, WITH_MOMENTUM
-from machine import safe_files
+from machine import ranks, safe_files
 from machine.device import choose_device
 from sparse_sgdm import check_sgd_options
 from training.clients import LocalSteps, trains_together
@@ -145,7 +144,7 @@ def fill_by_data(o: Options) -> None:
 
 def of_the_model(o: Options) -> Iterator[tuple[Any, str]]:
     yield (
-        int(os.environ.get("WORLD_SIZE", 1)) > 1 and o.command != "fedavg",
+        ranks.launched() > 1 and o.command != "fedavg",
         f"torchrun spreads the clients of fedavg; start {o.command} without it",
     )
     yield (
@@ -187,6 +186,16 @@ def of_the_device(o: Options) -> Iterator[tuple[Any, str]]:
     yield (
         device is not None and device.type != "cuda",
         f"--cuda-graph on: it needs a CUDA device, and this is a {device}",
+    )
+    several = isinstance(o.processes, int) and o.processes > 1
+    yield (
+        several and ranks.launched() > 1,
+        f"--processes {o.processes} under torchrun, which starts processes itself: leave it away",
+    )
+    yield (
+        several and (choose_device(o.device).type != "cpu" or not ranks.CAN_FORK),
+        f"--processes {o.processes} needs a CPU under Linux: torchrun --nproc-per-node="
+        f"{o.processes} train.py fedavg",
     )
 
 

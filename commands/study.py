@@ -7,7 +7,6 @@ where there is no fork, it imports for itself.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import multiprocessing
 import os
@@ -25,6 +24,7 @@ import numpy as np
 
 from commands.options import Line
 from machine import safe_files
+from machine.ranks import end_with_parent
 from machine.status import duration
 from study import experiments, report, tables
 from study.tables import Cell
@@ -34,7 +34,6 @@ PRELOAD = (
     *("commands.fedavg", "commands.centralized", "commands.calibrate", "commands.ridge"),
     *("matplotlib.pyplot", "torch._dynamo", "study.warm"),
 )
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Sweep(NamedTuple):
@@ -190,12 +189,6 @@ def run_cells(missing: Callable[[set[str]], Iterable[tuple[Path, Cell]]], jobs: 
         for process, *_ in running.values():
             process.join()
         signal.signal(signal.SIGTERM, before)
-
-
-def end_with_parent() -> None:
-    """Let this process be killed when its parent ends, so that a killed sweep leaves no runs."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_train(arguments: list[str], errors: str) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from training.workspace import Workspace
 
 FREE = {  # options that may change while a run goes on
-    *("name", "runs_dir", "data_dir", "fresh", "device", "threads"),
+    *("name", "runs_dir", "data_dir", "fresh", "device", "threads", "processes"),
     *("cuda_graph", "fused", "eval_every", "eval_batch", "diagnostics", "tensorboard"),
     *("micro_batch", "early_stop"),  # a run that stops is the beginning of one that does not
 }

@@ -64,6 +64,7 @@ THEMES = {  # what gives other options something to act on
 FEW = ("1", "2", "3")
 VALUES = {  # what costs too much at the bounds, or is a name
     **dict.fromkeys(("rounds", "epochs", "search_length", "calibration_rounds", "threads"), FEW),
+    **dict(processes=("1", "2", "auto")),
     **dict(J=FEW, batch_size=("1", "5", "full"), early_stop=FEW, search_lr=("0", "0.1", "1e30")),
     **dict(clients=("1", "3", "10", "101", "900", "901", "1e5"), nc=("1", "2", "10", "100", "101")),
     **dict(image_size=("8", "16", "32", "40", "33", "0"), eval_batch=("1000", "64"), jobs=FEW),
