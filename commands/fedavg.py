@@ -14,12 +14,14 @@ from commands.search import search_then_train
 from fedavg import FedAvg
 from federated.privacy import Privacy, epsilon
 from machine import runs
+from machine.device import exact_place
 from machine.ranks import launched_group
 from study.plots import plot_curves
 from training import session
 from training.diagnostics import Diagnostics
 from training.learner import Learner
 from training.mask_file import Mask
+from training.mirrors import mirror
 from training.rounds import (
     Federation,
     check_apart,
@@ -32,6 +34,7 @@ from training.rounds import (
     states_of,
     watched,
 )
+from training.watching import evaluation_due
 from training.workspace import Workspace
 
 OPTIONS = GROUPS["fedavg"]
@@ -65,7 +68,7 @@ def train(workspace: Workspace, shards: list[np.ndarray], line: Line, name: str)
         folder = session.open_run(workspace, model, name, line.stored, shards)
         patience = o.watching.early_stop
         if summary := session.finished_summary(folder, "round", rounds, patience):
-            session.mirror(folder, "round", o.watching)([])
+            mirror(folder, "round", o.watching)([])
             return summary
         with folder.opening():
             learner = session.prepare(
@@ -128,6 +131,7 @@ def federate(
     """
     check_apart(learner, o, len(shards), diagnostics)
     theta = learner.entries.theta.clone()
+    theta = theta.to(exact_place(theta.device))  # sums and server are of 64 bits
     secret = secret_of(learner, o)
     terms = client_terms(learner, shards, o, run)
     clients = make_clients(learner, shards, o, list(terms.values()))
@@ -150,7 +154,7 @@ def watching(learner: Learner, shards: list[np.ndarray], o: SimpleNamespace) -> 
     if not o.diagnosing.diagnostics:
         return None
     total, every = o.rounds
-    return Diagnostics(learner, shards, lambda t: session.evaluation_due(t, every, total))
+    return Diagnostics(learner, shards, lambda t: evaluation_due(t, every, total))
 
 
 # ---------------------------------------------------------------------------- accounts

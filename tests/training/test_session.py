@@ -3,13 +3,14 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from commands import fedavg
 from machine.runs import Run
 from study import plots
-from training.session import EventFiles
+from training.mirrors import EventFiles, Mirror
 
 FEDAVG = ("fedavg", "--data", "synthetic", "--rounds", 2, "--clients", 10, "--fraction", 0.2)
 FEDAVG += ("--J", 1, "--batch-size", 8, "--name", "a")
@@ -87,7 +88,8 @@ def test_records_within_an_epoch_are_counted_and_notes_left_out(tmp_path):
         {"note": "another machine"},
         {"epoch": 0.5, "val_acc": 0.2},
     ]
-    EventFiles(tmp_path, "epoch", lambda: log).add([{"epoch": 1, "val_acc": 0.3}])
+    run = SimpleNamespace(folder=tmp_path, records=lambda: log)
+    Mirror(EventFiles, run, "epoch").add([{"epoch": 1, "val_acc": 0.3}])
     mirrored = points(tmp_path)
     assert mirrored["val_acc"] == [(i, pytest.approx(0.1 * (i + 1))) for i in range(3)]
     assert mirrored["epoch"] == [(1, 0.5), (2, 1.0)]
