@@ -12,6 +12,7 @@ from study.plots import plot_curves
 from training import session
 from training.learner import Learner
 from training.mirrors import mirror
+from training.watching import head_note
 from training.workspace import Workspace
 
 OPTIONS = GROUPS["centralized"]
@@ -46,6 +47,8 @@ def train(workspace: Workspace, line: Line, name: str) -> dict:
         )
         learner.keep_activations()
         process = loop(learner, line)
+    if note := head_note(o.head.head, o.head.freeze_head, learner.mask is not None):
+        print(note)
     return session.drive(
         folder,
         process,

@@ -34,7 +34,7 @@ from training.rounds import (
     states_of,
     watched,
 )
-from training.watching import evaluation_due
+from training.watching import evaluation_due, head_note
 from training.workspace import Workspace
 
 OPTIONS = GROUPS["fedavg"]
@@ -47,7 +47,7 @@ NEVER_COVERED = (  # by epsilon, of what a private run leaves behind
 
 
 def run(line: Line) -> None:
-    """Train by FedAvg; with --search choose learning rate and weight decay first.
+    """Train by FedAvg; with --search choose learning rate and more first.
 
     torchrun --nproc-per-node=N train.py fedavg ... spreads the clients over N processes, to the
     same bits at the same --threads; several nodes need a common file system.
@@ -98,6 +98,8 @@ def train(workspace: Workspace, shards: list[np.ndarray], line: Line, name: str)
         figures = diagnostics.measure() if diagnostics else {}
         return figures | privacy_spent(o, process.round)
 
+    if note := head_note(o.head.head, o.head.freeze_head, learner.mask is not None):
+        print(note)
     if absent := workspace.classes_without_client():
         print(f"no client holds {len(absent)} of the classes: {', '.join(absent)}")
     return session.drive(

@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from centralized import Epochs, Schedule
+from centralized import SCHEDULES, Epochs, Schedule
 from commands import rules
 from commands.arguments import Command, build_parser, kinds
 from federated.client_states import ClientTerms
@@ -46,7 +46,9 @@ FILLED = (  # options of a run that are never None: they follow others
 class Search(NamedTuple):
     """Search, on validation accuracy."""
 
-    search: typing.Annotated[bool, "choose learning rate and weight decay first"] = False
+    search: typing.Annotated[
+        bool, "choose learning rate, weight decay and --search-schedule first"
+    ] = False
     search_lr: typing.Annotated[
         list[float] | None,
         "learning rates to try [a third of --lr, --lr, three times --lr]",
@@ -55,6 +57,9 @@ class Search(NamedTuple):
     ] = None
     search_weight_decay: typing.Annotated[
         list[float] | None, "weight decays to try [0 0.0005]", "0 <= x <= 1e38", "WD"
+    ] = None
+    search_schedule: typing.Annotated[
+        list[str] | None, "schedules to try [that of --schedule]", SCHEDULES
     ] = None
     search_length: typing.Annotated[
         int | None, "rounds or epochs of each try [as the run]", ">= 1", "N"

@@ -321,7 +321,7 @@ def fill_search(o: Options) -> None:
 
 
 def of_search(o: Options) -> Iterator[tuple[Any, str]]:
-    for name in ("search_lr", "search_weight_decay", "search_length"):
+    for name in ("search_lr", "search_weight_decay", "search_schedule", "search_length"):
         yield (
             not o.search and getattr(o, name) is not None,
             f"{flag(name)} belongs to --search",
@@ -385,7 +385,7 @@ def of_training(o: Options, total: int) -> Iterator[tuple[Any, str]]:
         "--search chooses on validation data: --val-fraction above 0",
     )
     yield (
-        o.decay is not None and o.schedule not in DECAYS,
+        o.decay is not None and not {*(o.search_schedule or [o.schedule])} & DECAYS.keys(),
         f"--decay belongs to --schedule {'|'.join(DECAYS)}",
     )
     shortest = min(total, o.search_length or total)

@@ -34,6 +34,10 @@ FREE = {  # options that may change while a run goes on
     *("micro_batch", "early_stop"),  # a run that stops is the beginning of one that does not
 }
 
+SEARCHES = {  # options of what went before a run
+    *("search", "search_lr", "search_weight_decay", "search_schedule", "search_length")
+}
+
 
 class Running(NamedTuple):
     """Run."""
@@ -102,7 +106,7 @@ def open_run(
     if shards:
         sizes = [len(shard) for shard in shards]
         extra["shards"] = {"clients": len(sizes), "smallest": min(sizes), "largest": max(sizes)}
-    free = set(stored) - set(defining(stored)) | same_files(run, made_from)
+    free = set(stored) - set(defining(stored)) | same_files(run, made_from) | SEARCHES & set(stored)
     run.open(stored | made_from, extra, free=free)
     if shards and run.writes and not (run.folder / "shards.npz").exists():
         ends = np.cumsum([len(shard) for shard in shards])

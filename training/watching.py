@@ -139,6 +139,19 @@ def headline(summary: dict) -> str:
 # ---------------------------------------------------------------------------- what looks wrong
 
 
+def head_note(head: str, frozen: bool, masked: bool) -> str:
+    """Return what a fitted head that stays frozen means, and what else there is; "" for others."""
+    if head == "linear" or not frozen:
+        return ""
+    if masked:
+        return f"the {head} head is fitted first and stays frozen, as under every mask"
+    return (
+        f"the {head} head is fitted first and stays frozen, which serves clients of any classes; "
+        "--no-freeze-head trains it on, and iid clients have ended higher from --head linear in "
+        "more rounds (docs/method.md, Heads)"
+    )
+
+
 def chance_advice(losses: Sequence[float], classes: int) -> str:
     """Return what to do about losses that are at chance or above on average; "" where not."""
     mean, chance = math.fsum(losses) / len(losses), math.log(classes)
