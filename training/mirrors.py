@@ -93,13 +93,23 @@ class EventFiles:
 
 
 class Wandb:
-    """A run of Weights & Biases with the run's name and options; WANDB_* settings apply."""
+    """A run of Weights & Biases with the run's name and options; WANDB_* settings apply.
+
+    The same run goes on there, and is sent the steps that it does not have.
+    """
 
     def __init__(self, run: Run):
         wandb: Any = importlib.import_module("wandb")
-        settings = dict(project="fedavg", name=run.folder.name, config=run.config()["options"])
-        self.run = wandb.init(**settings, dir=str(run.folder), reinit=True)
+        self.run = wandb.init(
+            project="fedavg",
+            name=run.folder.name,
+            id=f"{run.folder.name}-{run.id()[:12]}",
+            config=run.config()["options"],
+            resume="allow",
+            reinit=True,  # a search has several runs in a process
+        )
 
     def __call__(self, step: int, figures: dict[str, float]) -> None:
         """Send the figures of a step."""
-        self.run.log(figures, step=step)
+        if step >= self.run.step:
+            self.run.log(figures, step=step)

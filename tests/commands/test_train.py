@@ -68,6 +68,23 @@ def test_the_default_step_follows_what_clients_hold(options, lr):
     assert parse(["fedavg", *options.split()], COMMANDS).groups.sgd.lr == lr
 
 
+@pytest.mark.parametrize(
+    ("options", "every"),
+    [
+        ("fedavg", 10),  # of 2,560 images a round, which count 7,680 passes; 5,000 are evaluated
+        ("fedavg --rounds 40", 6),
+        ("fedavg --rounds 40 --eval-test", 18),
+        ("fedavg --rounds 3 --J 1", 3),
+        ("fedavg --rounds 40 --J 1 --batch-size full --fraction 1", 2),
+        ("fedavg --rounds 2000 --eval-every 7", 7),
+        ("centralized", 1),
+        ("centralized --epochs 100", 5),
+    ],
+)
+def test_evaluations_take_a_tenth_of_the_time_at_most(options, every):
+    assert parse(options.split(), COMMANDS).stored["eval_every"] == every
+
+
 def test_a_run_leaves_its_folder_and_the_same_command_again_says_so(cli, small_data):
     status, out, _ = cli(*TINY, "--nc", 10)
     (folder,) = (small_data / "runs").iterdir()
