@@ -129,11 +129,11 @@ def headline(summary: dict) -> str:
     final, best = summary.get("final", {}), summary.get("best_by_validation", {})
     named = (("validation", "val_acc"), ("test", "test_acc"))
     shown = [f"{label} accuracy {100 * final[key]:.2f} %" for label, key in named if key in final]
-    unit = "round" if "round" in best else "epoch"
+    unit, line = "round" if "round" in best else "epoch", ", ".join(shown)
     if "test_acc" in best and best[unit] != final.get(unit):
-        at = f"best by validation, {unit} {best[unit]}"
-        shown.append(f"{100 * best['test_acc']:.2f} % with the weights that are {at}")
-    return ", ".join(shown)
+        at = f"{unit} {best[unit]}, which validated best"
+        line += f" ({100 * best['test_acc']:.2f} % of the weights of {at})"
+    return line
 
 
 # ---------------------------------------------------------------------------- what looks wrong

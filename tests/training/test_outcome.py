@@ -54,7 +54,7 @@ def test_exported_weights_are_the_runs_and_load_again_to_the_bit(
 ):
     assert cli(*TINY, *options)[0] == 0
     status, out, err = cli("export", "runs/x", "x.pth", "--with-head")
-    assert status == 0 and "--model vit_demo --weights x.pth --normalisation half" in out, err
+    assert status == 0 and "--model vit_toy --weights x.pth --normalisation half" in out, err
     (learner,), state = learners, torch.load("x.pth", weights_only=True)
     view = learner.flat
     for name in view.shapes:
