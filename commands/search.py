@@ -102,7 +102,7 @@ def chosen(accuracies: dict[Try, float]) -> Try:
 
 def print_table(accuracies: dict[Try, float], best: Try) -> None:
     """Print what was tried, the best marked, and whether its rate is at the edge of the grid."""
-    print("search:       lr  weight decay     schedule  validation %")
+    print(f"search: {'lr':>9}  weight decay  {'schedule':>11}  validation %")
     for tried, accuracy in accuracies.items():
         mark = "  <- chosen" if tried == best else ""
         figure = f"{100 * accuracy:.2f}" if accuracy else "diverged"
