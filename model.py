@@ -51,6 +51,7 @@ class ViTShape:
     """Sizes of a vision transformer; `grid` is the side of its position grid in patches.
 
     module: (shape, classes) -> the model; None: VisionTransformer.
+    std: of the weights that a model without a checkpoint starts from.
     """
 
     width: int
@@ -59,6 +60,7 @@ class ViTShape:
     patch: int = 16
     grid: int = 14
     module: Callable[[ViTShape, int], nn.Module] | None = None
+    std: float = 0.02
 
 
 MODELS = {
@@ -66,6 +68,7 @@ MODELS = {
     "vit_ti16": ViTShape(192, 12, 3),
     "vit_b16": ViTShape(768, 12, 12),
     "vit_demo": ViTShape(48, 2, 3, patch=8, grid=4),
+    "vit_toy": ViTShape(48, 2, 3, patch=8, grid=4, std=0.1),  # it learns from the first round on
 }
 
 
@@ -320,7 +323,7 @@ def position_matrix(grid: int, height: int, width: int) -> Tensor:
 
 
 def build_vit(name: str, classes: int, seed: int = 0) -> VisionTransformer:
-    """Build a model by `seed`: truncated normal 0.02 weights, zero biases and a zero head.
+    """Build a model by `seed`: truncated normal weights, zero biases and a zero head.
 
     Raises:
         ValueError: the name is not in MODELS.
@@ -332,7 +335,7 @@ def build_vit(name: str, classes: int, seed: int = 0) -> VisionTransformer:
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in model.named_parameters():
         if parameter.dim() > 1 and not key.startswith("head."):
-            nn.init.trunc_normal_(parameter, std=0.02, a=-2.0, b=2.0, generator=generator)
+            nn.init.trunc_normal_(parameter, std=shape.std, a=-2.0, b=2.0, generator=generator)
         elif not key.startswith(("norm", "blocks")) or key.endswith("bias"):
             nn.init.zeros_(parameter)
     return model

@@ -16,12 +16,13 @@ from commands.search import search_then_train
 from fedavg import FedAvg
 from federated.privacy import Privacy, epsilon
 from machine import ranks, runs
-from machine.device import choose_device, free_memory
+from machine.device import choose_device, exact_place, free_memory
 from study.plots import plot_curves
 from training import session
 from training.diagnostics import Diagnostics
 from training.learner import Learner
 from training.mask_file import Mask
+from training.mirrors import mirror
 from training.rounds import (
     Federation,
     check_apart,
@@ -34,6 +35,7 @@ from training.rounds import (
     states_of,
     watched,
 )
+from training.watching import evaluation_due, head_note
 from training.workspace import Workspace
 
 OPTIONS = GROUPS["fedavg"]
@@ -46,7 +48,7 @@ NEVER_COVERED = (  # by epsilon, of what a private run leaves behind
 
 
 def run(line: Line) -> None:
-    """Train by FedAvg; with --search choose learning rate and weight decay first.
+    """Train by FedAvg; with --search choose learning rate and more first.
 
     --processes spreads the clients over the cores of a CPU, torchrun --nproc-per-node=N train.py
     fedavg ... over N GPUs, to the same bits at the same --threads; several nodes need a common file
@@ -68,7 +70,7 @@ def train(workspace: Workspace, shards: list[np.ndarray], line: Line, name: str)
         folder = session.open_run(workspace, model, name, line.stored, shards)
         patience = o.watching.early_stop
         if summary := session.finished_summary(folder, "round", rounds, patience):
-            session.mirror(folder, "round", o.watching)([])
+            mirror(folder, "round", o.watching)([])
             return summary
         with folder.opening():
             learner = session.prepare(
@@ -98,6 +100,8 @@ def train(workspace: Workspace, shards: list[np.ndarray], line: Line, name: str)
         figures = diagnostics.measure() if diagnostics else {}
         return figures | privacy_spent(o, process.round)
 
+    if note := head_note(o.head.head, o.head.freeze_head, learner.mask is not None):
+        print(note)
     if absent := workspace.classes_without_client():
         print(f"no client holds {len(absent)} of the classes: {', '.join(absent)}")
     return session.drive(
@@ -156,6 +160,7 @@ def federate(
     """
     check_apart(learner, o, len(shards), diagnostics)
     theta = learner.entries.theta.clone()
+    theta = theta.to(exact_place(theta.device))  # sums and server are of 64 bits
     secret = secret_of(learner, o)
     terms = client_terms(learner, shards, o, run)
     clients = make_clients(learner, shards, o, list(terms.values()))
@@ -178,7 +183,7 @@ def watching(learner: Learner, shards: list[np.ndarray], o: SimpleNamespace) -> 
     if not o.diagnosing.diagnostics:
         return None
     total, every = o.rounds
-    return Diagnostics(learner, shards, lambda t: session.evaluation_due(t, every, total))
+    return Diagnostics(learner, shards, lambda t: evaluation_due(t, every, total))
 
 
 # ---------------------------------------------------------------------------- accounts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ import fused
 import model as vit
 from flat import Entries, FlatView, Sgd
 from machine.cuda_graph import GraphedStep
-from machine.device import LossScale, compiled
+from machine.device import LossScale, compiled, exact_place
 from training import features
 
 if TYPE_CHECKING:
@@ -255,33 +255,32 @@ class Learner:
         }
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Return loss and accuracy on the validation and the test set, shared out over the group.
+    def evaluate(self, sets: Collection[str] = ("val", "test")) -> dict[str, float]:
+        """Return loss and accuracy on these sets, if they have images, shared out over the group.
 
         Where `start` holds features of the model as it is, the first evaluation is of those.
         """
-        start, self.start = self.start, None
+        start, self.start = self.start or {}, None
         result = {}
         test_index = np.arange(len(self.labels["test"]))
         for name, part, index in (
             ("val", "train", self.workspace.val_index),
             ("test", "test", test_index),
         ):
-            if len(index):
+            if name in sets and len(index):
                 at = torch.from_numpy(index).to(self.labels[part].device)
                 figures = self._evaluate_part(part, at, start)
                 result |= dict(zip((f"{name}_loss", f"{name}_acc"), figures, strict=True))
         return result
 
-    def _evaluate_part(
-        self, part: str, index: Tensor, start: dict[str, Tensor] | None
-    ) -> list[float]:
+    def _evaluate_part(self, part: str, index: Tensor, start: dict[str, Tensor]) -> list[float]:
         chunks, group = list(data.in_chunks(len(index), self.workspace.eval_batch)), self.group
-        totals = torch.zeros(len(chunks), 2, dtype=torch.float64, device=index.device)
+        place = exact_place(index.device)
+        totals = torch.zeros(len(chunks), 2, dtype=torch.float64, device=place)
         for i in range(group.rank, len(chunks), group.size):
             at = index[chunks[i]]
             with self.workspace.fitting("an evaluation", len(at), "--eval-batch"):
-                if start:
+                if part in start:
                     logits = self.model.classify(start[part][at])
                 else:
                     logits = self.logits_of(self.gather(part, at), None)

@@ -15,6 +15,7 @@ from conftest import ROOT, small_synthetic
 
 import data
 import train
+from commands import search
 from commands.options import Command
 from machine import streams
 from machine.runs import Run
@@ -77,21 +78,26 @@ def test_a_folder_that_is_no_run_is_named_and_stays(cli, small_data, command):
     assert snapshot(mine) == before
 
 
-def test_what_a_search_leaves_above_it_is_a_runs_folder(cli, small_data, monkeypatch):
+@pytest.mark.parametrize("last", ["config.json", "log.jsonl", "checkpoint.pt"])
+def test_what_a_search_leaves_above_it_is_a_runs_folder(cli, small_data, monkeypatch, last):
     searched = (*FEDAVG, "--rounds", 1, "--search", "--search-lr", 0.1, "--search-weight-decay", 0)
-    run_open = Run.open
+    copy = search.shutil.copyfile
 
-    def killed(run, *arguments, **options):
-        if run.folder.name == "x":
+    def killed(source, target):
+        if source.name == last:
             raise KeyboardInterrupt
-        run_open(run, *arguments, **options)
+        copy(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "open", killed)
+        patch.setattr(search.shutil, "copyfile", killed)
         assert cli(*searched)[0] == 130
-    assert {p.name for p in (small_data / "runs" / "x").iterdir()} == {"search", "search.json"}
+    folder = small_data / "runs" / "x"
+    assert (folder / "config.json").exists() == (last != "config.json")
     assert cli(*searched)[0] == 0
-    assert (small_data / "runs" / "x" / "summary.json").exists()
+    ends = [Run(path).records() for path in (folder, *(folder / "search").iterdir())]
+    for record in ends[0] + ends[1]:
+        record.pop("seconds", None)
+    assert ends[0] == ends[1] and (folder / "summary.json").exists()
 
 
 # ---------------------------------------------------------------------------- links and pipes

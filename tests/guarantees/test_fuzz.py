@@ -118,11 +118,11 @@ def command_line(seed: int) -> list[str]:
     parsers = subcommands()
     shares = np.array([6 if name == "fedavg" else 2 if "ca" in name else 1 for name in parsers])
     name = str(draw.choice(list(parsers), p=shares / shares.sum()))
-    options = [a for a in parsers[name]._actions if a.dest not in ("help", "list")]
+    options = [a for a in parsers[name]._actions if a.dest not in ("help", "help_all", "list")]
     theme = str(draw.choice(THEMES.get(name, ("",))))
     line = [name, *map(str, BASE.get(name, ())), *theme.split()]
     if name == "doctor":
-        options = [a for a in parsers["fedavg"]._actions if a.dest != "help"]
+        options = [a for a in parsers["fedavg"]._actions if a.dest[:4] != "help"]
         line = [name, *["--json", "j.json"] * draw.integers(2), *line[1:]]
     named = [a for a in options if a.option_strings]
     chosen = draw.permutation(len(named))[: draw.geometric(0.3) - 1]

@@ -1,6 +1,8 @@
 """What README.md and docs/ say holds: figures, links, commands, options, snippets."""
 
+import contextlib
 import csv
+import itertools
 import json
 import re
 from statistics import median
@@ -228,9 +230,9 @@ def test_the_commands_of_a_page_exist(page):
 
 
 def test_the_options_of_a_page_exist(capsys):
-    for command in COMMANDS:
-        with pytest.raises(SystemExit):
-            main([command, "--help"])
+    for command, page in itertools.product(COMMANDS, ("--help", "--help-all")):
+        with contextlib.suppress(SystemExit):
+            main([command, page])
     options = set(re.findall(r"--[a-zA-Z][\w-]*", capsys.readouterr().out))
     others = {"--index-url", "--nproc-per-node", "--max-restarts", "--help"}
     for page in (ROOT / "README.md", ROOT / "docs" / "method.md", ROOT / "docs" / "results.md"):
