@@ -221,6 +221,10 @@ def of_masks(o: Options) -> Iterator[tuple[Any, str]]:
         f"{o.mask_rule} scores nothing",
     )
     yield (
+        o.score_precision == "fp32" and not scores,
+        "--score-precision is of scores: --mask-rule least-sensitive|most-sensitive",
+    )
+    yield (
         o.mask and o.mask_rule,
         "--mask takes a mask that is made: leave --mask-rule away, or --mask",
     )
