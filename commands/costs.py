@@ -197,16 +197,16 @@ class Trial:
             self.learner.keep_activations()
 
     @functools.cached_property
-    def passes(self) -> float:
-        """Seconds of an image's forward and backward pass, alone."""
+    def passes(self) -> tuple[float, float]:
+        """Seconds of forward and backward passes: of any step, and of an image in it."""
         if self.learner is not None:
-            return probe.single_pass(self.learner)
-        return probe.feature(self.workspace, self.model(), 1) / FORWARD
+            return probe.passes(self.learner)
+        return 0.0, probe.feature(self.workspace, self.model(), 1) / FORWARD
 
     @functools.cached_property
     def slow(self) -> bool:
         """Is this machine so slow that what is no step follows from the passes?"""
-        return self.workspace.device.type == "cpu" and self.passes > SLOW
+        return self.workspace.device.type == "cpu" and self.passes[1] > SLOW
 
     @functools.cached_property
     def batch(self) -> int:
@@ -215,7 +215,7 @@ class Trial:
         heads = self.learner is not None and self.learner.on_features
         if heads or self.workspace.device.type == "cuda":
             return images
-        return max(1, min(images, int(probe.LONGEST / self.passes)))
+        return max(1, min(images, int((probe.LONGEST - self.passes[0]) / self.passes[1])))
 
     @functools.cached_property
     def optimiser(self) -> float:
@@ -260,8 +260,8 @@ class Trial:
         self.cuda_graph = clients.graphed.status if clients.graphed else self.cuda_graph
         if steps == o.local_steps:
             return client / J, 0.0
-        passes = (client - self.average) / steps.J - self.optimiser
-        return max(0.0, passes) * batch / self.batch + self.optimiser, self.average
+        step = max(0.0, client - self.average) / steps.J
+        return step + (batch - self.batch) * self.passes[1], self.average
 
     def epoch_step(self) -> float:
         """Return the seconds of a step over all training data."""
@@ -280,10 +280,8 @@ class Trial:
 
         seconds = seconds_of(work, self.workspace.device)
         self.cuda_graph = graphed.status if graphed else self.cuda_graph
-        if self.batch == batch_of(self.line.stored):
-            return seconds
-        passes = max(0.0, seconds - self.optimiser)
-        return passes * batch_of(self.line.stored) / self.batch + self.optimiser
+        more = batch_of(self.line.stored) - self.batch
+        return seconds + more * self.passes[1] if more else seconds
 
     def private(self) -> tuple[float, float]:
         """Return the seconds of clipping a client's change, and of a round's noise."""
@@ -327,14 +325,14 @@ class Trial:
     def scoring(self) -> float:
         """Return the seconds of scoring an image."""
         if self.slow:
-            return SCORED * self.passes
+            return SCORED * self.passes[1]
         options, model = self.line.groups.masking._replace(quorum=None), self.model()
         return probe.score(self.workspace, model, options, self.shards, self.batch)
 
     def evaluation(self) -> float:
         """Return the seconds of evaluating an image."""
         if self.slow:
-            return FORWARD * self.passes
+            return FORWARD * self.passes[1]
         images = self.workspace.eval_batch
         cpu = self.workspace.device.type == "cpu"
         return probe.evaluation(self.learner, min(images, 2 * self.batch) if cpu else images)
@@ -342,7 +340,7 @@ class Trial:
     def feature(self) -> float:
         """Return the seconds of an image's features."""
         if self.slow:
-            return FORWARD * self.passes
+            return FORWARD * self.passes[1]
         images = self.workspace.eval_batch
         cpu = self.workspace.device.type == "cpu"
         images = min(images, 2 * self.batch) if cpu else images

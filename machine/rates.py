@@ -25,16 +25,20 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds_of(work: Callable[[], object], device: torch.device, budget: float = BUDGET) -> float:
-    """Return the median seconds of a call after one that warms up; in all about `budget`."""
+def seconds_of(
+    work: Callable[[], object], device: torch.device, budget: float = BUDGET, warm: bool = False
+) -> float:
+    """Return the median seconds of a call, in all about `budget`; if not warm, the first is left
+    out."""
+    first = 0 if warm else 1
     seconds: list[float] = []
-    while len(seconds) < 2 or (len(seconds) <= MOST and sum(seconds[1:]) < budget):
+    while len(seconds) <= first or (len(seconds) <= MOST and sum(seconds[first:]) < budget):
         synchronise(device)
         started = time.perf_counter()
         work()
         synchronise(device)
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
+    return statistics.median(seconds[first:])
 
 
 def product_rate(dtype: torch.dtype, device: torch.device) -> float:

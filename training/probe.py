@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from training.workspace import Workspace
 
 LONGEST = 1.0  # seconds that a timed step or pass may take
+FEW = 4  # images of a step that tells what an image costs
 BATCH = 64  # images of what is timed without a step
 FITTED = 4_500  # rows that a timed head is fitted to
 
@@ -36,11 +37,14 @@ def draws_of(learner: Learner, images: int) -> torch.Tensor:
     return draws[0].to(learner.workspace.device)
 
 
-def single_pass(learner: Learner) -> float:
-    """Return the seconds of one image's forward and backward pass."""
-    draws = draws_of(learner, 1)
-    work = lambda: learner.backward(draws, 1.0)  # noqa: E731
-    return seconds_of(work, learner.workspace.device, budget=LONGEST / 2)
+def passes(learner: Learner) -> tuple[float, float]:
+    """Return the seconds of forward and backward passes: of any step, and of an image in it."""
+    single, several = draws_of(learner, 1), draws_of(learner, FEW)
+    device, budget = learner.workspace.device, LONGEST / 2
+    alone = seconds_of(lambda: learner.backward(single, 1.0), device, budget)
+    together = seconds_of(lambda: learner.backward(several, 1.0), device, budget, warm=True)
+    each = max((together - alone) / (FEW - 1), 0.1 * together / FEW)  # noise: no less than that
+    return max(0.0, alone - each), each
 
 
 def operations(learner: Learner) -> float:
