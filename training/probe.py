@@ -1,7 +1,7 @@
 """What the parts of a run cost on this machine, each measured in a second or two.
 
-Where a step or a pass of the wanted size would take longer, a smaller one is timed, and an image's
-share of it is what counts.
+Where a step or a pass of the wanted size would take longer, a smaller one is timed, and what an
+image adds to it is added for the others.
 """
 
 from __future__ import annotations

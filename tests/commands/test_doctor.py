@@ -99,7 +99,9 @@ def test_a_slow_machine_takes_smaller_steps_and_scales_them(cli, small_data, mon
     assert parts["step_seconds"] > 0
     monkeypatch.setattr(costs, "SLOW", 0.0)
     monkeypatch.setattr(probe, "evaluation", lambda *given: pytest.fail("timed"))
-    assert figures_of(cli)[0]["evaluation_seconds"] > 0
+    figures, out, _ = figures_of(cli)
+    assert figures["evaluation_seconds"] > 0 and figures["only_a_step_was_timed"]
+    assert "taken, not measured" in out
 
 
 def test_doctor_times_a_mask_of_the_commands_sparsity(cli, learners):
