@@ -42,6 +42,12 @@ NOISE = 8  # times the precision: error of a sum, in terms of the sum of what it
 UNDERFLOW = 16  # times the smallest number: gradients below it are zeros to any comparison
 BATCH = 64  # images to score at a time; changes no score
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+REPLAYED = 2  # shapes of batches that are replayed: each keeps the memory of its passes
+Replay = Callable[[Callable[..., Tensor], list[Tensor]], Callable[..., Tensor]]
+
+
+class NotFinite(ValueError):
+    """A score is Inf or NaN."""
 
 
 # ---------------------------------------------------------------------------- squares of sums
@@ -194,6 +200,11 @@ class _Ways(NamedTuple):
     looped: list[str]  # sample by sample, by autograd
     unproven: list[str]  # of these, what had gradients of zero alone: no comparison tells anything
 
+    @property
+    def one_by_one(self) -> bool:
+        """Tell whether something is scored sample by sample, or compared with what is."""
+        return bool(self.mapped or self.looped or self.unproven)
+
     def loop_over(self, names: Sequence[str]) -> None:
         """Let these parameters be scored sample by sample, by autograd, from now on."""
         for module, parts in [*self.hooked.items()]:
@@ -209,7 +220,16 @@ class Scorer:
     """`fisher_diagonal` of one model, as often as its weights or the samples change.
 
     How each parameter's gradients are had is found out at the first batch, not again for every
-    client. Arguments and errors are those of `fisher_diagonal`.
+    client. Arguments and errors are those of `fisher_diagonal`. A model in half precision takes its
+    passes in it; the sums stay in `dtype`.
+
+    Args:
+        scale: factor on what is differentiated, a power of two: it keeps gradients of fp16 passes
+            from vanishing, and is taken out of the scores.
+        replay: (step, state) -> a function that does what the step does by other means, such as a
+            CUDA graph; step(inputs=, given=) returns logits and changes `state` in place. It takes
+            a shape's batches from the second on, where nothing is scored one by one. The weights
+            must then keep their places in memory.
     """
 
     def __init__(
@@ -220,6 +240,8 @@ class Scorer:
         labels: str = "sampled",
         score: str = "log-prob",
         dtype: torch.dtype = torch.float32,
+        scale: float = 1.0,
+        replay: Replay | None = None,
     ):
         if labels not in ("sampled", "true") or score not in ("log-prob", "logit"):
             raise ValueError(f"unknown labels {labels!r} or score {score!r}")
@@ -243,6 +265,9 @@ class Scorer:
         floats = [p.dtype for p in self.parameters.values() if p.is_floating_point()]
         self.precision = torch.finfo(max(floats, key=lambda kind: torch.finfo(kind).eps))
         self.labels, self.score, self.dtype = labels, score, dtype
+        self.scale, self.replay = scale, replay
+        self._replays: dict[tuple, Callable[..., Tensor]] = {}  # by what a batch is
+        self._replayed_sums: Tensor | None = None
         self._ways: dict[tuple, _Ways] = {}  # by what a sample is, and whether it is alone
         self._sizes: set[torch.Size] = set()  # of batches whose logits depend on no other sample
 
@@ -253,7 +278,8 @@ class Scorer:
             raise ValueError("the model has other parameters than its Scorer was made for")
         generator = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(b"fisher labels")]))
         with _standing_still(self.model):
-            sums, count = self._zeros(), 0
+            total, count = self._empty_sums(), 0
+            sums = self._by_name(total, self.names)
             for batch in batches:
                 inputs, targets = batch if isinstance(batch, tuple | list) else (batch, None)
                 if not isinstance(inputs, Tensor) or inputs.dim() == 0:
@@ -268,26 +294,54 @@ class Scorer:
                     shapes = f"{tuple(inputs.shape)} come with labels {tuple(targets.shape)}"
                     raise ValueError(f"inputs {shapes}: there must be one for each sample")
                 if len(inputs) > 0:
-                    logits = self._add(sums, self._ways_of(inputs), inputs, targets)
-                    self._check_size(inputs, logits)
+                    self._add_batch(total, sums, inputs, targets)
                 count += len(inputs)
             if count == 0:
                 raise ValueError("the calibration set is empty")
-            for total in sums.values():
-                total /= count
-        _check_finite(sums)
+            total = total if self.replay is None else total.clone()  # the next call's are the same
+            total /= count * self.scale**2
+            sums = self._by_name(total, self.names)
+        if not torch.isfinite(total).all():
+            _check_finite(sums)
         return sums
 
-    def _zeros(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Return a zero for each parameter that is scored, all views of one vector."""
-        names = self.names if names is None else names
-        chosen = [self.parameters[name] for name in names]
-        sizes = [p.numel() for p in chosen]
-        flat = torch.zeros(sum(sizes), dtype=self.dtype, device=chosen[0].device)
-        parts = zip(names, flat.split(sizes), chosen, strict=True)
-        return {name: part.view(p.shape) for name, part, p in parts}
+    def _zeros(self, names: Sequence[str]) -> Tensor:
+        """Return a zero for each entry of some parameters: (P,)."""
+        size = sum(self.parameters[name].numel() for name in names)
+        return torch.zeros(size, dtype=self.dtype, device=self.parameters[names[0]].device)
+
+    def _by_name(self, vector: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return views of a vector (P,) of some parameters' entries, by name."""
+        shapes = [self.parameters[name].shape for name in names]
+        parts = vector.split([shape.numel() for shape in shapes])
+        return {n: part.view(shape) for n, part, shape in zip(names, parts, shapes, strict=True)}
+
+    def _empty_sums(self) -> Tensor:
+        """Return sums (P,) of zeros; a replay knows them by their place."""
+        if self.replay is None:
+            return self._zeros(self.names)
+        if self._replayed_sums is None:
+            self._replayed_sums = self._zeros(self.names)
+        return self._replayed_sums.zero_()
 
     # ------------------------------------------------------------------------ one batch
+
+    def _add_batch(
+        self, total: Tensor, sums: dict[str, Tensor], inputs: Tensor, given: Tensor
+    ) -> None:
+        """Add a batch's squares to `total` (P,), which `sums` are views of, by replay if it can."""
+        ways, kind = self._ways_of(inputs), (inputs.shape, inputs.dtype, given.dtype)
+        known = inputs.shape in self._sizes and not ways.one_by_one
+        if self.replay and known and kind not in self._replays and len(self._replays) < REPLAYED:
+
+            def step(inputs: Tensor, given: Tensor) -> Tensor:
+                return self._add(sums, ways, inputs, given)
+
+            self._replays[kind] = self.replay(step, [total])
+        if known and kind in self._replays:
+            self._replays[kind](inputs=inputs, given=given.to(inputs.device))
+        else:
+            self._check_size(inputs, self._add(sums, ways, inputs, given))
 
     def _add(
         self,
@@ -317,7 +371,7 @@ class Scorer:
             if not strays:
                 labels = _sampled_labels(logits, given) if given.is_floating_point() else given
                 if logits.requires_grad:  # something is hooked, copied or watched
-                    _summed_score(logits, labels, self.score).backward()
+                    self._score_of(logits, labels).backward()
         if strays:
             ways.loop_over([n for module in strays for n in ways.hooked[module].values()])
             return self._add(sums, ways, inputs, given, bounds)
@@ -343,7 +397,7 @@ class Scorer:
         labels: Tensor,
     ) -> None:
         """Compare squares of a batch, the first ones that are not zero, with autograd's."""
-        truth = self._zeros(names)
+        truth = self._by_name(self._zeros(names), names)
         self._add_looped(truth, names, inputs, labels)
         ways.unproven[:] = [name for name in ways.unproven if name not in names]
         if wrong := [name for name in names if self._differs(parts[name], truth[name])]:
@@ -359,6 +413,10 @@ class Scorer:
         values = {place: value for name, value in values.items() for place in self._places_of(name)}
         replaced = torch.func.functional_call
         return _logits(replaced(self.model, values, (inputs.detach().clone(),), tie_weights=False))
+
+    def _score_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return what is differentiated: the sum of all samples' scores, times the scale."""
+        return _summed_score(logits, labels, self.score) * self.scale
 
     def _places_of(self, name: str) -> list[str]:
         return self.places[self.parameters[name]]
@@ -392,7 +450,7 @@ class Scorer:
         chosen = {name: self.parameters[name].detach() for name in names}
 
         def sample_score(values: dict, x: Tensor, y: Tensor) -> Tensor:
-            return _summed_score(self._logits(x[None], values), y[None], self.score)
+            return self._score_of(self._logits(x[None], values), y[None])
 
         gradients = torch.func.vmap(torch.func.grad(sample_score), in_dims=(None, 0, 0))
         for name, grad in gradients(chosen, inputs, labels).items():
@@ -408,7 +466,7 @@ class Scorer:
                 p.requires_grad_(True)
             for x, y in zip(inputs, labels, strict=True):
                 with torch.enable_grad():
-                    value = _summed_score(self._logits(x[None]), y[None], self.score)
+                    value = self._score_of(self._logits(x[None]), y[None])
                 if not value.requires_grad:
                     continue
                 grads = torch.autograd.grad(value, chosen, allow_unused=True)
@@ -450,20 +508,39 @@ class Scorer:
         if len(out) != len(samples):
             raise ValueError(f"{len(samples)} samples have {len(out)} rows of logits")
         alone = self._logits(first)
-        if not _close(alone, out[:1]) and not _close(alone, self._logits(first)):
+        if not self._close(alone, out[:1]) and not self._close(alone, self._logits(first)):
             raise ValueError(
                 "the model's logits of the same samples differ between two calls, in eval mode "
                 "too: there is something random in it"
             )
-        _check_apart(alone, out[:1])
+        self._check_apart(alone, out[:1])
         return out
 
     @torch.no_grad()
     def _check_size(self, inputs: Tensor, logits: Tensor) -> None:
         """Refuse a model that mixes the samples of a batch of this size."""
-        if len(inputs) > 2 and inputs.shape not in self._sizes:
-            _check_apart(self._logits(_ends(inputs)), _ends(logits))
+        if inputs.shape not in self._sizes:
+            if len(inputs) > 2:
+                self._check_apart(self._logits(_ends(inputs)), _ends(logits))
             self._sizes.add(inputs.shape)
+
+    def _check_apart(self, some: Tensor, others: Tensor) -> None:
+        """Refuse a model of which the same samples have other logits in another batch."""
+        if not self._close(some, others):
+            raise ValueError(
+                "the logits of a sample depend on the others in its batch, in eval mode too (batch "
+                "statistics?): it has no gradients of its own"
+            )
+
+    def _close(self, a: Tensor, b: Tensor) -> bool:
+        """Tell whether logits agree up to the rounding of the passes; what is not finite has to be
+        so in both."""
+        tolerance = TOLERANCE * max(self.precision.eps, torch.finfo(a.dtype).eps) ** 0.5
+        finite = a.isfinite()
+        if not torch.equal(finite, b.isfinite()):
+            return False
+        a, b = a.where(finite, 0), b.where(finite, 0)
+        return _norm(a - b) <= tolerance * max(_norm(a), a.numel() ** 0.5)
 
     @torch.no_grad()
     def _broadcasting(self, names: list[str], samples: Tensor, out: Tensor) -> list[str]:
@@ -485,7 +562,7 @@ class Scorer:
 
     def _truth(self, samples: Tensor, out: Tensor) -> dict[str, Tensor]:
         """Return autograd's squares of some samples, for the labels of `_strong_labels`."""
-        truth = self._zeros()
+        truth = self._by_name(self._zeros(self.names), self.names)
         try:
             self._add_looped(truth, self.names, samples, _strong_labels(out, self.score))
         except torch.OutOfMemoryError:
@@ -493,7 +570,8 @@ class Scorer:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"autograd cannot take this model's gradients: {reason}") from error
-        if self.score == "log-prob" and (out.isnan() | out.isposinf()).any():  # of all labels then
+        everywhere = self.score == "log-prob" and (out.isnan() | out.isposinf()).any()
+        if everywhere or self.scale != 1:  # of all labels then; or another scale may do
             _check_finite(truth)
         return truth
 
@@ -528,7 +606,8 @@ class Scorer:
         labels: Tensor,
     ) -> set[str]:
         """Return those of some names whose squares are not the true ones."""
-        sums, bounds = self._zeros(), self._zeros()
+        zeros = self._zeros(self.names), self._zeros(self.names)
+        sums, bounds = (self._by_name(vector, self.names) for vector in zeros)
         try:
             self._add(sums, ways, samples, labels, bounds)
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
@@ -566,16 +645,7 @@ def _ends(rows: Tensor) -> Tensor:
 def _check_finite(scores: dict[str, Tensor]) -> None:
     for name, total in scores.items():
         if not torch.isfinite(total).all():
-            raise ValueError(f"the sensitivity of {name} is not finite")
-
-
-def _check_apart(some: Tensor, others: Tensor) -> None:
-    """Refuse a model of which the same samples have other logits in another batch."""
-    if not _close(some, others):
-        raise ValueError(
-            "the logits of a sample depend on the others in its batch, in eval mode too (batch "
-            "statistics?): it has no gradients of its own"
-        )
+            raise NotFinite(f"the sensitivity of {name} is not finite")
 
 
 def _norm(values: Tensor) -> float:
@@ -585,16 +655,6 @@ def _norm(values: Tensor) -> float:
 def _square(grad: Tensor, total: Tensor) -> Tensor:
     """Return the squares of gradients, in the type of their total where that holds more."""
     return grad.to(torch.promote_types(grad.dtype, total.dtype)).square()
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Tell whether logits agree up to rounding; what is not finite has to be so in both."""
-    tolerance = TOLERANCE * torch.finfo(a.dtype).eps ** 0.5
-    finite = a.isfinite()
-    if not torch.equal(finite, b.isfinite()):
-        return False
-    a, b = a.where(finite, 0), b.where(finite, 0)
-    return _norm(a - b) <= tolerance * max(_norm(a), a.numel() ** 0.5)
 
 
 @contextlib.contextmanager
@@ -673,13 +733,18 @@ def _described(value: Any) -> str:
 
 def _sampled_labels(logits: Tensor, u: Tensor) -> Tensor:
     """Return labels (N,) drawn from the softmax of `logits` by inversion of its CDF at u (N,)."""
-    cdf = logits.detach().double().softmax(dim=1).cpu().cumsum(dim=1)  # not deterministic on CUDA
-    return (cdf < u.cpu().double()[:, None] * cdf[:, -1:]).sum(dim=1).to(logits.device)
+    shares, u = logits.detach().double().softmax(dim=1), u.to(logits.device).double()
+    if shares.is_cpu:
+        cdf = shares.cumsum(dim=1)
+    else:  # where that is not deterministic, and nothing may wait for the host: a product
+        cdf = shares @ torch.ones_like(shares[:1]).expand(shares.shape[1], -1).triu()
+    return (cdf < u[:, None] * cdf[:, -1:]).sum(dim=1)
 
 
 def _summed_score(logits: Tensor, labels: Tensor, score: str) -> Tensor:
     values = logits if score == "logit" else logits.log_softmax(dim=1)
-    return values.gather(1, labels[:, None]).sum()
+    chosen = labels[:, None] == torch.arange(values.shape[1], device=values.device)
+    return values.where(chosen, 0).sum()  # gather's gradient is not deterministic on every GPU
 
 
 # ---------------------------------------------------------------------------- layers in a batch

@@ -4,6 +4,7 @@
 
 training    SGD steps of ViT-Ti/16: forward, backward and update, a batch at a time
 scoring     fisher_diagonal of all backbone parameters, a batch at a time
+half        on a GPU, as runs score there: passes in --precision's type, a batch as a CUDA graph
 per-sample  one forward and backward an image, its gradient squared and added up
 Random weights and images: the time depends on neither. Interleaved repetitions, in one process; on
 a CPU the peak is that of the whole process, on a GPU that of each method's tensors.
@@ -12,6 +13,7 @@ a CPU the peak is that of the whole process, on a GPU that of each method's tens
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import resource
 import sys
@@ -23,9 +25,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from fisher import fisher_diagonal
+from fisher import Scorer, fisher_diagonal
 from flat import FlatView
-from model import build_vit, trained_names
+from machine.cuda_graph import GraphedStep
+from machine.device import choose_precision
+from model import HEAD, build_vit, trained_names
 from sparse_sgdm import sparse_sgdm_
 
 
@@ -61,7 +65,23 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
                 model(image[None]).log_softmax(dim=1)[0, label].backward()
                 squares.addcmul_(flat.grad, flat.grad)
 
-    return {"training": training, "scoring": scoring, "per-sample": per_sample}
+    chosen = {"training": training, "scoring": scoring, "per-sample": per_sample}
+    if device != "cpu":
+        chosen["half"] = half_scoring(model, batches, names, torch.device(device))
+    return chosen
+
+
+def half_scoring(
+    model: torch.nn.Module, batches: list, names: list[str], device: torch.device
+) -> Callable[[], None]:
+    """Return the scoring of these batches in half precision, each a replay of one graph."""
+    half, dtype = copy.deepcopy(model), choose_precision("auto", device)
+    for name, parameter in half.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if name in HEAD else dtype)
+    cast = [(x.to(dtype), y) for x, y in batches]
+    replay = lambda step, state: GraphedStep(step, state, device)  # noqa: E731
+    scorer = Scorer(half, parameters=names, labels="true", replay=replay)
+    return lambda: scorer.diagonal(cast)
 
 
 def measure(method: Callable[[], None], device: str) -> tuple[float, float]:
@@ -115,6 +135,9 @@ def main() -> None:
     }
     print(f"scoring / training   {ratios['scoring_to_training']:.2f}")
     print(f"per-sample / scoring {ratios['per_sample_to_scoring']:.2f}")
+    if "half" in medians:
+        ratios["half_to_training"] = round(medians["half"] / medians["training"], 3)
+        print(f"half / training      {ratios['half_to_training']:.2f}")
     if options.json:
         made_by = {k: v for k, v in vars(options).items() if k != "json"}
         made_by |= {"torch": str(torch.__version__)}

@@ -7,8 +7,9 @@ floor   forward and backward of the same batches, made beforehand, the gradients
         plus bytes / copy bandwidth: 5 P fp32 a step (read gradient, parameter, momentum; write
         two), 1 copy a client, and a client's sum (read two P fp32, read and write P int64)
 Clients take turns, one of the round, then the floor of its batches; a ratio is one round's sum over
-the other. On CUDA a setting is measured with --cuda-graph off and on, and with --compile once more,
-compiled and in a graph; the floor is always launched kernel by kernel. The bandwidth is that of
+the other. On CUDA a setting is measured with --cuda-graph off and on, each with --fused off and
+auto, and with --compile once more, compiled and in a graph; the floor is always launched kernel by
+kernel. The bandwidth is that of
 copies around a ring as large as the round's own buffers. vit_s16 has the sizes of the headline job,
 for a GPU, whose rate is compared with that of a product of two 8,192 x 8,192 matrices in the same
 precision.
@@ -104,11 +105,16 @@ def copy_bandwidth(size: int, device: str) -> float:
     return 2 * 4 * size * len(ring) * loops / np.median(seconds)
 
 
-def measure(name: str, graph: str, options: argparse.Namespace) -> list[dict]:
-    """Return one row per figure of a setting; graph: as --cuda-graph, or "on --compile"."""
+def measure(name: str, graph: str, fused: str, options: argparse.Namespace) -> list[dict]:
+    """Return one row per figure of a setting.
+
+    Args:
+        graph: as --cuda-graph, or "on --compile".
+        fused: as --fused; "" leaves it away, on a CPU.
+    """
     arguments, count, goal = SETTINGS[name]
     arguments = f"{SHARED} {arguments} --device {options.device} --threads {options.threads}"
-    arguments += f" --cuda-graph {graph}"
+    arguments += f" --cuda-graph {graph}" + (f" --fused {fused}" if fused else "")
     o, workspace = opened(arguments)
     precision = str(workspace.dtype).removeprefix("torch.")
     shards, device = workspace.shards(o.sharding), workspace.device.type
@@ -151,13 +157,13 @@ def measure(name: str, graph: str, options: argparse.Namespace) -> list[dict]:
         )
     ratio = rows[4]
     print(
-        f"{name}, {precision}: P = {learner.entries.size:,}, CUDA graph {graph}; a round "
-        f"{rows[0]['median']:.3f} s, "
+        f"{name}, {precision}: P = {learner.entries.size:,}, CUDA graph {graph}, "
+        f"fused {fused or 'off'}; a round {rows[0]['median']:.3f} s, "
         f"passes {rows[1]['median']:.3f} s, bytes {moved:.4f} s; round / floor "
         f"{ratio['median']:.3f} (p20 {ratio['p20']:.3f}, p80 {ratio['p80']:.3f}), goal {goal}; "
         + ", ".join(f"{row['figure']} {row['median']:g}" for row in rows[6:])
     )
-    about = {"setting": name, "precision": precision, "cuda_graph": graph}
+    about = {"setting": name, "precision": precision, "cuda_graph": graph, "fused": fused or "off"}
     about |= {"parameters": learner.entries.size}
     return [about | row for row in rows]
 
@@ -173,11 +179,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--csv", type=Path, default="results/bench/round.csv")
     options = parser.parse_args()
-    graphs = ("off",) if options.device == "cpu" else ("off", "on")
-    if options.compile and options.device != "cpu":
-        graphs += ("on --compile",)
-    pairs = itertools.product(options.settings, graphs)
-    rows = [row for name, graph in pairs for row in measure(name, graph, options)]
+    ways = [("off", "")]
+    if options.device != "cpu":
+        ways = list(itertools.product(("off", "on"), ("off", "auto")))
+        ways += [("on --compile", "off")] * options.compile
+    pairs = itertools.product(options.settings, ways)
+    rows = [row for name, way in pairs for row in measure(name, *way, options)]
     write_csv(options.csv, rows, options.device)
 
 

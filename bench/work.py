@@ -76,6 +76,8 @@ class Work:
 
     def tick(self, model: nn.Module | None = None) -> None:
         """Note the time: once before the first round, then after every round."""
+        if self.workspace.device.type == "cuda":
+            torch.cuda.synchronize()
         self.ticks.append(time.perf_counter())
 
     def clients(self, round: int) -> list[int]:
@@ -99,6 +101,7 @@ class Work:
     def batches(self, client: int, round: int) -> Iterable[tuple[Tensor, Tensor]]:
         """Return the client's (images, labels) batches, uint8: by index, or by a DataLoader."""
         order, size = self.order(client, round), self.options.local_steps.batch_size
+        order = order.to(self.images.labels.device)
         if self.best:
             return ((self.images.images[at], self.images.labels[at]) for at in order.split(size))
         subset = torch.utils.data.Subset(

@@ -1,52 +1,40 @@
-"""train.py doctor: what a command will cost on this machine, in device, kernels, seconds a round.
+"""train.py doctor: what a command will cost on this machine, and where its time goes.
 
-Measured on generated images of CIFAR's size and untrained weights, so that nothing is downloaded;
-neither changes the time. In place of a mask that the command makes stands a random one of the same
-sparsity; of one made to a --threshold, whose sparsity is not known before, none. Not counted: the
-features that a head is fitted to, calibration, a search.
+Measured as commands/costs.py says. The products' part of a round is its matrix operations at the
+rate of a large product measured here; the passes are what is left of the round.
 """
 
 from __future__ import annotations
 
-import functools
 import platform
+import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, NamedTuple
 
-import numpy as np
 import torch
 
 import fisher
-import masks
 import sparse_sgdm
-from commands.options import GROUPS, Command, Line, federation, parse
-from fedavg import FedAvg
-from federated import privacy
-from federated.cohort import sample_clients
+from commands.costs import Costs, Trial, batch_of, check, cohort_size
+from commands.options import GROUPS, Command, Line, parse
 from machine import safe_files
 from machine.device import free_memory
-from machine.runs import Run
+from machine.rates import copy_bandwidth, product_rate, synchronise
 from machine.status import duration
-from training.clients import HeadsTogether
+from training import probe
 from training.learner import Learner
-from training.rounds import Federation, client_terms, cohort_of, make_clients, method_of
-from training.session import prepare
 from training.workspace import Workspace
-
-CLIENTS_TIMED = 5
-TRAINED = 45_000  # images of CIFAR-100 that train
-EVALUATED = 5_000 + 10_000  # images of an evaluation on CIFAR-100: validation and test
 
 
 class Doctor(NamedTuple):
     """What is examined."""
 
-    fedavg_command: Annotated[
-        list[str], "the command to examine, as it would be typed [fedavg]", "remainder"
+    examined: Annotated[
+        list[str],
+        "the command to examine, as it would be typed: fedavg, centralized, ridge or calibrate, "
+        "with its options [fedavg]",
+        "remainder",
     ]
     json: Annotated[str | None, "where the figures go too [none]", "path", "FILE"] = None
 
@@ -55,96 +43,110 @@ OPTIONS = (Doctor,)
 
 
 def run(line: Line) -> None:
-    """Say what this machine is, which kernels run on it, and how long a fedavg command will take.
+    """Say what this machine is, how long a command will take on it, and where a round's time goes.
 
-    It needs no download: images and weights are generated.
+    It takes half a minute and needs no download: images and weights are generated.
     """
-    name, *rest = line.groups.doctor.fedavg_command or ["fedavg"]
-    if name != "fedavg":
-        raise ValueError(f"doctor examines a fedavg command, not {name!r}")
-    figures = examine(parse(["fedavg", *rest], {"fedavg": Command(run, GROUPS["fedavg"])}))
-    print_table(figures)
+    words = line.groups.doctor.examined or ["fedavg"]
+    check(words[0])
+    examined = parse(words, {words[0]: Command(run, GROUPS[words[0]])})
+    figures = examine(examined)
+    print_report(figures)
     if line.groups.doctor.json:
         safe_files.write_json(Path(line.groups.doctor.json), figures)
 
 
-def trial_of(line: Line) -> Line:
-    """Return the command with generated images and weights, and without what needs others."""
-    o = line.stored
-    changed = {
-        **dict(data="synthetic", weights="none", nc=None, dirichlet=None, head_images=None),
-        **dict(head="linear", dropout=0.0, dp_noise=None, dp_clip=None),
-        "clients": min(o["clients"], 1000),
-    }
-    if o["mask_rule"] is not None:
-        changed |= {"mask_rule": None if o["sparsity"] is None else "random", "quorum": None}
-    if o["train"] != "head":  # of heads it decides whether they train together
-        changed["straggler_fraction"] = 0.0
-    return line.replaced(**changed)
-
-
-def uncounted(o: dict) -> list[str]:
-    """Name what comes before the first round and is not counted."""
-    scores = o["mask_rule"] is not None and masks.needs_scores(o["mask_rule"])
-    parts = {
-        "features for the head": o["head"] != "linear" or o["train"] == "head",
-        "calibration": scores,
-        "search": o["search"],
-    }
-    return [what for what, has in parts.items() if has]
+def say(what: str) -> None:
+    """Tell whoever waits what is measured next."""
+    print(f"measuring {what} ...", file=sys.stderr, flush=True)
 
 
 def examine(line: Line) -> dict:
-    """Return the figures of a `fedavg` command on this machine."""
-    stored, o = line.stored, trial_of(line).groups
+    """Return the figures of a command on this machine; every name has its unit."""
     with tempfile.TemporaryDirectory() as folder:
-        o.source = o.source._replace(data_dir=folder)
-        workspace = Workspace(o.source, o.machine, o.backbone)
-        shards = workspace.shards(o.sharding)
-        if stored["batch_size"] == "full":  # a batch of as many images as in the run
-            size = max(1, TRAINED // stored["clients"])
-            shards = [np.resize(workspace.train_index, size)] * len(shards)
-        learner = trial_learner(workspace, shards, o, Run(folder))
-    evaluated = EVALUATED if stored["data"] == "cifar100" else None
-    loop = federation(o)
-    client, evaluation = time_client(learner, shards, loop), time_evaluation(learner, evaluated)
-    batch = len(shards[0]) if stored["batch_size"] == "full" else stored["batch_size"]
-    sampled = len(sample_clients(stored["clients"], stored["fraction"], seed=0, round=1))
-    evaluations = 1 + -(-stored["rounds"] // stored["eval_every"])
-    a_round = sampled * client + time_privacy(learner, line.groups.privacy, sampled)
-    left = stored["rounds"] * a_round + evaluations * evaluation
-    return environment(workspace) | {
-        "parameters": learner.entries.size,
-        "seconds_a_client": float(f"{client:.4g}"),
-        "seconds_a_round": float(f"{a_round:.4g}"),
-        "images_a_second": float(f"{stored['J'] * batch / client:.4g}"),
-        "seconds_an_evaluation": float(f"{evaluation:.4g}"),
-        "cuda_graph": cuda_graph(learner, shards, loop),
-        "rounds": stored["rounds"],
-        "seconds_in_all": float(f"{left:.4g}"),
-        "not_counted": uncounted(stored),
-        "largest_batch": largest_batch(learner),
+        trial = Trial(line, folder)
+        workspace, device = trial.workspace, trial.workspace.device
+        costs = trial.measure(say)
+        say("matrix products and copies")
+        rates = product_rate(workspace.dtype, device), copy_bandwidth(device)
+        figures = environment(workspace) | {
+            "command": line.command,
+            "only_a_step_was_timed": trial.slow,  # what evaluates and scores follows from it
+            "product_rate_tflop_per_second": rounded(rates[0] / 1e12),
+            "copy_bandwidth_gb_per_second": rounded(rates[1] / 1e9),
+        }
+        if trial.learner is not None:
+            figures |= of_training(trial, costs, rates)
+        if costs.feature:
+            figures["feature_milliseconds_an_image"] = rounded(1e3 * costs.feature)
+        if costs.score:
+            figures["scoring_milliseconds_an_image"] = rounded(1e3 * costs.score)
+        parts = {name: rounded(seconds) for name, seconds in costs.parts(line).items() if seconds}
+        figures |= {"parts_seconds": parts, "total_seconds": rounded(costs.total(line))}
+        if trial.learner is not None and device.type == "cuda":
+            say("the largest batch")
+            figures["largest_batch_images"] = largest_batch(trial.learner)
+    return figures
+
+
+def of_training(trial: Trial, costs: Costs, rates: tuple[float, float]) -> dict:
+    """Return what a step and a round cost, and an evaluation."""
+    o, learner = trial.line.stored, trial.learner
+    batch, images = batch_of(o), costs.evaluated(trial.line)
+    figures = {
+        "trained_parameters": learner.entries.size,
+        "cuda_graph": trial.cuda_graph,
+        "images_a_step": batch,
+        "images_a_timed_step": trial.batch,
+        "step_seconds": rounded(costs.step),
+        "images_per_second": rounded(batch / costs.step),
+        "evaluation_seconds": rounded(costs.evaluation * images),
+        "evaluation_images": images,
+    }
+    steps, clients = 1, 0
+    if "clients" in o:
+        steps, clients = o["J"] * cohort_size(o), cohort_size(o)
+        figures |= {
+            "clients_a_round": clients,
+            "steps_a_client": o["J"],
+            "client_seconds": rounded(o["J"] * costs.step + costs.client),
+            "round_seconds": rounded(costs.a_round(o)),
+            "rounds": o["rounds"],
+        }
+    if learner.on_features:
+        return figures
+    say("what a step consists of")
+    seconds = costs.a_round(o) if clients else costs.step
+    operations = steps * batch * probe.operations(learner)
+    parts = {
+        "products": operations / rates[0],
+        "pixels": steps * batch * probe.pixels(learner, trial.batch),
+        "optimiser": steps * trial.optimiser,
+        "average": clients * trial.average,
+    }
+    parts["passes"] = max(0.0, seconds - sum(parts.values()))
+    moved = {"optimiser": steps * probe.optimiser_bytes(learner)}
+    moved["average"] = clients * probe.average_bytes(learner)
+    shares = {
+        f"{name}_share_of_copy_bandwidth": rounded(count / parts[name] / rates[1])
+        for name, count in moved.items()
+        if count
+    }
+    unit = "round" if clients else "step"
+    return figures | {
+        f"{unit}_parts_seconds": {name: rounded(value) for name, value in parts.items()},
+        f"{unit}_tflop": rounded(operations / 1e12),
+        "share_of_product_rate": rounded(operations / seconds / rates[0]),
+        **shares,
     }
 
 
-def trial_learner(
-    workspace: Workspace, shards: list[np.ndarray], o: SimpleNamespace, run: Run
-) -> Learner:
-    """Return the learner of a trial."""
-    learner = prepare(
-        workspace,
-        workspace.build_model(),
-        run,
-        shards,
-        o.training,
-        o.sgd,
-        o.head,
-        o.masking,
-        o.given_mask,
-        o.client_terms,
-    )
-    learner.keep_activations()
-    return learner
+def rounded(value: float) -> float:
+    """Return a figure to four digits."""
+    return float(f"{value:.4g}")
+
+
+# ---------------------------------------------------------------------------- the machine
 
 
 def environment(workspace: Workspace) -> dict:
@@ -185,71 +187,8 @@ def scoring_kernel(device: torch.device) -> str:
     return "triton" if same else "triton DIFFERS from the reference"
 
 
-NO_KERNEL, NO_GRAPH = "reference (no CUDA device)", "off (no CUDA device)"
+NO_KERNEL = "reference (no CUDA device)"
 KERNELS = {"optimiser": optimiser_kernel, "scoring": scoring_kernel}
-
-
-def cuda_graph(learner: Learner, shards: list[np.ndarray], loop: Federation) -> str:
-    """Say whether a local step is replayed as a CUDA graph, or why not."""
-    clients = make_clients(learner, shards, loop, ())
-    if isinstance(clients, HeadsTogether):
-        return "off (heads train together)"
-    if clients.graphed is None:
-        return NO_GRAPH
-    clients.train_client(learner.entries.theta.clone(), 0, round=1)
-    return clients.graphed.status
-
-
-def time_client(learner: Learner, shards: list[np.ndarray], loop: Federation) -> float:
-    """Return the median seconds of one client's part of a round, after one that warms up."""
-    theta, terms = learner.entries.theta.clone(), client_terms(learner, shards, loop, None)
-    clients = make_clients(learner, shards, loop, list(terms.values()))
-    method = method_of(learner, loop, terms, len(shards))
-    cohort = functools.partial(cohort_of, loop, clients, None)
-    process = FedAvg(theta, clients, cohort, method=method)
-    seconds: list[float] = []
-    if isinstance(clients, HeadsTogether):
-        for _ in range(2):
-            while (record := process.advance()) is None:
-                pass
-        return record["seconds"] / max(1, len(record["clients"]))
-    while len(seconds) <= CLIENTS_TIMED:
-        synchronise(learner.workspace.device)
-        started = time.perf_counter()
-        process.advance()
-        synchronise(learner.workspace.device)
-        seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds[1:]))
-
-
-def time_privacy(learner: Learner, options: privacy.Privacy, sampled: int) -> float:
-    """Return the seconds that a round of --dp-noise and --dp-clip spends on them."""
-    theta, seconds = learner.entries.theta, 0.0
-    if options.dp_clip is not None:
-        clip = functools.partial(privacy.clip_factor, theta, theta, options.dp_clip)
-        seconds += sampled * seconds_of(clip, theta.device)
-    if options.dp_noise:
-        total = torch.zeros_like(theta, dtype=torch.int64)
-        noise = functools.partial(privacy.add_noise_, total, 1.0, unit=1.0, seed=0, round=1)
-        seconds += seconds_of(noise, theta.device)
-    return seconds
-
-
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that something takes when it is done for the second time."""
-    work()
-    synchronise(device)
-    started = time.perf_counter()
-    work()
-    synchronise(device)
-    return time.perf_counter() - started
-
-
-def time_evaluation(learner: Learner, images: int | None) -> float:
-    """Return the seconds of an evaluation of so many images, or of those that there are."""
-    learner.start = None
-    counted = len(learner.workspace.val_index) + len(learner.labels["test"])
-    return seconds_of(learner.evaluate, learner.workspace.device) * (images or counted) / counted
 
 
 def largest_batch(learner: Learner) -> int | None:
@@ -273,18 +212,62 @@ def largest_batch(learner: Learner) -> int | None:
     return size
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for what runs on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+# ---------------------------------------------------------------------------- what is printed
 
 
-def print_table(figures: dict) -> None:
-    """Print one figure a line."""
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{k}: {v}" for k, v in value.items())
-        elif isinstance(value, list):
-            value = ", ".join(value) or "nothing"
-        print(f"{name.replace('_', ' '):22} {value}")
-    print(f"{'time in all':22} {duration(figures['seconds_in_all'])}")
+def print_report(figures: dict) -> None:
+    """Print the figures in words and units, the conclusion last."""
+    for name, text in described(figures):
+        print(f"{name:22} {text}")
+
+
+def described(f: dict) -> list[tuple[str, str]]:
+    """Return what is printed, line by line: what it is about, and the figures."""
+    where = f["device"] + (f", {f['threads']} threads" if f["threads"] else "")
+    rate, bandwidth = f["product_rate_tflop_per_second"], f["copy_bandwidth_gb_per_second"]
+    lines = [
+        ("machine", f"{where}, {f['precision']}, {f['free_memory_gb']} GB free"),
+        ("versions", f"torch {f['torch']}, Python {f['python']}"),
+        ("kernels", ", ".join(f"{name}: {kernel}" for name, kernel in f["kernels"].items())),
+        ("measured here", f"products {rate:.3g} TFLOP/s, copies {bandwidth:.3g} GB/s"),
+    ]
+    if "step_seconds" in f:
+        images = f"{f['images_a_step']} images, {f['images_per_second']:,.0f} a second"
+        lines.append(("a training step", f"{timed(f['step_seconds'])}, {images}"))
+        lines.append(("CUDA graph", f["cuda_graph"]))
+    if "round_seconds" in f:
+        cohort = f"{f['clients_a_round']} clients of {f['steps_a_client']} steps"
+        lines.append(("a round", f"{timed(f['round_seconds'])}, {cohort}"))
+    for unit in ("round", "step"):
+        if parts := f.get(f"{unit}_parts_seconds"):
+            lines += [(f"  {name}", part_of(name, parts, f)) for name in parts]
+            share = f"{100 * f['share_of_product_rate']:.0f} % of the rate of products"
+            lines.append((f"  the {unit} in all", share))
+    if "evaluation_seconds" in f:
+        counted = f"{f['evaluation_images']:,} images"
+        lines.append(("an evaluation", f"{timed(f['evaluation_seconds'])}, {counted}"))
+    for name in ("feature", "scoring"):
+        if (value := f.get(f"{name}_milliseconds_an_image")) is not None:
+            lines.append((name, f"{value:.3g} ms an image"))
+    if "largest_batch_images" in f:
+        lines.append(("largest batch", f"{f['largest_batch_images']} images a step"))
+    counted = ", ".join(f"{name} {timed(seconds)}" for name, seconds in f["parts_seconds"].items())
+    if f["only_a_step_was_timed"]:
+        why = "a third of an image's training passes for its evaluation, 1.25 of them for scoring"
+        lines.append(("taken, not measured", why))
+    return [*lines, ("of the time", counted), ("time in all", timed(f["total_seconds"]))]
+
+
+def part_of(name: str, parts: dict[str, float], f: dict) -> str:
+    """Return what is said of a part of a round or a step."""
+    share = 100 * parts[name] / max(sum(parts.values()), 1e-12)
+    bandwidth = f.get(f"{name}_share_of_copy_bandwidth")
+    at = f", at {100 * bandwidth:.0f} % of the bandwidth of copies" if bandwidth else ""
+    return f"{timed(parts[name])}, {share:.0f} %{at}"
+
+
+def timed(seconds: float) -> str:
+    """Write a time in milliseconds, seconds, or as a duration."""
+    if seconds < 1:
+        return f"{1e3 * seconds:.3g} ms"
+    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)

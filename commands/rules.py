@@ -76,7 +76,7 @@ MASK_DEFAULTS = {
 }
 SCORING = (  # of them, those of how clients score: a rule without scores takes none
     *("calibration_rounds", "calibration_images", "calibration_fraction", "damp"),
-    *("fisher_labels", "fisher_score", "consensus", "quorum"),
+    *("fisher_labels", "fisher_score", "consensus", "quorum", "score_precision"),
 )
 
 
@@ -232,12 +232,12 @@ def ignore_scoring(o: Options) -> None:
     """Take away what only rules that score use, and say so: a loop over rules gives it to all."""
     if not o.mask_rule or masks.needs_scores(o.mask_rule):
         return
-    idle = [name for name in SCORING if getattr(o, name) is not None]
+    idle = [name for name in SCORING if getattr(o, name) not in (None, "auto")]
     if idle:
         flags = ", ".join(map(flag, idle))
         print(f"{flags}: ignored, as --mask-rule {o.mask_rule} scores nothing")
     for name in idle:
-        setattr(o, name, None)
+        setattr(o, name, "auto" if name == "score_precision" else None)
 
 
 def of_masks(o: Options) -> Iterator[tuple[Any, str]]:
@@ -246,6 +246,10 @@ def of_masks(o: Options) -> Iterator[tuple[Any, str]]:
     yield (
         not o.mask_rule and making,
         f"{first} makes a mask and needs --mask-rule {'|'.join(masks.RULES)}",
+    )
+    yield (
+        o.score_precision == "fp32" and not o.mask_rule,
+        "--score-precision is of scores: --mask-rule least-sensitive|most-sensitive",
     )
     yield (
         o.mask and o.mask_rule,

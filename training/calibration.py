@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import math
@@ -21,6 +22,7 @@ import masks
 import model as vit
 from federated.cohort import sample_clients
 from machine import safe_files
+from machine.cuda_graph import GraphedStep
 from machine.device import exact_products
 from machine.status import Status
 from training.mask_file import Mask, given_mask, say_rounds
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 MAKERS = fisher.__file__, masks.__file__, __file__  # the code that decides what a mask keeps
 OVERLAP_CLIENTS = 10  # whose masks are compared
 GROUPS = (1, 2, 5, 10, 20, 50)  # sizes of the groups of clients whose masks are compared
+FP16_SCALES = 256.0, 16.0  # on scores, tried in turn: training's 2^14, of a mean over 64 images
 
 
 class GivenMask(NamedTuple):
@@ -91,6 +94,12 @@ class Masking(NamedTuple):
     fisher_score: Annotated[
         str | None, "what is differentiated [log-prob]", ("log-prob", "logit")
     ] = None
+    score_precision: Annotated[
+        str,
+        "arithmetic of the passes that score; sums are fp32 [auto: --precision on a GPU, fp32 on a "
+        "CPU]",
+        ("auto", "fp32"),
+    ] = "auto"
     consensus: Annotated[str | None, "how clients' scores become one [mean]", masks.CONSENSUS] = (
         None
     )
@@ -99,6 +108,11 @@ class Masking(NamedTuple):
         "clients that make a --consensus vote [more than half of those that score]",
         ">= 1",
     ] = None
+
+
+def score_dtype(name: str, training: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the type of the passes that score: on a GPU that of training, unless fp32 is named."""
+    return training if name == "auto" and device.type == "cuda" else torch.float32
 
 
 class Calibration:
@@ -136,9 +150,7 @@ class Calibration:
         if (options.quorum or 0) > len(self.clients):
             raise ValueError(f"--quorum {options.quorum}: only {len(self.clients)} clients score")
         self.scores = masks.needs_scores(options.mask_rule)
-        labels, score = options.fisher_labels, options.fisher_score
-        self.scorer = fisher.Scorer(model, parameters=self.names, labels=labels, score=score)
-        self.preprocess = workspace.preprocess(torch.float32)
+        self.score_in(score_dtype(options.score_precision, workspace.dtype, workspace.device))
         draws = data.random(self.seed, "calibration labels")
         self.uniform = torch.from_numpy(draws.random(len(workspace.dataset.train.labels)))
         self.sign = masks.RULES[options.mask_rule].sign
@@ -147,6 +159,37 @@ class Calibration:
             threshold=None if options.threshold is None else self.sign * options.threshold,
             group_sizes=sizes if options.per_tensor else None,
         )
+
+    def score_in(self, dtype: torch.dtype) -> None:
+        """Take the passes that score in this type from now on; the head stays in fp32."""
+        self.dtype, self.scored = dtype, self.model
+        self.scales = [*FP16_SCALES] if dtype == torch.float16 else [1.0]
+        self.preprocess = self.workspace.preprocess(dtype)
+        if dtype != torch.float32:
+            self.scored = copy.deepcopy(self.model)
+            for name, parameter in self.scored.named_parameters():
+                parameter.data = parameter.data.to(torch.float32 if name in vit.HEAD else dtype)
+        self.next_scale()
+
+    def next_scale(self) -> None:
+        """Make the Scorer of the next scale."""
+        self.scorer = fisher.Scorer(
+            self.scored,
+            parameters=self.names,
+            labels=self.options.fisher_labels,
+            score=self.options.fisher_score,
+            scale=self.scales.pop(0),
+            replay=self.replayed if self.workspace.device.type == "cuda" else None,
+        )
+
+    @property
+    def score_precision(self) -> str:
+        """The type of the passes that score, by its name."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def replayed(self, step: Callable[..., Tensor], state: list[Tensor]) -> GraphedStep:
+        """Return the scoring of a batch as a CUDA graph, where that gives its bits."""
+        return GraphedStep(step, state, self.workspace.device)
 
     def images(self, client: int) -> np.ndarray:
         """Draw the client's calibration images from its training shard, without replacement."""
@@ -166,7 +209,20 @@ class Calibration:
                 labels = train.labels[at_device] if true else self.uniform[at]
                 yield self.preprocess(train.images[at_device]), labels
 
-        scores = self.scorer.diagonal(batches())
+        if self.scored is not self.model:
+            with torch.no_grad():
+                torch._foreach_copy_([*self.scored.parameters()], [*self.model.parameters()])
+        try:
+            scores = self.scorer.diagonal(batches())
+        except fisher.NotFinite:
+            if self.dtype != torch.float16:
+                raise
+            if self.scales:
+                self.next_scale()
+            else:
+                print("scores leave the range of fp16: scoring goes on in fp32", file=sys.stderr)
+                self.score_in(torch.float32)
+            return self.sensitivity(index)
         return torch.cat([scores[name].flatten() for name in self.names])
 
     def client_keys(self, index: np.ndarray, total: Tensor | None = None, share: float = 1.0):
@@ -233,6 +289,7 @@ class Calibration:
             "kept": int(mask.sum()),
             "clients": senders,
             "images": sum(map(len, images.values())) if self.scores else 0,
+            "score_precision": self.score_precision if self.scores else None,
             "bytes_up": 4 * senders * sum(step.of for step in steps),
             "bytes_down": (rounds - 1) * senders * math.ceil(len(mask) / 8),
             "sensitivity_share": masks.sensitivity_share(mask, undamped),
@@ -294,7 +351,8 @@ class Calibration:
 def cached_mask(calibration: Calibration) -> Mask:
     """Return the calibration's mask, from <data-dir>/masks where it was made before."""
     workspace, model, preprocess = calibration.workspace, calibration.model, calibration.preprocess
-    made_from = [*calibration.options, calibration.seed, workspace.source.data]
+    options = calibration.options._replace(score_precision=calibration.score_precision)
+    made_from = [*options, calibration.seed, workspace.source.data]
     made_from += [preprocess.image_size, preprocess.scale.tolist(), preprocess.shift.tolist()]
     made_from += [vit.fingerprint(model), workspace.device.type, safe_files.BOUND]
     digest = hashlib.sha256(repr(made_from).encode())

@@ -80,7 +80,7 @@ VALUES = {  # what costs too much at the bounds, or is a name
     **dict(runs_dir=("runs", "occupied", "deep/er", ""), data_dir=("data", "occupied", "")),
     **dict(out=("out.png", "away/x.png", "occupied", ""), json=("j.json", "away/j.json", "")),
     **dict(file=("x.pth", "away/x.pth", "occupied", ""), results=("results", "occupied")),
-    **dict(fedavg_command=("",)),
+    **dict(examined=("",)),
 }  # fmt: skip
 RUNS = ("runs/done", "runs/early", "runs/masked", "runs/central", "runs/none", "occupied", "")
 ODD = ("", "x", "nan", "inf", "-1", "1e400", "9" * 30, "0x10", "½")

@@ -1,5 +1,6 @@
 """Batched sensitivity equals the per-sample definition, on every path."""
 
+import copy
 import itertools
 import math
 import os
@@ -10,11 +11,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, needs_cuda
 from torch import nn
 
 import fisher
 from fisher import Scorer, fisher_diagonal, square_accumulate_
+from machine.cuda_graph import GraphedStep
 from model import build_vit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -398,3 +400,92 @@ def test_an_empty_batch_is_no_sample(odd):
         found = fisher_diagonal(model, [(x[:0], y[:0]), (x, y), (x[:0], y[:0])], labels="true")
         expected = fisher_diagonal(model, [(x, y)], labels="true")
     assert all(torch.equal(found[name], scores) for name, scores in expected.items())
+
+
+# ---------------------------------------------------------------------------- replays, precision
+
+
+class Replayed:
+    """Stands in for a CUDA graph: static inputs, one step, state where it was when it was made."""
+
+    def __init__(self, step, state):
+        self.step, self.state, self.inputs, self.calls = step, state, {}, 0
+        self.places = [x.data_ptr() for x in state]
+
+    def __call__(self, **values):
+        for name, value in values.items():
+            static = self.inputs.setdefault(name, torch.empty_like(value))
+            assert static.shape == value.shape
+            static.copy_(value)
+        self.calls += 1
+        assert [x.data_ptr() for x in self.state] == self.places
+        return self.step(**self.inputs)
+
+
+def two_layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3))
+
+
+def test_replayed_batches_have_the_scores_of_the_others():
+    model, replays = two_layers(), []
+
+    def replay(step, state):
+        replays.append(Replayed(step, state))
+        return replays[-1]
+
+    scorer = Scorer(model, replay=replay)
+    for sizes in ([8, 8, 8, 3], [8, 3, 1], [8, 2, 2]):
+        batches = [torch.randn(n, 5) for n in sizes]
+        expected = fisher_diagonal(model, batches, seed=4)
+        scores = scorer.diagonal(batches, seed=4)
+        assert all(torch.equal(scores[name], expected[name]) for name in expected)
+        with torch.no_grad():
+            model[0].weight.mul_(0.5)  # in place: the next replays see it
+    assert [r.calls for r in replays] == [4, 1]  # the first 8 and 3 are not, nor any 1 or 2
+    assert {len(r.inputs["inputs"]) for r in replays} == {8, 3}
+
+
+def test_what_is_scored_one_by_one_is_not_replayed():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.inner(self.inner(x))
+
+    scorer = Scorer(Twice(), replay=lambda step, state: pytest.fail("replayed"))
+    with pytest.warns(UserWarning, match="one by one"):
+        scorer.diagonal([torch.randn(6, 4)] * 3)
+
+
+def test_a_scale_of_the_score_is_taken_out_of_the_scores():
+    model, batches = two_layers(), [torch.randn(6, 5)]
+    plain, scaled = (Scorer(model, scale=scale).diagonal(batches) for scale in (1.0, 256.0))
+    for name, scores in plain.items():
+        assert torch.allclose(scores, scaled[name], rtol=1e-6, atol=0)
+    half = two_layers().half()
+    with torch.no_grad():
+        half[2].weight.mul_(2.0**-20)  # so that fp16 gradients before it all but vanish
+    exact = fisher_diagonal(copy.deepcopy(half).float(), batches)["0.weight"]
+    small, kept = (
+        Scorer(half, scale=scale).diagonal([batches[0].half()])["0.weight"]
+        for scale in (1.0, 4096.0)
+    )
+    assert (kept - exact).norm() < 0.02 * exact.norm() < (small - exact).norm()
+
+
+@needs_cuda
+def test_a_graph_gives_the_eager_scores_on_a_gpu():
+    model, batches = two_layers().cuda(), [torch.randn(8, 5).cuda() for _ in range(4)]
+    statuses = []
+
+    def replay(step, state):
+        statuses.append(GraphedStep(step, state, "cuda", mode="on"))
+        return statuses[-1]
+
+    eager = Scorer(model).diagonal(batches, seed=1)
+    graphed = Scorer(model, replay=replay).diagonal(batches, seed=1)
+    assert [graphed_step.status for graphed_step in statuses] == ["on"]
+    assert all(torch.equal(eager[name], graphed[name]) for name in eager)

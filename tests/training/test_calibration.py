@@ -16,7 +16,8 @@ import training.calibration
 from fisher import fisher_diagonal
 from machine import safe_files
 from machine.runs import Run
-from training.calibration import Calibration, cached_mask
+from training import calibration
+from training.calibration import Calibration, cached_mask, score_dtype
 from training.features import set_fitted_head
 from training.mask_file import Mask, density_table
 from training.workspace import Workspace
@@ -117,6 +118,57 @@ def test_the_clients_scores_are_the_librarys(small_data):
     assert all(name.startswith("blocks.1.") for name in names) and len(names) == 12
     scores = torch.cat([expected[n].flatten() for n in names])
     assert torch.equal(calibration.sensitivity(index), scores)
+
+
+# ---------------------------------------------------------------------------- precision of scores
+
+
+def test_scores_are_taken_in_the_training_precision_on_a_gpu_alone():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for half in (torch.bfloat16, torch.float16):
+        assert score_dtype("auto", half, gpu) == half
+        assert score_dtype("fp32", half, gpu) == score_dtype("auto", half, cpu) == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_makes_nearly_the_mask_of_fp32(small_data, monkeypatch, recwarn, dtype):
+    options = ("--calibration-images", 300, "--fisher-labels", "true", *QUICK)
+    exact = prepare(small_data, *options)
+    monkeypatch.setattr(calibration, "score_dtype", lambda name, training, device: dtype)
+    half = prepare(small_data, *options)
+    masks_made = [made.make() for made in (exact, half)]
+    assert overlap_of(*masks_made) > 0.95  # by chance 0.05
+    assert [m.origin["score_precision"] for m in masks_made] == ["float32", str(dtype)[6:]]
+    assert not [w for w in recwarn if "one by one" in str(w.message)]
+    assert {p.dtype for p in half.model.parameters()} == {torch.float32}
+    assert half.scored.head.weight.dtype == torch.float32
+    assert half.scored.blocks[0].attn.qkv.weight.dtype == dtype
+
+
+def overlap_of(first, second):
+    both, either = first.trains & second.trains, first.trains | second.trains
+    return (both.sum() / either.sum()).item()
+
+
+def test_fp16_scores_out_of_range_are_taken_in_fp32(small_data, monkeypatch, capsys):
+    exact = prepare(small_data, *QUICK)
+    monkeypatch.setattr(calibration, "score_dtype", lambda *given: torch.float16)
+    monkeypatch.setattr(calibration, "FP16_SCALES", (2.0**40, 2.0**30))
+    wide, index = prepare(small_data, *QUICK), exact.images(0)
+    assert torch.equal(wide.sensitivity(index), exact.sensitivity(index))
+    assert "scoring goes on in fp32" in capsys.readouterr().err
+    assert wide.score_precision == "float32"
+
+
+def test_a_kept_mask_is_of_its_precision(small_data, monkeypatch):
+    options = ("--calibration-images", 40, *QUICK)
+    cached_mask(prepare(small_data, *options))
+    cached_mask(prepare(small_data, *options, "--score-precision", "fp32"))  # the same on a CPU
+    files = set((small_data / "masks").iterdir())
+    assert len(files) == 1
+    monkeypatch.setattr(calibration, "score_dtype", lambda *given: torch.bfloat16)
+    cached_mask(prepare(small_data, *options))
+    assert len(set((small_data / "masks").iterdir()) - files) == 1
 
 
 def test_a_mask_file_holds_all_of_the_mask(small_data, tmp_path):
