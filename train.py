@@ -18,7 +18,7 @@ import sys
 import torch
 
 import fedavg
-from commands import calibrate, centralized, doctor, inspect, merge, ridge, study
+from commands import calibrate, centralized, doctor, inspect, merge, ridge, study, tables
 from commands import fedavg as federated_command
 from commands.options import Command, parse
 from machine import runs, streams
@@ -36,7 +36,9 @@ COMMANDS = {
     "eval": Command(inspect.run_eval, inspect.EVAL),
     "merge": Command(merge.run, merge.OPTIONS),
     "export": Command(inspect.run_export, inspect.EXPORT),
-    "plot": Command(inspect.run_plot, inspect.PLOT),
+    "runs": Command(tables.run_list, tables.LIST),
+    "table": Command(tables.run_table, tables.TABLE),
+    "plot": Command(tables.run_plot, tables.PLOT),
 }
 OUT_OF_MEMORY = (
     "no memory is left, on the device or on the host: try a lower --eval-batch, --micro-batch, "

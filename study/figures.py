@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 import data
-from study import plots
+from study import maps, plots
 
 
 class Done(NamedTuple):
@@ -44,13 +44,19 @@ def drawn(draw: Callable, ran: Ran, path: Path) -> bool:
     return path.exists()
 
 
-def draw_curves(name: str, ran: Ran, path: Path) -> None:
-    """Draw an experiment's validation accuracy over time, a panel for each part that trains."""
+def draw_curves(name: str, keys: Sequence[str], ran: Ran, path: Path) -> None:
+    """Draw logged figures of an experiment over time, a panel for each part that trains.
+
+    Of a split that no run has evaluated on its way those of validation are drawn.
+    """
     panels: dict[str, dict] = {}
     for done in ran.get(name, []):
         trains, *rest = done[0].key
-        panels.setdefault(TRAINS[trains], {})[" ".join(rest)] = [run.records for run in done]
-    plots.plot_bands(panels, path)
+        panels.setdefault(TRAINS[trains], {})[", ".join(rest)] = [run.records for run in done]
+    records = [r for done in ran.get(name, []) for run in done for r in run.records[1:-1]]
+    logged = {key for record in records for key in record}
+    keys = [key if key in logged else key.replace("test", "val") for key in keys]
+    plots.plot_bands(panels, path, keys)
 
 
 def draw_heterogeneity(ran: Ran, path: Path) -> None:
@@ -128,7 +134,7 @@ def draw_overlap(ran: Ran, path: Path) -> None:
     overlap = fewest.summary["overlap"]
     chance, ceiling = overlap["chance"], overlap["ceiling"]
     matrix = np.array(overlap["matrix"])
-    plots.plot_overlap(matrix, path, chance=chance, ceiling=ceiling, title=sharding(fewest))
+    maps.plot_overlap(matrix, path, chance=chance, ceiling=ceiling, title=sharding(fewest))
 
 
 def draw_density(ran: Ran, path: Path) -> None:
@@ -144,7 +150,7 @@ def draw_density(ran: Ran, path: Path) -> None:
     title = f"{options['mask_rule']}, {sharding(first[0])}, frozen share {options['sparsity']:g}; "
     title += f"kinds not shown keep less than {100 * LEAST_SHOWN:g} % in every layer"
     shares = np.array(list(shown.values()))[:, some]
-    plots.plot_density(list(shown), [layers[i] for i in some], shares, path, title)
+    maps.plot_density(list(shown), [layers[i] for i in some], shares, path, title)
 
 
 def draw_shards(ran: Ran, path: Path) -> None:
@@ -168,7 +174,7 @@ def draw_shards(ran: Ran, path: Path) -> None:
         counts[f"$N_c$ = {nc}" if nc else "iid"] = np.stack(
             [np.bincount(labels[train[part]], minlength=labels.max() + 1) for part in parts]
         )
-    plots.plot_shards(counts, path)
+    maps.plot_shards(counts, path)
 
 
 def accuracy(done: Done) -> float:
@@ -183,8 +189,8 @@ def sharding(done: Done, named: str = "$N_c$ = ") -> str:
 
 FIGURES = {
     "shards": draw_shards,
-    "centralized": functools.partial(draw_curves, "centralized"),
-    "fedavg-iid": functools.partial(draw_curves, "fedavg-iid"),
+    "centralized": functools.partial(draw_curves, "centralized", ("test_loss", "test_acc")),
+    "fedavg-iid": functools.partial(draw_curves, "fedavg-iid", ("val_acc",)),
     "heterogeneity": draw_heterogeneity,
     "bytes": draw_bytes,
     "agreement": draw_agreement,
