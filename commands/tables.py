@@ -97,37 +97,31 @@ def aligned(table: list[list[str]]) -> str:
     return "\n".join(row.rstrip() for row in padded)
 
 
-def read_all(folders: list[str]) -> list[History]:
-    """Return the pasts of the runs that these folders are or hold; each once."""
-    paths = [path for folder in folders for path in runs.folders_below(folder) or [Path(folder)]]
-    return [history.read(path) for path in dict.fromkeys(paths)]
-
-
 def run_table(line: Line) -> None:
     """Write finished runs as a table: a row for what differs, the mean over seeds."""
     o = line.groups.tabled
-    good, notes = history.usable(read_all(o.run_folders))
+    good, notes = history.usable(history.read_all(o.run_folders))
     if not good:
         raise ValueError("; ".join(["no finished run with an accuracy", *notes]))
     good, names, tuned = history.arranged(good, o.by)
-    names = [*names, *tuned]
     if o.format == "csv":
-        csv.writer(sys.stdout, lineterminator="\n").writerows(history.numbers(good, names))
+        table = history.numbers(good, [*names, *tuned])
+        csv.writer(sys.stdout, lineterminator="\n").writerows(table)
     else:
-        table = history.lines(good, names)
+        table = history.lines(good, names, tuned)
         shown = table[0][len(names) :]
         text = markdown_table(table)
         if o.format == "tex":
             text = latex_table(table, len(names), shown, best_by=VALIDATION.heading)
         print(text, end="")
-    for note in [*history.mixed(good, names), *notes]:
+    for note in [*history.mixed(good, [*names, *tuned]), *notes]:
         print(note, file=sys.stderr)
 
 
 def run_plot(line: Line) -> None:
     """Draw loss and accuracy: of one run all of its curves, of several bands over seeds."""
     o = line.groups.plotted
-    pasts = read_all(o.run_folders)
+    pasts = history.read_all(o.run_folders)
     for past in pasts:
         if past.fault:
             raise ValueError(past.fault)

@@ -52,7 +52,7 @@ def draw_curves(name: str, keys: Sequence[str], ran: Ran, path: Path) -> None:
     panels: dict[str, dict] = {}
     for done in ran.get(name, []):
         trains, *rest = done[0].key
-        panels.setdefault(TRAINS[trains], {})[", ".join(rest)] = [run.records for run in done]
+        panels.setdefault(part_of(trains), {})[", ".join(rest)] = [run.records for run in done]
     records = [r for done in ran.get(name, []) for run in done for r in run.records[1:-1]]
     logged = {key for record in records for key in record}
     keys = [key if key in logged else key.replace("test", "val") for key in keys]
@@ -63,7 +63,7 @@ def draw_heterogeneity(ran: Ran, path: Path) -> None:
     """Draw accuracy against classes per client, for each number of local steps."""
     panels: dict[str, dict] = {}
     for done in ran.get("heterogeneity", []):
-        group = panels.setdefault(TRAINS[done[0].key[0]], {})
+        group = panels.setdefault(part_of(done[0].key[0]), {})
         values = group.setdefault(f"$J$ = {done[0].options['J']}", {})
         values[sharding(done[0], "")] = [accuracy(run) for run in done]
     plots.plot_grouped(panels, path, "classes per client $N_c$")
@@ -175,6 +175,11 @@ def draw_shards(ran: Ran, path: Path) -> None:
             [np.bincount(labels[train[part]], minlength=labels.max() + 1) for part in parts]
         )
     maps.plot_shards(counts, path)
+
+
+def part_of(trains: str) -> str:
+    """Return what a panel says of the part that trains: all, head or a block."""
+    return TRAINS.get(trains, f"{trains} trains")
 
 
 def accuracy(done: Done) -> float:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from machine.runs import Run
+from machine.runs import Run, folders_below
 from study.tables import TEST, VALIDATION, Measure
 
 MEASURES = (
@@ -28,14 +28,13 @@ ABSENT = "-"  # an option that a run does not have, or leaves off
 LEADING = (  # of the columns; the others follow in the order of the command line
     *("command", "train", "head", "sharding", "J", "aggregate", "server"),
     *("mask", "mask_rule", "sparsity", "threshold", "calibration_rounds", "schedule"),
-    *("weight_decay", "lr"),
 )
 UNCOMPARED = {  # what no row is told by
     *("seed", "name", "runs_dir", "data_dir", "device", "threads", "pixels", "nc", "dirichlet"),
     *("search", "search_lr", "search_weight_decay", "search_length", "eval_every", "eval_batch"),
     *("cuda_graph", "diagnostics", "tensorboard", "micro_batch", "early_stop"),
 }
-TUNED = ("lr", "weight_decay")  # chosen by validation where they are no column
+TUNED = ("weight_decay", "lr")  # chosen by validation where they are no column
 WORDY = {"command", "sharding", "mask_rule", "schedule", "aggregate", "server", "consensus"}
 
 
@@ -97,6 +96,12 @@ def read(folder: str | Path) -> History:
         return History(run.folder, {}, [], None, str(error))
 
 
+def read_all(folders: Iterable[str]) -> list[History]:
+    """Return the pasts of the runs that these folders are or hold; each once."""
+    paths = [path for folder in folders for path in folders_below(folder) or [Path(folder)]]
+    return [read(path) for path in dict.fromkeys(paths)]
+
+
 def sharding(options: Mapping) -> dict[str, str]:
     """Return what says how images are spread over clients: iid, nc5 or dir0.3; {} without any."""
     if "clients" not in options:
@@ -131,14 +136,15 @@ def differing(runs: Iterable[History]) -> list[str]:
 def columns(runs: Sequence[History]) -> list[str]:
     """Return options that tell apart what differs; one that follows from those before is left out.
 
-    The learning rate is always among them where it differs.
+    The learning rate is the last of them, and among them wherever it differs.
     """
+    names = differing(runs)
     chosen: list[str] = []
-    for name in differing(runs):
+    for name in [*(n for n in names if n not in TUNED), *(n for n in TUNED if n in names)]:
         splits = len(rows(runs, [*chosen, name])) > len(rows(runs, chosen))
         if splits or name == "lr":
             chosen.append(name)
-    return chosen
+    return chosen or ["command"]
 
 
 def arranged(runs: Sequence[History], by: str | None) -> tuple[list[History], list[str], list[str]]:
@@ -240,14 +246,23 @@ def measures_of(runs: Iterable[History]) -> list[Measure]:
     return [m for m in MEASURES if any(m.of(run.summary) is not None for run in runs)]
 
 
-def lines(runs: Sequence[History], names: Sequence[str]) -> list[list[str]]:
-    """Return the table's lines, heading first: means over seeds with standard deviations."""
+def lines(
+    runs: Sequence[History], names: Sequence[str], tuned: Sequence[str] = ()
+) -> list[list[str]]:
+    """Return the table's lines, heading first: means over seeds with standard deviations.
+
+    Args:
+        names: options that tell rows apart.
+        tuned: options that each row has chosen, shown beside its figures.
+    """
     measures = measures_of(runs)
-    heading = [name.replace("_", " ") for name in names]
+    heading = [name.replace("_", " ") for name in (*names, *tuned)]
     table = [[*heading, *(m.heading for m in measures), SEEDS]]
     for key, group in rows(runs, names).items():
         figures = [m.text(values_of(m, group)) for m in measures]
-        table.append([*key, *figures, f"{len({run.options['seed'] for run in group})}"])
+        chosen = [text(group[0].options.get(name)) for name in tuned]
+        seeds = len({run.options["seed"] for run in group})
+        table.append([*key, *chosen, *figures, f"{seeds}"])
     return table
 
 
