@@ -23,7 +23,9 @@ METRICS = {"accuracy": ("acc",), "loss": ("loss",), "both": ("loss", "acc")}
 class Listed(NamedTuple):
     """Which runs."""
 
-    folder: Annotated[str | None, "where they lie [runs]", "path", "positional", "FOLDER"] = None
+    folders: Annotated[
+        list[str] | None, "where they lie [runs]", "path", "positional", "FOLDER"
+    ] = None
 
 
 class Tabled(NamedTuple):
@@ -58,12 +60,11 @@ LIST, TABLE, PLOT = (Listed,), (Tabled,), (Plotted,)
 
 def run_list(line: Line) -> None:
     """List the runs: what differs, how far each is, its accuracy, its last change."""
-    folder = line.groups.listed.folder or "runs"
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is no folder: give the one that the runs lie in")
-    pasts = [history.read(path) for path in runs.folders_below(folder)]
-    if not pasts:
-        raise ValueError(f"{folder} holds no run")
+    folders = line.groups.listed.folders or ["runs"]
+    paths = [path for folder in folders for path in runs.folders_below(folder)]
+    if not paths:
+        raise ValueError(f"no run in {', '.join(folders)}: give the folder that they lie in")
+    pasts = [history.read(path) for path in dict.fromkeys(paths)]
     table = [["run", "what differs", "reached", "validation %", "test %", "changed"]]
     for past in sorted(pasts, key=lambda past: past.changed):
         alike = [p for p in pasts if p.options.get("command") == past.options.get("command")]
@@ -73,13 +74,14 @@ def run_list(line: Line) -> None:
         shown = ["" if a is None else f"{100 * a:.2f}" for a in accuracies]
         differs = history.label(names, values, plain=True) if names else ""
         changed = ago(time.time() - past.changed)
-        table.append([shortened(past.folder, folder), differs, past.state, *shown, changed])
+        table.append([shortened(past.folder, folders), differs, past.state, *shown, changed])
     print(aligned(table))
 
 
-def shortened(path: Path, folder: str) -> str:
-    """Return a run's name below the folder that is listed."""
-    return str(path.relative_to(folder)) if path != Path(folder) else str(path)
+def shortened(path: Path, folders: list[str]) -> str:
+    """Return a run's name below the one folder that is listed, else its path."""
+    single = len(folders) == 1 and path != Path(folders[0])
+    return str(path.relative_to(folders[0]) if single else path)
 
 
 def ago(seconds: float) -> str:

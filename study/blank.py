@@ -136,7 +136,9 @@ def experiments(runs: list[History], calibrated: list[History]) -> dict[str, lis
     dense = [run for run in federated if not masked(run.options)]
     iid = [run for run in dense if run.options["sharding"] == "iid"]
     masks = [run for run in federated if masked(run.options)]
-    by_rule = history.best_rates(masks + dense, ROWS["rules"]) if masks else []
+    alike = {trained(run) for run in masks}
+    like_masks = [run for run in dense if trained(run) in alike]
+    by_rule = history.best_rates(masks + like_masks, ROWS["rules"])
     several = len({run.options["sharding"] for run in dense}) > 1
     by_shards = history.best_rates(dense, ROWS["heterogeneity"]) if several else []
     measured = [[done(("",), run)] for run in calibrated if run.summary.get("density")]
@@ -148,6 +150,11 @@ def experiments(runs: list[History], calibrated: list[History]) -> dict[str, lis
         "agreement": measured,
         "compared": [row for row in measured if row[0].summary.get("overlap", {}).get("iou")],
     }
+
+
+def trained(run: History) -> tuple:
+    """Return what trained and for how long: runs are compared where that is the same."""
+    return tuple(run.options.get(name) for name in ("train", "J", "rounds"))
 
 
 def curves(runs: list[History]) -> list[list[Done]]:

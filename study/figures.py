@@ -62,11 +62,22 @@ def draw_curves(name: str, keys: Sequence[str], ran: Ran, path: Path) -> None:
 def draw_heterogeneity(ran: Ran, path: Path) -> None:
     """Draw accuracy against classes per client, for each number of local steps."""
     panels: dict[str, dict] = {}
-    for done in ran.get("heterogeneity", []):
+    rows = sorted(ran.get("heterogeneity", []), key=classes_held, reverse=True)
+    for done in rows:
         group = panels.setdefault(part_of(done[0].key[0]), {})
         values = group.setdefault(f"$J$ = {done[0].options['J']}", {})
         values[sharding(done[0], "")] = [accuracy(run) for run in done]
-    plots.plot_grouped(panels, path, "classes per client $N_c$")
+    plots.plot_grouped(
+        panels,
+        path,
+        "classes per client $N_c$",
+        categories=list(dict.fromkeys(sharding(done[0], "") for done in rows)),
+    )
+
+
+def classes_held(done: list[Done]) -> float:
+    """Return how many classes a client of a row holds: any, where they are not fixed."""
+    return done[0].options["nc"] or np.inf
 
 
 def draw_bytes(ran: Ran, path: Path) -> None:
@@ -157,7 +168,8 @@ def draw_shards(ran: Ran, path: Path) -> None:
     """Draw who holds how many samples of which class, for up to three shardings of the runs."""
     shardings = {}
     for done in itertools.chain(*ran.values()):
-        if done[0].options.get("clients") == CLIENTS:
+        fixed = done[0].options.get("dirichlet") is None
+        if done[0].options.get("clients") == CLIENTS and fixed:
             shardings.setdefault(done[0].options["nc"] or np.inf, done[0])
     if not shardings:
         raise ValueError(f"no run has {CLIENTS} clients")
@@ -188,7 +200,9 @@ def accuracy(done: Done) -> float:
 
 
 def sharding(done: Done, named: str = "$N_c$ = ") -> str:
-    """Return iid, or how many classes a client of the run holds."""
+    """Return iid, how many classes a client of the run holds, or alpha of their mixtures."""
+    if done.options.get("dirichlet") is not None:
+        return f"$\\alpha$ = {done.options['dirichlet']:g}"
     return f"{named}{done.options['nc']}" if done.options["nc"] else "iid"
 
 

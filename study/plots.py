@@ -247,12 +247,13 @@ def plot_grouped(
     path: str | Path,
     xlabel: str,
     ylabel: str = "validation accuracy (%)",
+    categories: Sequence[str] | None = None,
 ) -> None:
     """Draw a value of each group at each category: mean over seeds, bars from lowest to highest.
 
     Args:
-        panels: title -> label -> category -> the value of each seed; categories in the order they
-            first appear.
+        panels: title -> label -> category -> the value of each seed.
+        categories: their order; None: that in which they first appear.
 
     Raises:
         ValueError: there is nothing to draw, or matplotlib is missing.
@@ -261,7 +262,7 @@ def plot_grouped(
     if not panels:
         raise ValueError("nothing to plot: no group has a value")
     every = [group for groups in panels.values() for group in groups.values()]
-    categories = list(dict.fromkeys(category for group in every for category in group))
+    categories = categories or list(dict.fromkeys(name for group in every for name in group))
     figure, grid = _panels(1, len(panels))
     axes_of = list(grid[0])
     for axes, (title, groups) in zip(axes_of, panels.items(), strict=True):
@@ -271,7 +272,7 @@ def plot_grouped(
             _draw_means(axes, x, list(group.values()), label, look(i))
         axes.set_xticks(range(len(categories)), categories)
         axes.set(xlabel=xlabel, title=title)
-        axes.margins(x=0.08)
+        axes.set_xlim(-0.5, len(categories) - 0.5)
         axes.grid(axis="y")
     axes_of[0].set_ylabel(ylabel)
     _share(axes_of)
