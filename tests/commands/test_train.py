@@ -72,7 +72,7 @@ def test_a_run_leaves_its_folder_and_the_same_command_again_says_so(cli, small_d
     (folder,) = (small_data / "runs").iterdir()
     names = {"config.json", "log.jsonl", "checkpoint.pt", "summary.json", "shards.npz"}
     assert status == 0 and names <= {p.name for p in folder.iterdir()}
-    assert folder.name.startswith("fedavg-synthetic-nc10-J4-seed0-")
+    assert folder.name.startswith("fedavg-synthetic-nc10-J4-K10-C0.3-B8-seed0-")
     first, *rounds = records(folder)
     assert first["round"] == 0 and first["val_acc"] == 0.01
     size = json.loads((folder / "config.json").read_text())
