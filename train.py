@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 
 import fedavg
-from commands import calibrate, centralized, doctor, inspect, merge, ridge, study
+from commands import calibrate, centralized, doctor, inspect, merge, ridge, study, tables
 from commands import fedavg as federated_command
 from commands.options import Command, Line, parse
 from machine import ranks, runs, streams
@@ -39,7 +39,9 @@ COMMANDS = {
     "eval": Command(inspect.run_eval, inspect.EVAL),
     "merge": Command(merge.run, merge.OPTIONS),
     "export": Command(inspect.run_export, inspect.EXPORT),
-    "plot": Command(inspect.run_plot, inspect.PLOT),
+    "runs": Command(tables.run_list, tables.LIST),
+    "table": Command(tables.run_table, tables.TABLE),
+    "plot": Command(tables.run_plot, tables.PLOT),
 }
 OUT_OF_MEMORY = (
     "no memory is left, on the device or on the host: try a lower --eval-batch, --micro-batch, "

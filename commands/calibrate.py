@@ -9,7 +9,7 @@ import numpy as np
 
 from commands.options import GROUPS, Line
 from machine.status import print_figures
-from study import plots
+from study import maps
 from training import session
 from training.calibration import Calibration, cached_mask
 from training.features import set_fitted_head
@@ -45,7 +45,7 @@ def run(line: Line) -> None:
     folder.summarise(**figures)
     title = f"{o.masking.mask_rule}, {100 * mask.trains.double().mean():.1f} % trainable"
     try:
-        plots.plot_density(kinds, layers, density, folder.folder / "density.png", title)
+        maps.plot_density(kinds, layers, density, folder.folder / "density.png", title)
     except ValueError as error:
         print(f"no density.png: {error}", file=sys.stderr)
     path = folder.folder / "mask.pt"

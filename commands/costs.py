@@ -61,7 +61,7 @@ class Costs(NamedTuple):
 
     def parts(self, line: Line) -> dict[str, float]:
         """Return the seconds of each part of such a command."""
-        o, train = line.stored, train_images(line, self)
+        o = line.stored
         calibrates = o.get("mask_rule") is not None and masks.needs_scores(o["mask_rule"])
         parts = {
             "features": self.feature * featured(line, self),

@@ -1,17 +1,18 @@
-"""train.py eval, export, plot, shards: what a run has come to, and who holds what."""
+"""train.py eval, export, shards: what a run has come to, and who holds what."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
 
 from commands.options import Line, recipe_of
-from machine import runs, safe_files
+from machine import safe_files
 from machine.device import Machine
 from machine.status import print_figures
-from study import plots
+from study import maps
 from training import outcome
 from training.outcome import Best, Outcome
 from training.workspace import NORMALISATIONS, Sharding, Source, Workspace
@@ -50,26 +51,40 @@ class Export(NamedTuple):
     with_head: Annotated[bool, "head.weight and head.bias too"] = False
 
 
-class Plot(NamedTuple):
-    """The picture."""
+class Shardings(NamedTuple):
+    """Clients; several shardings are shown side by side."""
 
-    run_folders: Annotated[list[str], "run folders, one or several", "path", "RUN", "positional"]
-    out: Annotated[str | None, "where the picture goes [curves.png in the first run]", "path"] = (
-        None
-    )
+    clients: Annotated[int, "number of clients K", ">= 1", "--clients --K"] = 100
+    nc: Annotated[list[int] | None, "classes per client N_c, one or several [iid]", ">= 1"] = None
+    dirichlet: Annotated[
+        list[float] | None,
+        "concentration of the clients' class mixtures, one or several [iid]",
+        "1e-6 <= x <= 1e9",
+    ] = None
+    cover: Annotated[
+        str, "all: every class has a client; partial: where that cannot be", ("all", "partial")
+    ] = "all"
+
+    def each(self) -> list[Sharding]:
+        """Return the shardings that are asked for."""
+        if self.nc is not None:
+            return [Sharding(self.clients, nc=nc, cover=self.cover) for nc in self.nc]
+        return [
+            Sharding(self.clients, dirichlet=alpha, cover=self.cover)
+            for alpha in self.dirichlet or [None]
+        ]
 
 
 class Shown(NamedTuple):
     """What is shown."""
 
-    show: Annotated[int, "clients to list", ">= 0"] = 10
+    show: Annotated[int | None, "clients to list [10; of several shardings none]", ">= 0"] = None
     out: Annotated[str | None, "picture of the heat map, such as shards.png [none]", "path"] = None
 
 
 EVAL = (RunFolder, Best, PerClient, Machine)
 EXPORT = (RunFolder, Export, Best)
-PLOT = (Plot,)
-SHARDS = (Shown, Sharding, Source, Machine)
+SHARDS = (Shown, Shardings, Source, Machine)
 
 
 def outcome_of(line: Line) -> Outcome:
@@ -89,6 +104,19 @@ def run_eval(line: Line) -> None:
     print_clients(figures)
     safe_files.write_json(finished.run.folder / "per_client.json", figures)
     print(f"written to {finished.run.folder / 'per_client.json'}")
+    try:
+        picture = draw_clients(figures, finished.run.folder / "per_client.png")
+        print(f"written to {picture}")
+    except ValueError as error:
+        print(f"no per_client.png: {error}", file=sys.stderr)
+
+
+def draw_clients(figures: dict, path: Path) -> Path:
+    """Draw how many clients the model serves how well, before and after steps of their own."""
+    rows = figures["clients"]
+    tuned = [100 * row["personalised_acc"] for row in rows if "personalised_acc" in row]
+    groups = {"global model": [100 * row["acc"] for row in rows], "personalised": tuned}
+    return maps.plot_histogram(groups, path, "accuracy on a client's share of validation (%)")
 
 
 def run_export(line: Line) -> None:
@@ -102,44 +130,42 @@ def run_export(line: Line) -> None:
     print(f"load it by --model {model} --weights {o.file} --normalisation {pixels}")
 
 
-def run_plot(line: Line) -> None:
-    """Draw the curves of one or several runs."""
-    o = line.groups.plot
-    folders = [runs.Run(folder) for folder in o.run_folders]
-    for run in folders:
-        run.config()
-    out = o.out or str(folders[0].folder / "curves.png")
-    names = [run.folder.name for run in folders]
-    if len(set(names)) < len(names):
-        names = [str(run.folder) for run in folders]
-    logs = [run.vouched_records() for run in folders]
-    print(f"written to {plots.plot_curves(dict(zip(names, logs, strict=True)), out)}")
-
-
 def run_shards(line: Line) -> None:
-    """Print and plot who holds how many samples of which class."""
+    """Print and plot who holds how many samples of which class, under one sharding or several."""
     o = line.groups
-    workspace = Workspace(o.source, o.machine)
-    shards, labels = workspace.shards(o.sharding), workspace.dataset.train.labels.numpy()
-    counts = np.stack([np.bincount(labels[s], minlength=workspace.classes) for s in shards])
-    sizes, classes = counts.sum(axis=1), (counts > 0).sum(axis=1)
-    print(f"{len(shards)} clients, {sizes.sum()} samples, {workspace.classes} classes")
+    shardings, tables = o.shardings.each(), {}
+    for sharding in shardings:
+        workspace = Workspace(o.source, o.machine)  # --cover partial changes what trains
+        shards, labels = workspace.shards(sharding), workspace.dataset.train.labels.numpy()
+        counts = np.stack([np.bincount(labels[s], minlength=workspace.classes) for s in shards])
+        if len(shardings) > 1:
+            print(f"{sharding.name}: ", end="")
+        show = (10 if len(shardings) == 1 else 0) if o.shown.show is None else o.shown.show
+        print_shards(counts, workspace.dataset.classes, show)
+        tables[f"{sharding.name}, seed {o.source.seed}"] = counts
+    if o.shown.out:
+        print(f"written to {maps.plot_shards(tables, o.shown.out)}")
+
+
+def print_shards(counts: np.ndarray, classes: list[str], show: int) -> None:
+    """Print the counts (clients, classes) in short, and what the first `show` clients hold."""
+    sizes, different = counts.sum(axis=1), (counts > 0).sum(axis=1)
+    print(f"{len(counts)} clients, {sizes.sum()} samples, {len(classes)} classes")
     for what, values in (
         ("samples per client", sizes),
-        ("classes per client", classes),
+        ("classes per client", different),
         ("clients per class", (counts > 0).sum(axis=0)),
     ):
         print(f"{what:19} min {values.min()}  median {np.median(values):g}  max {values.max()}")
+    if not show:
+        return
     print("client  samples  classes: samples")
-    for k in range(min(len(shards), o.shown.show)):
-        top = np.argsort(-counts[k], kind="stable")[: min(classes[k], 6)]
-        parts = ", ".join(f"{workspace.dataset.classes[c]}: {counts[k, c]}" for c in top)
-        print(f"{k:6}  {sizes[k]:7}  {parts}{', ...' if classes[k] > len(top) else ''}")
-    if len(shards) > o.shown.show:
-        print(f"... and {len(shards) - o.shown.show} more clients (--show)")
-    if o.shown.out:
-        title = f"{o.sharding.name}, seed {o.source.seed}"
-        print(f"written to {plots.plot_shards({title: counts}, o.shown.out)}")
+    for k in range(min(len(counts), show)):
+        top = np.argsort(-counts[k], kind="stable")[: min(different[k], 6)]
+        parts = ", ".join(f"{classes[c]}: {counts[k, c]}" for c in top)
+        print(f"{k:6}  {sizes[k]:7}  {parts}{', ...' if different[k] > len(top) else ''}")
+    if len(counts) > show:
+        print(f"... and {len(counts) - show} more clients (--show)")
 
 
 def print_clients(figures: dict) -> None:

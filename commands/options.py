@@ -13,6 +13,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from centralized import SCHEDULES, Epochs, Schedule
@@ -93,11 +94,25 @@ class Line(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The run's folder: --name, or one made of the options."""
+        """The run's folder: --name, or the one that it has already, or one made of the options."""
         if self.stored["name"] is not None:
             return self.stored["name"]
         sharding = self.groups.sharding.name if "clients" in self.stored else None
-        return default_name(self.command, self.stored, self.defaults, sharding)
+        name, pattern = default_name(
+            self.command, self.stored, self.defaults, self.usual(), sharding
+        )
+        runs_dir = Path(self.stored["runs_dir"])
+        there = sorted(path.name for path in runs_dir.glob(pattern) if path.is_dir())
+        return name if name in there or not there else there[0]
+
+    def usual(self) -> dict:
+        """Return the options that a line with this data set and mask rule, and no other, has."""
+        given = {key: self.stored[key] for key in ("data", "mask_rule") if key in self.stored}
+        options = rules.Options(**self.defaults | given, command=self.command)
+        try:
+            return vars(rules.resolve(options))
+        except ValueError:  # it needs further options
+            return {}
 
     def replaced(self, **values: Any) -> Line:
         """Return the line with other values of some options."""

@@ -26,7 +26,7 @@ from commands.options import Line
 from machine import safe_files
 from machine.ranks import end_with_parent
 from machine.status import duration
-from study import experiments, report, tables
+from study import blank, experiments, history, report, tables
 from study.tables import Cell
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -58,9 +58,19 @@ class Sweep(NamedTuple):
 class Report(NamedTuple):
     """Which material."""
 
-    scale: Annotated[str, "whose runs", experiments.SCALES] = "paper"
+    runs: Annotated[
+        list[str] | None,
+        "your own runs, or folders of them: a blank report with their tables and figures",
+        "path",
+        "RUN",
+    ] = None
+    scale: Annotated[
+        str | None, "in their place the experiments' runs of this scale [paper]", experiments.SCALES
+    ] = None
     results: Annotated[str, "where the scales' runs lie", "path"] = "results"
-    out: Annotated[str, "where it all goes", "path"] = "study/latex/generated"
+    out: Annotated[
+        str | None, "where it all goes [report; of a scale study/latex/generated]", "path"
+    ] = None
 
 
 SWEEP, REPORT = (Sweep,), (Report,)
@@ -135,10 +145,25 @@ def list_runs(chosen: dict[str, tables.Experiment], folders: dict[str, Path], jo
 
 
 def run_report(line: Line) -> None:
-    """Write the report's tables, figures and quoted numbers from a scale's logs."""
+    """Write a report's tables, figures and numbers: of your runs a blank one, of a scale ours.
+
+    With --runs the folder is a LaTeX project, zipped beside it for Overleaf; none is needed here.
+    Made again it has new results, and the text that you wrote.
+    """
     o = line.groups.report
-    pieces = report.write(o.scale, Path(o.results), Path(o.out))
-    print(f"written to {o.out}: numbers.tex, {', '.join(pieces) or 'nothing else has run'}")
+    if o.runs is None:
+        out = Path(o.out or "study/latex/generated")
+        pieces = report.write(o.scale or "paper", Path(o.results), out)
+        print(f"written to {out}: numbers.tex, {', '.join(pieces) or 'nothing else has run'}")
+        return
+    if o.scale is not None:
+        raise ValueError("--scale: not allowed with --runs")
+    out = Path(o.out or "report")
+    pieces, notes = blank.write(history.read_all(o.runs), out)
+    for note in notes:
+        print(note, file=sys.stderr)
+    print(f"written to {out}: report.tex, {', '.join(pieces)}")
+    print(f"for Overleaf: {blank.zipped(out)}")
 
 
 def run_cells(missing: Callable[[set[str]], Iterable[tuple[Path, Cell]]], jobs: int) -> set[str]:

@@ -45,7 +45,8 @@ OPENING = ("config.json", "lock", "shards.npz", "head.pt", "mask.pt")  # written
 STATES = ("scaffold", "local_norm")  # folders of clients' states
 NAMES = (  # of a run's files and folders; none may be a link
     *(*OPENING, "log.jsonl", "checkpoint.pt", "checkpoint.prev.pt", "summary.json", "search.json"),
-    *("curves.png", "density.png", "per_client.json", "search", "tensorboard", *STATES),
+    *("curves.png", "density.png", "per_client.json", "per_client.png"),
+    *("search", "tensorboard", *STATES),
 )
 FORMAT = 1  # of the folder; a folder of another format is refused by number
 CHECKPOINT = 2  # the same of a checkpoint
@@ -328,17 +329,32 @@ class Run:
 
     def summary(self, unbound: bool = False) -> dict | None:
         """Return summary.json, if `unbound` one that names no run too; None without a good one."""
-        path = self.folder / "summary.json"
         try:
-            summary = safe_files.read_json(path)
-            if not (unbound and "run" not in summary) and summary.get("run") != self.id():
-                raise safe_files.WrongFile(f"{path} is not the summary of this run")
-            return summary
-        except FileNotFoundError:
-            return None
+            return self.sound_summary(unbound)
         except safe_files.DamagedFile as error:
             say(f"warning: {error}; the run's end is repeated")
             return None
+
+    def sound_summary(self, unbound: bool = False) -> dict | None:
+        """Return what `summary` does; DamagedFile where summary.json is no good."""
+        path = self.folder / "summary.json"
+        try:
+            summary = safe_files.read_json(path)
+        except FileNotFoundError:
+            return None
+        if not (unbound and "run" not in summary) and summary.get("run") != self.id():
+            raise safe_files.WrongFile(f"{path} is not the summary of this run")
+        return summary
+
+
+def folders_below(folder: str | Path) -> list[Path]:
+    """Return the run folders at or below a folder, by name; the tries of a search are its part."""
+    folders = []
+    for at, inside, files in os.walk(folder):
+        if {"config.json", "checkpoint.pt"} & set(files):
+            folders.append(Path(at))
+            inside.clear()
+    return sorted(folders)
 
 
 def _parsed(log: bytes | bytearray) -> list[dict]:

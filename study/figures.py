@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import data
-from study import plots
+from study import maps, plots
 
 if TYPE_CHECKING:
     from study.rates import Tried
@@ -59,23 +59,40 @@ def drawn(draw: Callable, ran: Ran, path: Path) -> bool:
     return path.exists()
 
 
-def draw_curves(name: str, ran: Ran, path: Path) -> None:
-    """Draw an experiment's validation accuracy over time, a panel for each part that trains."""
+def draw_curves(name: str, keys: Sequence[str], ran: Ran, path: Path) -> None:
+    """Draw logged figures of an experiment over time, a panel for each part that trains.
+
+    Of a split that no run has evaluated on its way those of validation are drawn.
+    """
     panels: dict[str, dict] = {}
     for done in ran.get(name, []):
         trains, *rest = done[0].key
-        panels.setdefault(TRAINS[trains], {})[" ".join(rest)] = [run.records for run in done]
-    plots.plot_bands(panels, path)
+        panels.setdefault(part_of(trains), {})[", ".join(rest)] = [run.records for run in done]
+    records = [r for done in ran.get(name, []) for run in done for r in run.records[1:-1]]
+    logged = {key for record in records for key in record}
+    keys = [key if key in logged else key.replace("test", "val") for key in keys]
+    plots.plot_bands(panels, path, keys)
 
 
 def draw_heterogeneity(ran: Ran, path: Path) -> None:
     """Draw accuracy against classes per client, for each number of local steps."""
     panels: dict[str, dict] = {}
-    for done in ran.get("heterogeneity", []):
-        group = panels.setdefault(TRAINS[done[0].key[0]], {})
+    rows = sorted(ran.get("heterogeneity", []), key=classes_held, reverse=True)
+    for done in rows:
+        group = panels.setdefault(part_of(done[0].key[0]), {})
         values = group.setdefault(f"$J$ = {done[0].options['J']:d}", {})
         values[sharding(done[0], "")] = [accuracy(run) for run in done]
-    plots.plot_grouped(panels, path, "classes per client $N_c$")
+    plots.plot_grouped(
+        panels,
+        path,
+        "classes per client $N_c$",
+        categories=list(dict.fromkeys(sharding(done[0], "") for done in rows)),
+    )
+
+
+def classes_held(done: list[Done]) -> float:
+    """Return how many classes a client of a row holds: any, where they are not fixed."""
+    return done[0].options["nc"] or np.inf
 
 
 def draw_bytes(ran: Ran, path: Path) -> None:
@@ -143,7 +160,7 @@ def draw_overlap(ran: Ran, path: Path) -> None:
     overlap = fewest.summary["overlap"]
     chance, ceiling = overlap["chance"], overlap["ceiling"]
     matrix = np.array(overlap["matrix"])
-    plots.plot_overlap(matrix, path, chance=chance, ceiling=ceiling, title=sharding(fewest))
+    maps.plot_overlap(matrix, path, chance=chance, ceiling=ceiling, title=sharding(fewest))
 
 
 def draw_density(ran: Ran, path: Path) -> None:
@@ -161,14 +178,15 @@ def draw_density(ran: Ran, path: Path) -> None:
     title += f"kinds not shown keep less than {100 * LEAST_SHOWN:g} % in every layer"
     shares = np.array(list(shown.values()))[:, some]
     kinds, layers = map(plots.plain, shown), [plots.plain(layers[i]) for i in some]
-    plots.plot_density(list(kinds), layers, shares, path, title)
+    maps.plot_density(list(kinds), layers, shares, path, title)
 
 
 def draw_shards(ran: Ran, path: Path) -> None:
     """Draw who holds how many samples of which class, for up to three shardings of the runs."""
     shardings = {}
     for done in itertools.chain(*ran.values()):
-        if done[0].options.get("clients") == CLIENTS:
+        fixed = done[0].options.get("dirichlet") is None
+        if done[0].options.get("clients") == CLIENTS and fixed:
             shardings.setdefault(done[0].options["nc"] or np.inf, done[0])
     if not shardings:
         raise ValueError(f"no run has {CLIENTS} clients")
@@ -185,7 +203,12 @@ def draw_shards(ran: Ran, path: Path) -> None:
         counts[f"$N_c$ = {nc}" if nc else "iid"] = np.stack(
             [np.bincount(labels[train[part]], minlength=labels.max() + 1) for part in parts]
         )
-    plots.plot_shards(counts, path)
+    maps.plot_shards(counts, path)
+
+
+def part_of(trains: str) -> str:
+    """Return what a panel says of the part that trains: all, head or a block."""
+    return TRAINS.get(trains, f"{trains} trains")
 
 
 def reached(folder: Path) -> dict[str, float]:
@@ -244,14 +267,16 @@ def accuracy(done: Done) -> float:
 
 
 def sharding(done: Done, named: str = "$N_c$ = ") -> str:
-    """Return iid, or how many classes a client of the run holds."""
+    """Return iid, how many classes a client of the run holds, or alpha of their mixtures."""
+    if done.options.get("dirichlet") is not None:
+        return f"$\\alpha$ = {done.options['dirichlet']:g}"
     return f"{named}{done.options['nc']:d}" if done.options["nc"] else "iid"
 
 
 FIGURES = {
     "shards": draw_shards,
-    "centralized": functools.partial(draw_curves, "centralized"),
-    "fedavg-iid": functools.partial(draw_curves, "fedavg-iid"),
+    "centralized": functools.partial(draw_curves, "centralized", ("test_loss", "test_acc")),
+    "fedavg-iid": functools.partial(draw_curves, "fedavg-iid", ("val_acc",)),
     "heterogeneity": draw_heterogeneity,
     "bytes": draw_bytes,
     "agreement": draw_agreement,

@@ -1,4 +1,4 @@
-"""Figures from plain records and arrays, fit for print: curves, heat maps, one quantity on another.
+"""Figures from plain records, fit for print: curves, bands over seeds, one quantity on another.
 
 Labels are at least 7 pt at the size of a column (COLUMN, PAGE: widths in inches); groups differ in
 colour, marker and line style, so that a grey print can be read. The suffix of a path chooses the
@@ -20,7 +20,14 @@ import numpy as np
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
-CMAP = "Blues"  # white to dark: reads the same in grey
+MOST = 6  # curves of a panel that can be told apart
+OTHERS = "the others"
+AXES = {  # of a log's figures
+    "val_acc": "validation accuracy (%)",
+    "test_acc": "test accuracy (%)",
+    "val_loss": "validation loss (nats)",
+    "test_loss": "test loss (nats)",
+}
 COLUMN, PAGE = 3.4, 7.0  # inches: one column and two of a printed page
 PRINT = {
     "font.size": 8,
@@ -133,40 +140,88 @@ def plot_curves(logs: dict[str, Sequence[dict]], path: str | Path) -> Path:
 def plot_bands(
     curves: Mapping[str, Mapping[str, Sequence[Sequence[dict]]]],
     path: str | Path,
-    key: str = "val_acc",
-    ylabel: str = "validation accuracy (%)",
-) -> None:
-    """Draw a logged share against rounds or epochs: mean over seeds, and all of them as a band.
+    keys: Sequence[str] = ("val_acc",),
+) -> Path:
+    """Draw logged figures against rounds or epochs: mean over seeds, and all of them as a band.
+
+    Of more than MOST curves in a panel the best and the worst at the end are drawn, the others in
+    grey. Panels share an axis where their ranges are alike.
 
     Args:
         curves: title of a panel -> label -> the records of each seed's log.
+        keys: names of figures in AXES; several make a row of panels each, or a panel each of one
+            title.
 
     Raises:
-        ValueError: no log holds `key`, or matplotlib is missing.
+        ValueError: no log holds one of the keys, or matplotlib is missing.
     """
-    drawn = {
-        title: {label: band for label, logs in group.items() if (band := _seeds(logs, key))}
-        for title, group in curves.items()
-    }
-    drawn = {title: group for title, group in drawn.items() if group}
-    if not drawn:
-        raise ValueError(f"nothing to plot: no log holds {key}")
-    figure, panels = _panels(len(drawn))
-    labels = list(dict.fromkeys(label for group in drawn.values() for label in group))
-    for axes, (title, group) in zip(panels, drawn.items(), strict=True):
-        for label, (x, values) in group.items():
-            style = look(labels.index(label))
-            every = max(1, len(x) // 6)
-            axes.plot(x, 100 * values.mean(axis=0), label=label, markevery=every, **style)
-            low, high = 100 * values.min(axis=0), 100 * values.max(axis=0)
-            axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
+    drawn = {(key, title): _bands(group, key) for key in keys for title, group in curves.items()}
+    keys = [key for key in keys if any(drawn[key, title] for title in curves)]
+    titles = [title for title in curves if any(drawn[key, title] for key in keys)]
+    if not keys:
+        raise ValueError("nothing to plot: no log holds an evaluation of this kind")
+    wide = len(titles) == 1  # the figures of one title lie side by side
+    figure, grid = _panels(*((1, len(keys)) if wide else (len(keys), len(titles))))
+    places = dict(zip([(k, t) for k in keys for t in titles], grid.flat, strict=True))
+    shown = {title: _shown(drawn, keys, title) for title in titles}
+    styles = {label: look(i) for i, label in enumerate(dict.fromkeys(sum(shown.values(), [])))}
+    for (key, title), axes in places.items():
+        _draw_bands(axes, drawn[key, title], {label: styles[label] for label in shown[title]})
         unit = _unit(log for logs in curves[title].values() for log in logs)
-        axes.set(xlabel=unit, title=title)
+        lowest = wide or key == keys[-1]
+        axes.set(xlabel=unit if lowest else "", title=title if key == keys[0] or wide else "")
         axes.locator_params(axis="x", integer=True)
         axes.grid()
-    panels[0].set_ylabel(ylabel)
-    _legend(figure, panels)
-    save(figure, path)
+        if wide or title == titles[0]:
+            axes.set_ylabel(AXES[key])
+    for key in keys:
+        _share([places[key, title] for title in titles])
+    _legend(figure, list(places.values()))
+    return save(figure, path)
+
+
+Bands = dict[str, tuple[np.ndarray, np.ndarray]]  # label -> x (n,), values (seeds, n)
+
+
+def _bands(group: Mapping[str, Sequence[Sequence[dict]]], key: str) -> Bands:
+    """Return what each label's seeds have all logged, accuracies in percent."""
+    bands = {label: band for label, logs in group.items() if (band := _seeds(logs, key))}
+    scale = 100 if key.endswith("acc") else 1
+    return {label: (x, scale * values) for label, (x, values) in bands.items()}
+
+
+def _shown(drawn: Mapping[tuple[str, str], Bands], keys: Sequence[str], title: str) -> list[str]:
+    """Return the labels that are drawn in colour: all of few, or those that end best and worst."""
+    judge = next((k for k in reversed(keys) if k.endswith("acc") and drawn[k, title]), keys[0])
+    last = {label: values[:, -1].mean() for label, (_, values) in drawn[judge, title].items()}
+    if len(last) <= MOST:
+        return list(dict.fromkeys(label for key in keys for label in drawn[key, title]))
+    return [max(last, key=last.get), min(last, key=last.get)]
+
+
+def _draw_bands(axes, bands: Bands, styles: Mapping[str, dict]) -> None:
+    """Draw the labels that have a style, each with its band, and the others thin and grey."""
+    name: str | None = OTHERS
+    for label, (x, values) in bands.items():
+        mean, low, high = values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+        if label not in styles:
+            axes.plot(x, mean, label=name, color="0.7", linewidth=0.7, zorder=1)
+            name = None
+            continue
+        style, every = styles[label], max(1, len(x) // 6)
+        axes.plot(x, mean, label=_literal(label), markevery=every, **style)
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
+
+
+def _share(panels: Sequence) -> None:
+    """Give panels one y axis where that leaves each at least half of its height."""
+    limits = [axes.get_ylim() for axes in panels]
+    low, high = min(a for a, _ in limits), max(b for _, b in limits)
+    if all(2 * (b - a) >= high - low for a, b in limits):
+        for axes in panels:
+            axes.set_ylim(low, high)
+        for axes in panels[1:]:
+            axes.tick_params(labelleft=False)
 
 
 def _seeds(logs: Sequence[Sequence[dict]], key: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -203,12 +258,13 @@ def plot_grouped(
     path: str | Path,
     xlabel: str,
     ylabel: str = "validation accuracy (%)",
+    categories: Sequence[str] | None = None,
 ) -> None:
     """Draw a value of each group at each category: mean over seeds, bars from lowest to highest.
 
     Args:
-        panels: title -> label -> category -> the value of each seed; categories in the order they
-            first appear.
+        panels: title -> label -> category -> the value of each seed.
+        categories: their order; None: that in which they first appear.
 
     Raises:
         ValueError: there is nothing to draw, or matplotlib is missing.
@@ -217,8 +273,9 @@ def plot_grouped(
     if not panels:
         raise ValueError("nothing to plot: no group has a value")
     every = [group for groups in panels.values() for group in groups.values()]
-    categories = list(dict.fromkeys(category for group in every for category in group))
-    figure, axes_of = _panels(len(panels))
+    categories = categories or list(dict.fromkeys(name for group in every for name in group))
+    figure, grid = _panels(1, len(panels))
+    axes_of = list(grid[0])
     for axes, (title, groups) in zip(axes_of, panels.items(), strict=True):
         for i, (label, group) in enumerate(groups.items()):
             aside = (i - (len(groups) - 1) / 2) * 0.5 / len(groups)
@@ -226,9 +283,10 @@ def plot_grouped(
             _draw_means(axes, x, list(group.values()), label, look(i))
         axes.set_xticks(range(len(categories)), categories)
         axes.set(xlabel=xlabel, title=title)
-        axes.margins(x=0.08)
+        axes.set_xlim(-0.5, len(categories) - 0.5)
         axes.grid(axis="y")
     axes_of[0].set_ylabel(ylabel)
+    _share(axes_of)
     _legend(figure, axes_of)
     save(figure, path)
 
@@ -253,7 +311,8 @@ def plot_against(
     panels = {title: group for title, group in panels.items() if any(group.values())}
     if not panels:
         raise ValueError("nothing to plot: no point is given")
-    figure, axes_of = _panels(len(panels))
+    figure, grid = _panels(1, len(panels))
+    axes_of = list(grid[0])
     labels = list(dict.fromkeys(label for group in panels.values() for label in group))
     for axes, (title, group) in zip(axes_of, panels.items(), strict=True):
         for label, points in group.items():
@@ -267,6 +326,7 @@ def plot_against(
         _plain_log_ticks(axes)
         axes.grid()
     axes_of[0].set_ylabel(ylabel)
+    _share(axes_of)
     _legend(figure, axes_of)
     save(figure, path)
 
@@ -289,7 +349,8 @@ def plot_spans(
     labels = list(dict.fromkeys(label for group in panels.values() for label in group))
     if not labels:
         raise ValueError("nothing to plot: no row is given")
-    figure, axes_of = _panels(len(panels), height=0.9 + 0.15 * len(labels))
+    figure, grid = _panels(1, len(panels), height=0.9 + 0.15 * len(labels))
+    axes_of = grid[0]
     for axes, (title, group) in zip(axes_of, panels.items(), strict=True):
         y = [-labels.index(label) for label in group]
         values, *marks = zip(*group.values(), strict=True)
@@ -301,6 +362,8 @@ def plot_spans(
         axes.axvline(1, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)))
         axes.set(xscale="log", xlabel=xlabel, title=title)
         axes.set_yticks([-i for i in range(len(labels))], labels)
+        axes.set(ylim=(0.5 - len(labels), 0.5))
+        axes.tick_params(labelleft=axes is axes_of[0])
         axes.grid(axis="x")
         _plain_log_ticks(axes)
     _legend(figure, axes_of)
@@ -327,13 +390,15 @@ def _plain_log_ticks(axes) -> None:
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def _panels(count: int, height: float = 2.0):
-    """Return a figure of panels in a row that share their y axis: one column wide, or a page."""
-    size = (COLUMN if count == 1 else PAGE, height)
-    figure, panels = pyplot().subplots(
-        1, count, figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
-    return figure, list(panels[0])
+def _panels(rows: int, columns: int, height: float | None = None):
+    """Return a figure, one column wide or a page, and its panels (rows, columns)."""
+    size = (COLUMN if columns == 1 else PAGE, height or 0.4 + 1.8 * rows)
+    return pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+
+
+def _literal(label: str) -> str:
+    """Return a label that holds no formula but one of N_c or J at its beginning."""
+    return label if re.match(r"\$(N_c|J)\$", label) else plain(label)
 
 
 def _legend(figure, panels: Sequence) -> None:
@@ -342,113 +407,9 @@ def _legend(figure, panels: Sequence) -> None:
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
+    if OTHERS in entries:
+        entries[OTHERS] = entries.pop(OTHERS)  # last
     if len(entries) > 1:
         longest = max(len(re.sub(r"[${}_\\\\]", "", label)) for label in entries)
         columns = max(1, min(len(entries), int(figure.get_figwidth() * 15 / (longest + 6))))
         figure.legend(entries.values(), entries, loc="outside upper center", ncols=columns)
-
-
-# ---------------------------------------------------------------------------- heat maps
-
-
-def plot_shards(counts: Mapping[str, np.ndarray], path: str | Path) -> Path:
-    """Draw how many samples of each class (columns) each client (rows) holds; few are written out.
-
-    Args:
-        counts: title of a panel -> (K, C) integers; all are coloured on one scale.
-    """
-    size = (PAGE, 1.9) if len(counts) > 1 else (COLUMN, 3.0)
-    figure, panels = pyplot().subplots(
-        1, len(counts), figsize=size, squeeze=False, sharey=True, layout="constrained"
-    )
-    top = max(2, *(table.max() for table in counts.values()))
-    how = dict(aspect="auto", interpolation="nearest", cmap=CMAP, norm=_logarithmic(top))
-    for axes, (title, table) in zip(panels[0], counts.items(), strict=True):
-        image = axes.imshow(np.ma.masked_equal(table, 0), **how)
-        if table.shape[0] <= 20 and table.shape[1] <= 12:
-            texts = np.where(table > 0, table.astype(str), "")
-            _write_texts(axes, texts, table > top**0.6)
-        axes.set(xlabel="class", title=title)
-    panels[0][0].set_ylabel("client")
-    figure.colorbar(image, ax=list(panels[0]), label="samples")
-    return save(figure, path)
-
-
-def plot_density(
-    kinds: Sequence[str],
-    layers: Sequence[str],
-    density: np.ndarray,
-    path: str | Path,
-    title: str = "",
-) -> None:
-    """Draw what share of each kind of parameter (rows) in each layer (columns) stays trainable.
-
-    Args:
-        density: (kinds, layers) in [0, 1]; NaN where a layer has no such parameter.
-    """
-    size = (PAGE, 0.7 + 0.155 * len(kinds))
-    figure, axes = pyplot().subplots(figsize=size, layout="constrained")
-    percent = np.ma.masked_invalid(100 * np.asarray(density, dtype=float))
-    top = max(percent.max(), 1e-9)
-    image = axes.imshow(percent, aspect="auto", cmap=CMAP, vmin=0, vmax=top)
-    axes.set_facecolor("0.88")  # where there is no such parameter
-    texts = [["" if x is np.ma.masked else _short(x) for x in row] for row in percent]
-    _write_texts(axes, np.array(texts), percent.filled(0) > 0.6 * top)
-    axes.set_xticks(range(len(layers)), layers)
-    axes.set_yticks(range(len(kinds)), kinds)
-    axes.set(xlabel="layer", title=title)
-    axes.tick_params(length=0)
-    figure.colorbar(image, ax=axes, label="trainable (%)", pad=0.01)
-    save(figure, path)
-
-
-def plot_overlap(
-    iou: np.ndarray,
-    path: str | Path,
-    *,
-    chance: float,
-    ceiling: float,
-    title: str = "",
-) -> None:
-    """Draw the intersection over union of clients' masks, and the range in which it can be read.
-
-    Args:
-        iou: (K, K) of one client's mask (rows, from a half of its images) and another's (columns,
-            from its other half); the diagonal is what the noise of sampling leaves.
-        chance: of random masks of the same density.
-        ceiling: the diagonal's mean.
-    """
-    figure, axes = pyplot().subplots(figsize=(COLUMN, 2.4), layout="constrained")
-    top = max(float(np.max(iou)), ceiling)
-    low = min(float(np.min(iou)), chance)
-    image = axes.imshow(iou, cmap=CMAP, vmin=low, vmax=top)
-    if len(iou) <= 10:
-        texts = [[f"{value:.2f}".lstrip("0") for value in row] for row in iou]
-        _write_texts(axes, np.array(texts), iou > low + 0.6 * (top - low))
-    axes.locator_params(integer=True)
-    axes.tick_params(length=0)
-    axes.set(xlabel="client, second half of its images", ylabel="client, first half")
-    line = f"chance {chance:.3f}, own other half {ceiling:.3f}"
-    axes.set_title(f"{title}\n{line}" if title else line)
-    figure.colorbar(image, ax=axes, label="IoU", shrink=0.8)
-    save(figure, path)
-
-
-def _logarithmic(top: float):
-    from matplotlib.colors import LogNorm
-
-    return LogNorm(1, top)
-
-
-def _write_texts(axes, texts: np.ndarray, dark: np.ndarray) -> None:
-    """Write each text into its cell, in white where the cell is dark."""
-    for at in np.ndindex(texts.shape):
-        colour = "white" if dark[at] else "black"
-        axes.text(*at[::-1], texts[at], ha="center", va="center", fontsize=6, color=colour)
-
-
-def _short(value: float) -> str:
-    """Write 92.4 as 92, 4.04 as 4.0, 0.04 as <0.1, and zero as 0."""
-    if value >= 9.95 or value == round(value):
-        return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 0.05 else "<0.1"

@@ -89,13 +89,7 @@ def write(scale: str, results: Path, out: Path) -> list[str]:
     Raises:
         ValueError: the folder holds other files than an earlier report's.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()) and not (out / "numbers.json").exists():
-        raise ValueError(f"--out {out} holds other files: give it an empty or a new folder")
-    safe_files.write_json(out / "numbers.json", {})  # marks the folder, should this be interrupted
-    for pattern in ("*.tex", "*.md", "*.pdf"):
-        for old in out.glob(pattern):
-            old.unlink()
+    clear(out)
     with safe_files.contents(results / scale):
         return write_pieces(scale, results, out)
 
@@ -110,9 +104,29 @@ def write_pieces(scale: str, results: Path, out: Path) -> list[str]:
         pieces[f"figure/{name}"] = drawn(draw, rows, out / f"{name}.pdf")
     numbers = dict.fromkeys(declared()) | quotable(tables) | {"scale": scale}
     numbers |= gpu_numbers(results / "gpu")
+    write_numbers(numbers, pieces, out)
+    return [name for name, there in pieces.items() if there]
+
+
+def clear(out: Path) -> None:
+    """Make the folder of what is generated, or empty that of an earlier report.
+
+    Raises:
+        ValueError: the folder holds other files.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()) and not (out / "numbers.json").exists():
+        raise ValueError(f"--out {out} holds other files: give it an empty or a new folder")
+    safe_files.write_json(out / "numbers.json", {})  # marks the folder, should this be interrupted
+    for pattern in ("*.tex", "*.md", "*.pdf", "*.png", "*.csv"):
+        for old in out.glob(pattern):
+            old.unlink()
+
+
+def write_numbers(numbers: dict[str, str | None], pieces: dict[str, bool], out: Path) -> None:
+    """Write what can be quoted, for LaTeX and for a reader."""
     (out / "numbers.tex").write_text(numbers_tex(numbers, pieces), encoding="utf-8")
     safe_files.write_json(out / "numbers.json", numbers)
-    return [name for name, there in pieces.items() if there]
 
 
 def at_scale(scale: str, folder: Path) -> list[Table]:
@@ -144,20 +158,30 @@ def quotable(tables: list[Table]) -> dict[str, str | None]:
 
 
 def table_numbers(table: Table) -> dict[str, str | None]:
-    """Return an experiment's table under NAME/KEY/COLUMN, and the best rows by validation."""
-    heading, *lines = table.experiment.lines(table.folder)
-    width = len(table.experiment.columns)
+    """Return what `line_numbers` says of an experiment's table."""
+    columns = len(table.experiment.columns)
+    return line_numbers(table.name, table.experiment.lines(table.folder), columns)
+
+
+def line_numbers(name: str, table: list[list[str]], width: int) -> dict[str, str | None]:
+    """Return a table's figures under NAME/KEY/COLUMN, and the best rows by validation.
+
+    Args:
+        table: lines of text, heading first.
+        width: columns of a row's key.
+    """
+    heading, *lines = table
     headed = [column.replace(f"{VALIDATION} to", "to") for column in heading]
     numbers: dict[str, str | None] = {}
     best: dict[str, tuple[list[int], list[str] | None]] = {}
     for line in lines:
         for column, text in list(zip(headed, line, strict=True))[width:]:
             ran = NOT_RUN not in line
-            numbers[key_of(table.name, *line[:width], column)] = text if ran else None
+            numbers[key_of(name, *line[:width], column)] = text if ran else None
         for count in range(min(width, 3)):
             for fixed in itertools.combinations(range(width), count):
                 group = (f"{heading[i]}={line[i]}" for i in fixed)
-                key = key_of(table.name, *group, "best")
+                key = key_of(name, *group, "best")
                 free = [i for i in range(width) if i not in fixed]
                 best[key] = free, better(best.get(key, (free, None))[1], line, heading)
     for key, (free, line) in best.items() if VALIDATION in heading else ():
@@ -269,18 +293,23 @@ def trend(text: str) -> str:
 
 
 def write_tables(table: Table, out: Path) -> bool:
-    """Write an experiment's table as Markdown, and for two columns and for one as LaTeX."""
+    """Write an experiment's table, where some of it ran."""
     lines = table.experiment.lines(table.folder)
     if all(NOT_RUN in line for line in lines[1:]):
         return False
-    (out / f"{table.name}.md").write_text(markdown_table(lines), encoding="utf-8")
-    width = len(table.experiment.columns)
+    write_lines(table.name, lines, len(table.experiment.columns), out)
+    return True
+
+
+def write_lines(name: str, lines: list[list[str]], width: int, out: Path) -> None:
+    """Write a table as Markdown, and for two columns and for one as LaTeX."""
+    (out / f"{name}.md").write_text(markdown_table(lines), encoding="utf-8")
     measures = [column for column in lines[0][width:] if column not in CAPTIONED]
     split = grouping(lines[0][:width], lines[1:])
     short = measures[:3]
     if VALIDATION in measures:
         short = [VALIDATION] if split is not None else [VALIDATION, "test %"]
-    for name, columns in ((table.name, measures), (f"{table.name}-short", short)):
+    for file, columns in ((name, measures), (f"{name}-short", short)):
+        columns = [column for column in columns if column in lines[0]]
         text = HEADING + latex_table(lines, width, columns, best_by=VALIDATION)
-        (out / f"{name}.tex").write_text(text, encoding="utf-8")
-    return True
+        (out / f"{file}.tex").write_text(text, encoding="utf-8")

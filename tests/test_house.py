@@ -143,6 +143,7 @@ def test_no_command_imports_another():
         "inspect",
         "doctor",
         "study",
+        "tables",
     }
     commands = {f"commands.{name}" for name in commands}
     assert commands <= files().keys()

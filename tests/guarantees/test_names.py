@@ -1,9 +1,12 @@
-"""Runs keep the names that they have always had: the same command finds its folder again.
+"""Runs keep their names, and a folder that has a name of before is found by the same command.
 
-python tests/guarantees/test_names.py    writes names.json anew, from the code as it is
+names.json holds for each command the name that it had first, by its hash alone, and that of now.
+
+python tests/guarantees/test_names.py    writes those of now anew, from the code as it is
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -48,11 +51,32 @@ def name_of(command: str) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_has_the_name_that_it_had(command):
-    assert name_of(command) == json.loads(NAMES.read_text())[command]
+def test_a_command_has_the_name_that_it_had(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert name_of(command) == json.loads(NAMES.read_text())[command]["now"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_with_the_first_name_is_gone_on_with(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    first = json.loads(NAMES.read_text())[command]["first"]
+    (tmp_path / "runs" / first).mkdir(parents=True)
+    assert name_of(command) == first
+
+
+def test_a_name_says_what_differs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    masked = "fedavg --nc 5 --mask-rule random --sparsity 0.5 --lr 0.02 --momentum 0 --seed 2"
+    assert re.fullmatch(
+        r"fedavg-cifar100-nc5-J4-random-s0\.5-lr0\.02-m0-seed2-[0-9a-f]{6}", name_of(masked)
+    )
+    file = f"fedavg --weights {'w' * 90}/a:b.pth --clients 7 --fraction 0.5"
+    assert "-a_b-K7-C0.5-" in name_of(file)
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-    written = {command: name_of(command) for command in COMMANDS}
+    before = json.loads(NAMES.read_text())
+    written = {c: before.get(c, {}) | {"now": name_of(c)} for c in COMMANDS}
+    written = {c: {"first": names["now"]} | names for c, names in written.items()}
     NAMES.write_text(json.dumps(written, indent=1) + "\n")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from study import plots
+from study import maps, plots
 
 pytest.importorskip("matplotlib")
 
@@ -26,11 +26,12 @@ DRAWN = {
         {"iid": {"a": ([0.1, 1.0], 1.0, 2.0), "b": ([3.0], 3.0, 9.0)}, "x": {"b": ([1.0], 1.0, 1)}},
         *(path, "rate", ("best", "other")),
     ),
-    "shards": lambda path: plots.plot_shards({"a": COUNTS}, path),
-    "density": lambda path: plots.plot_density(
+    "shards": lambda path: maps.plot_shards({"a": COUNTS, "b": COUNTS + 1}, path),
+    "histogram": lambda path: maps.plot_histogram({"a": [1.0, 2.0, 9.0], "b": []}, path, "x"),
+    "density": lambda path: maps.plot_density(
         ["w", "b"], ["0", "1"], np.array([[0.5, np.nan], [0.0, 1.0]]), path
     ),
-    "overlap": lambda path: plots.plot_overlap(
+    "overlap": lambda path: maps.plot_overlap(
         np.full((3, 3), 0.3), path, chance=0.05, ceiling=0.35
     ),
 }
@@ -70,6 +71,31 @@ def test_seeds_that_were_evaluated_at_other_rounds_are_averaged_where_all_were(a
     assert axes_drawn[0].lines[0].get_xdata().tolist() == [0, 2, 4]
 
 
+def rising(slope):
+    """A log whose accuracy ends at `slope` per cent, with its loss."""
+    return [{"round": r, "val_acc": r * slope / 400, "val_loss": 4 - r * slope} for r in range(5)]
+
+
+def test_of_many_curves_the_best_and_the_worst_have_a_colour(axes_drawn):
+    curves = {f"run {i}": [rising(i)] for i in range(plots.MOST + 2)}
+    plots.plot_bands({"": curves}, "unused.pdf", ("val_loss", "val_acc"))
+    loss, accuracy = axes_drawn[:2]
+    for axes in (loss, accuracy):
+        named = {line.get_label(): line for line in axes.lines if "_" not in line.get_label()}
+        assert set(named) == {plots.OTHERS, "run 0", f"run {plots.MOST + 1}"}
+        assert sum(line.get_color() == "0.7" for line in axes.lines) == plots.MOST
+    assert loss.get_ylabel() == plots.AXES["val_loss"]
+    assert accuracy.get_ylabel() == plots.AXES["val_acc"]
+
+
+def test_panels_share_an_axis_where_their_ranges_are_alike(axes_drawn):
+    plots.plot_bands({"a": {"x": [rising(40)]}, "b": {"x": [rising(50)]}}, "unused.pdf")
+    assert axes_drawn[0].get_ylim() == axes_drawn[1].get_ylim()
+    axes_drawn.clear()
+    plots.plot_bands({"a": {"x": [rising(1)]}, "b": {"x": [rising(50)]}}, "unused.pdf")
+    assert axes_drawn[0].get_ylim()[1] < 2 < axes_drawn[1].get_ylim()[1]
+
+
 def test_grouped_values_stand_at_their_category(axes_drawn):
     DRAWN["grouped"]("unused.pdf")
     assert [tick.get_text() for tick in axes_drawn[0].get_xticklabels()] == ["1", "5", "iid"]
@@ -88,6 +114,7 @@ def test_fourteen_groups_look_different():
         lambda path: plots.plot_curves({"a": []}, path),
         lambda path: plots.plot_bands({"a": {"b": [[{"round": 1}]]}}, path),
         lambda path: plots.plot_grouped({"a": {"b": {}}}, path, "x"),
+        lambda path: maps.plot_histogram({"a": []}, path, "x"),
         lambda path: plots.plot_against({"a": {"b": []}}, path, "x"),
     ],
 )
@@ -98,7 +125,7 @@ def test_nothing_to_draw_is_refused(tmp_path, draw):
 
 
 def test_values_are_written_short():
-    assert [plots._short(v) for v in (0, 0.01, 0.31, 9.96, 92.4, 100)] == [
+    assert [maps._short(v) for v in (0, 0.01, 0.31, 9.96, 92.4, 100)] == [
         *("0", "<0.1", "0.3", "10", "92", "100")
     ]
 

@@ -1,0 +1,187 @@
+"""A blank report from somebody's runs: their tables, figures and numbers, and text to write.
+
+pieces, notes = write(history.read_all(["runs"]), Path("report"))
+zipped(Path("report"))      # report.zip, for Overleaf
+
+report.tex, references.bib  the writer's: there once, never written again
+results.sty                 how the text quotes results
+generated/                  written anew each time, as study/report.py writes it; runs.csv has
+                            every finished run's row, of all rates that were tried
+"""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from study import history, report
+from study.figures import FIGURES, Done, drawn
+from study.history import TUNED, History
+
+LATEX = Path(__file__).parent / "latex"
+WRITERS = {"report.tex": LATEX / "blank", "references.bib": LATEX}
+PLAIN = {"aggregate": "mean", "server": "fedavg"}  # FedAvg's; of a version without them absent
+METHODS = (  # options that make another method of FedAvg, where they are set
+    *("prox", "scaffold", "local_norm", "fedir", "fedvc", "dp_noise", "dp_clip", "dropout"),
+    *("straggler_fraction", "secure_aggregation"),
+)
+
+
+class Part(NamedTuple):
+    """A table of the report: its name, and which runs it holds."""
+
+    name: str
+    holds: Callable[[dict], bool]
+
+
+PARTS = (
+    Part("centralized", lambda o: o["command"] == "centralized" and not masked(o)),
+    Part("ridge", lambda o: o["command"] == "ridge"),
+    Part("fedavg", lambda o: plain(o) and not masked(o)),
+    Part("masks", lambda o: masked(o) and (plain(o) or o["command"] == "centralized")),
+    Part("methods", lambda o: o["command"] == "fedavg" and not plain(o)),
+)
+ROWS = {  # of a figure, what tells its rows apart; the rate of each is the best by validation
+    "heterogeneity": ("train", "sharding", "J"),
+    "rules": ("sharding", "mask_rule", "sparsity"),
+}
+SOURCES = {  # of the figures of study/figures.py, the runs that they need
+    "shards": "fedavg-iid heterogeneity",
+    "centralized": "centralized",
+    "fedavg-iid": "fedavg-iid",
+    "heterogeneity": "heterogeneity",
+    "bytes": "rules",
+    "density": "agreement",
+    "agreement": "compared",
+    "groups": "compared",
+}
+
+
+def masked(options: dict) -> bool:
+    """Tell whether a run trains under a mask."""
+    return options.get("mask") is not None or options.get("mask_rule") is not None
+
+
+def plain(options: dict) -> bool:
+    """Tell whether a run is FedAvg itself."""
+    usual = all(options.get(name) in (None, value) for name, value in PLAIN.items())
+    return (
+        options["command"] == "fedavg" and usual and not any(options.get(name) for name in METHODS)
+    )
+
+
+def write(runs: Sequence[History], out: Path) -> tuple[list[str], list[str]]:
+    """Write a report's folder from these runs.
+
+    Returns:
+        names of the tables and figures, and lines on what was left out.
+
+    Raises:
+        ValueError: no run is finished, or the folder holds other files.
+    """
+    good, notes = history.usable(runs)
+    done = [r for r in runs if r.options.get("command") == "calibrate" and r.finished]
+    notes = [note for note in notes if not any(f" {run.folder}:" in note for run in done)]
+    if not good and not done:
+        raise ValueError("; ".join(["no run is finished", *notes]))
+    generated = out / "generated"
+    if out.exists() and any(out.iterdir()) and not (generated / "numbers.json").exists():
+        raise ValueError(f"--out {out} holds other files: give it an empty or a new folder")
+    report.clear(generated)
+    numbers: dict[str, str | None] = {}
+    pieces = {f"table/{part.name}": False for part in PARTS}
+    for part in PARTS:
+        chosen = [run for run in good if part.holds(run.options)]
+        if chosen:
+            numbers |= write_part(part.name, chosen, generated)
+            pieces[f"table/{part.name}"] = True
+    ran = experiments(good, done)
+    for name, sources in SOURCES.items():
+        if any(ran[source] for source in sources.split()):
+            drawn(FIGURES[name], ran, generated / f"{name}.png")
+            pieces[f"figure/{name}"] = drawn(FIGURES[name], ran, generated / f"{name}.pdf")
+    report.write_numbers(numbers, pieces, generated)
+    if good:
+        with open(generated / "runs.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(history.numbers(good, history.columns(good)))
+    shutil.copy(LATEX / "blank" / "results.sty", out)
+    for name, folder in WRITERS.items():
+        if not (out / name).exists():
+            shutil.copy(folder / name, out)
+    return [name for name, there in pieces.items() if there], notes
+
+
+def write_part(name: str, runs: list[History], out: Path) -> dict[str, str | None]:
+    """Write a table: a row for what differs, of each the best rate; return its numbers."""
+    names = [column for column in history.columns(runs) if column not in TUNED]
+    if name == "methods":  # what makes it one stands in its row, if it is the only one
+        set_options = [n for n in METHODS if any(run.options.get(n) for run in runs)]
+        names = [n for n in dict.fromkeys([*names, *set_options]) if n != "command"]
+    names = names or ["command"]
+    best = history.best_rates(runs, names)
+    tuned = [column for column in TUNED if column in history.differing(runs)]
+    lines = history.lines(best, names, tuned)
+    report.write_lines(name, lines, len(names), out)
+    return report.line_numbers(name, lines, len(names))
+
+
+def experiments(runs: list[History], calibrated: list[History]) -> dict[str, list[list[Done]]]:
+    """Return runs as the figures take them: by experiment, rows of a run a seed."""
+    central = [run for run in runs if PARTS[0].holds(run.options)]
+    federated = [run for run in runs if plain(run.options)]
+    dense = [run for run in federated if not masked(run.options)]
+    iid = [run for run in dense if run.options["sharding"] == "iid"]
+    masks = [run for run in federated if masked(run.options)]
+    alike = {trained(run) for run in masks}
+    like_masks = [run for run in dense if trained(run) in alike]
+    by_rule = history.best_rates(masks + like_masks, ROWS["rules"])
+    several = len({run.options["sharding"] for run in dense}) > 1
+    by_shards = history.best_rates(dense, ROWS["heterogeneity"]) if several else []
+    measured = [[done(("",), run)] for run in calibrated if run.summary.get("density")]
+    return {
+        "centralized": curves(central),
+        "fedavg-iid": curves(iid),
+        "heterogeneity": grouped(by_shards, ROWS["heterogeneity"]),
+        "rules": grouped(by_rule, ROWS["rules"]),
+        "agreement": measured,
+        "compared": [row for row in measured if row[0].summary.get("overlap", {}).get("iou")],
+    }
+
+
+def trained(run: History) -> tuple:
+    """Return what trained and for how long: runs are compared where that is the same."""
+    return tuple(run.options.get(name) for name in ("train", "J", "rounds"))
+
+
+def curves(runs: list[History]) -> list[list[Done]]:
+    """Return rows by what trains, then by whatever else differs."""
+    names = [name for name in history.columns(runs) if name != "train"]
+    rows = []
+    for key, group in history.rows(runs, ["train", *names]).items():
+        label = history.label(names, key[1:])
+        rows.append([done((key[0], label), run) for run in group])
+    return rows
+
+
+def grouped(runs: list[History], names: Sequence[str]) -> list[list[Done]]:
+    """Return rows by the values of these options."""
+    return [[done(k, run) for run in group] for k, group in history.rows(runs, names).items()]
+
+
+def done(key: tuple[str, ...], run: History) -> Done:
+    """Return a run as the figures take it."""
+    return Done(key, run.options, run.summary, run.records)
+
+
+def zipped(out: Path) -> Path:
+    """Write the folder as a zip beside it, all that LaTeX needs; return its path."""
+    path = out.with_name(f"{out.name}.zip")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(out.rglob("*")):
+            if file.suffix in (".tex", ".sty", ".bib", ".pdf"):
+                archive.write(file, file.relative_to(out))
+    return path

@@ -1,0 +1,62 @@
+"""train.py runs, table, plot and report --runs on real folders."""
+
+import csv
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from past import leave
+
+from study import plots
+
+
+@pytest.fixture
+def folders(small_data):
+    """Two shardings of two seeds, and a run that is not finished."""
+    for nc in (1, 5):
+        for seed in (0, 1):
+            leave(Path("runs") / f"nc{nc}-{seed}", 0.1 * nc, nc=nc, seed=seed)
+    leave(Path("runs") / "stopped", 0.1, reached=1)
+    return small_data
+
+
+def test_runs_are_listed_with_what_differs(cli, folders):
+    status, out, err = cli("runs")
+    assert status == 0, err
+    line = next(line for line in out.splitlines() if line.startswith("stopped"))
+    assert "iid, seed 0" in line and "round 1 of 3" in line and "s ago" in line
+    assert cli("runs", "nowhere")[0] == 2
+
+
+def test_a_table_names_what_it_leaves_out(cli, folders):
+    status, out, err = cli("table", "runs", "--by", "nc")
+    assert status == 0 and "| nc5 | 50.00 ± 0.00 |" in out
+    assert "left out: runs/stopped: round 1 of 3" in err
+    assert "\\begin{tabular}" in cli("table", "runs", "--format", "tex")[1]
+    rows = list(csv.reader(StringIO(cli("table", "runs", "--format", "csv")[1])))
+    assert rows[0][:3] == ["sharding", "validation % mean", "validation % deviation"]
+    assert rows[2][:3] == ["nc5", "50", "0"] and rows[2][-1] == "runs/nc5-0 runs/nc5-1"
+    assert cli("table", "runs/stopped")[0] == 2
+
+
+def test_seeds_are_bands_under_the_names_that_are_given(cli, folders, monkeypatch):
+    drawn = {}
+
+    def note(curves, path, keys):
+        drawn.update(curves=curves, keys=keys)
+        return path
+
+    monkeypatch.setattr(plots, "plot_bands", note)
+    runs = [f"runs/nc{nc}-{seed}" for nc in (1, 5) for seed in (0, 1)]
+    assert cli("plot", *runs, "--by", "nc", "--metric", "loss", "--labels", "one", "five")[0] == 0
+    assert drawn["keys"] == ["val_loss"] and list(drawn["curves"][""]) == ["one", "five"]
+    assert [len(seeds) for seeds in drawn["curves"][""].values()] == [2, 2]
+    assert cli("plot", *runs)[0] == 0 and drawn["keys"] == ["val_loss", "val_acc"]
+    assert "2 curves, which are nc1; nc5" in cli("plot", *runs, "--labels", "one")[2]
+
+
+def test_a_report_of_runs_is_a_folder_and_a_zip(cli, folders):
+    status, out, err = cli("report", "--runs", "runs", "--out", "mine")
+    assert status == 0 and "table/fedavg" in out and "left out: runs/stopped" in err
+    assert Path("mine/report.tex").exists() and Path("mine.zip").exists()
+    assert cli("report", "--runs", "runs", "--scale", "cpu")[0] == 2

@@ -1,0 +1,60 @@
+"""A blank report has the tables and figures of the runs that there are, and the writer's text."""
+
+import json
+import shutil
+import subprocess
+import zipfile
+
+import pytest
+from past import leave
+
+from study import blank, history
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for nc, val_acc in ((None, 0.3), (5, 0.2)):
+        for seed in (0, 1):
+            name = tmp_path / "runs" / f"{nc}-{seed}"
+            leave(name, val_acc + seed / 100, nc=nc, seed=seed, data="synthetic")
+    leave(tmp_path / "runs" / "scaffold", 0.4, scaffold=True)
+    return history.read_all([tmp_path / "runs"])
+
+
+def test_a_report_has_the_tables_of_its_runs_and_leaves_the_text_alone(tmp_path, runs):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "mine"
+    pieces, notes = blank.write(runs, out)
+    assert {"table/fedavg", "table/methods", "figure/heterogeneity"} <= set(pieces)
+    assert "table/masks" not in pieces and notes == []
+    numbers = json.loads((out / "generated" / "numbers.json").read_text())
+    assert numbers["fedavg/nc5/validation"] == "20.50 ± 0.71"
+    assert "| yes | 40.00 |" in (out / "generated" / "methods.md").read_text()
+    (out / "report.tex").write_text("mine")
+    blank.write(runs[:2], out)
+    assert (out / "report.tex").read_text() == "mine"
+    assert not (out / "generated" / "methods.tex").exists()
+    with zipfile.ZipFile(blank.zipped(out)) as archive:
+        names = archive.namelist()
+    assert {"report.tex", "results.sty", "references.bib", "generated/numbers.tex"} <= set(names)
+
+
+def test_runs_that_are_not_finished_make_no_report(tmp_path):
+    leave(tmp_path / "a", 0.3, reached=1)
+    with pytest.raises(ValueError, match="no run is finished; .*round 1 of 3"):
+        blank.write(history.read_all([tmp_path]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path, runs):
+    with pytest.raises(ValueError, match="holds other files"):
+        blank.write(runs, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="LaTeX is not installed")
+def test_latex_takes_it_as_it_is(tmp_path, runs):
+    blank.write(runs, tmp_path / "mine")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "report.tex"]
+    done = subprocess.run(command, cwd=tmp_path / "mine", capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
