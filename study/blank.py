@@ -104,7 +104,7 @@ def write(runs: Sequence[History], out: Path) -> tuple[list[str], list[str]]:
         if any(ran[source] for source in sources.split()):
             drawn(FIGURES[name], ran, generated / f"{name}.png")
             pieces[f"figure/{name}"] = drawn(FIGURES[name], ran, generated / f"{name}.pdf")
-    report.write_numbers(numbers, pieces, generated)
+    report.write_numbers(numbers, generated)
     if good:
         with open(generated / "runs.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(history.numbers(good, history.columns(good)))

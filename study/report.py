@@ -1,20 +1,24 @@
-"""The report's tables, figures and quoted numbers, from the logs of one scale's runs, and of those
-that a GPU made beside the scales.
+"""The report's tables, figures and quoted numbers, from the logs of one scale's runs, and of what a
+GPU measured beside the scales.
 
     python train.py report --scale cpu      # study/latex/build.sh calls this, and then LaTeX
 
     numbers.tex, numbers.json   every figure that the prose may quote, under a readable key:
                                 EXPERIMENT/ROW'S KEY/COLUMN; EXPERIMENT/COLUMN=VALUE/best/COLUMN,
-                                the best of such rows by validation; setup/OPTION; gpu/RUN/COLUMN
+                                the best of such rows by validation; setup/OPTION; gpu/RUN/COLUMN;
+                                FILE/ROW'S KEY/COLUMN, of a table that is a file; density/KIND
     NAME.tex, NAME.md           an experiment's table, for two columns; NAME-short.tex, for one
+    FILE.tex                    a table that is a file
     NAME.pdf                    the figures for which there is data
 
-A key that the experiments of any scale declare is known; one that did not run here says so.
+A key that the experiments of any scale declare is known; one that did not run has no value.
 """
 
 from __future__ import annotations
 
+import csv
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +29,7 @@ from study import experiments
 from study.figures import FIGURES, Done, drawn
 from study.tables import SECONDS, Experiment
 from study.tables import VALIDATION as ACCURACY
-from study.typeset import NOT_RUN, VALUE, grouping, latex_table, markdown_table, tex
+from study.typeset import NOT_RUN, grouping, latex_table, markdown_table, tex
 
 HEADING = "% written by train.py report: do not edit\n"
 VALIDATION = ACCURACY.heading
@@ -53,6 +57,29 @@ ON_A_GPU = {  # beside the scales, in gpu/
     "nc5": "nc5-ridge-lr0.003",
     "nc1": "nc1-ridge-lr0.001",
 }
+CALIBRATED = "calibrate/iid-least-sensitive-0.9/summary.json"  # a mask of four rounds
+
+
+class File(NamedTuple):
+    """A table that is a file: its place below the results, its columns that are rows' keys, and
+    those that LaTeX shows beside them."""
+
+    path: str
+    width: int
+    shown: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """What the report calls it."""
+        return Path(self.path).stem.replace("_", "-")
+
+
+FILES = (
+    File("gpu/pilot_masks.csv", 2, (VALIDATION, "test %", "bytes to dense")),
+    File("gpu/mask_rates.csv", 3, ("factor",)),
+    File("gpu/score_precision.csv", 1, ("bf16, same images", "fp32, other images")),
+    File("cpu/rates.csv", 4, ("best to matched", "best to functional")),
+)
 
 
 class Table(NamedTuple):
@@ -102,9 +129,11 @@ def write_pieces(scale: str, results: Path, out: Path) -> list[str]:
     rows = {table.name: table.rows() for table in tables}
     for name, draw in FIGURES.items():
         pieces[f"figure/{name}"] = drawn(draw, rows, out / f"{name}.pdf")
-    numbers = dict.fromkeys(declared()) | quotable(tables) | {"scale": scale}
-    numbers |= gpu_numbers(results / "gpu")
-    write_numbers(numbers, pieces, out)
+    for file in FILES:
+        if lines := lines_of(results / file.path):
+            text = latex_table(lines, file.width, list(file.shown), best_by=VALIDATION)
+            (out / f"{file.name}.tex").write_text(HEADING + text, encoding="utf-8")
+    write_numbers(dict.fromkeys(declared()) | values(scale, results), out)
     return [name for name, there in pieces.items() if there]
 
 
@@ -123,10 +152,18 @@ def clear(out: Path) -> None:
             old.unlink()
 
 
-def write_numbers(numbers: dict[str, str | None], pieces: dict[str, bool], out: Path) -> None:
+def write_numbers(numbers: dict[str, str | None], out: Path) -> None:
     """Write what can be quoted, for LaTeX and for a reader."""
-    (out / "numbers.tex").write_text(numbers_tex(numbers, pieces), encoding="utf-8")
+    (out / "numbers.tex").write_text(numbers_tex(numbers), encoding="utf-8")
     safe_files.write_json(out / "numbers.json", numbers)
+
+
+def values(scale: str, results: Path) -> dict[str, str | None]:
+    """Return what can be quoted of a scale, of the GPU's runs and of the tables that are files."""
+    numbers = quotable(at_scale(scale, results / scale)) | gpu_numbers(results / "gpu")
+    for file in FILES:
+        numbers |= file_numbers(file, lines_of(results / file.path))
+    return numbers | density_numbers(results / CALIBRATED) | {"scale": scale}
 
 
 def at_scale(scale: str, folder: Path) -> list[Table]:
@@ -230,6 +267,34 @@ def gpu_numbers(folder: Path) -> dict[str, str | None]:
     return numbers
 
 
+def lines_of(path: Path) -> list[list[str]]:
+    """Return a CSV file's lines, heading first, without its comments; none where it is missing."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8").splitlines()
+    heading, *rows = csv.reader(line for line in text if not line.startswith("#"))
+    return [[column.replace("_", " ") for column in heading], *rows]
+
+
+def file_numbers(file: File, lines: list[list[str]]) -> dict[str, str]:
+    """Return a file's figures under NAME/KEY/COLUMN."""
+    return {
+        key_of(file.name, *row[: file.width], column): text
+        for row in lines[1:]
+        for column, text in list(zip(lines[0], row, strict=True))[file.width :]
+    }
+
+
+def density_numbers(path: Path) -> dict[str, str]:
+    """Return what a mask keeps of each kind of parameter, in per cent, its least and most layer."""
+    numbers = {}
+    for kind, by_layer in safe_files.read_json(path)["density"].items() if path.exists() else ():
+        shares = [100 * share for share in by_layer.values() if not math.isnan(share)]
+        numbers[f"density/{kind}/least"] = f"{min(shares):.0f}"
+        numbers[f"density/{kind}/most"] = f"{max(shares):.0f}"
+    return numbers
+
+
 def hours_of(summaries: list[dict]) -> str | None:
     """Return how long these runs took, in hours; None where there are none."""
     seconds = sum(SECONDS.of(summary) or 0 for summary in summaries)
@@ -262,31 +327,10 @@ def key_of(*parts: str) -> str:
     return "/".join(re.sub(r"[^\w./=+]+", "-", part).strip("-") for part in parts)
 
 
-def numbers_tex(numbers: dict[str, str | None], pieces: dict[str, bool]) -> str:
-    """Return the macros: \\defresult{key}{text}{number}{trend}, \\defpiece{name}{0 or 1}."""
-    lines = []
-    for key, text in numbers.items():
-        if text is None:
-            lines.append(f"\\defmissing{{{key}}}")
-        else:
-            lines.append(f"\\defresult{{{key}}}{{{tex(text)}}}{{{size(text)}}}{{{trend(text)}}}")
-    lines += [f"\\defpiece{{{name}}}{{{int(there)}}}" for name, there in pieces.items()]
-    return HEADING + "\n".join(lines) + "\n"
-
-
-def size(text: str) -> str:
-    """Return a number as TeX can compare it, nothing where it cannot."""
-    value = value_of(text) if VALUE.fullmatch(text) else 16000
-    return f"{value:.5f}" if abs(value) < 16000 else ""
-
-
-def trend(text: str) -> str:
-    """Return up or down for a difference; open where its interval covers zero, or it has none."""
-    value = VALUE.fullmatch(text)
-    if not value or not value["sign"]:
-        return ""
-    low, high = float(value["low"] or 0), float(value["high"] or 0)
-    return "open" if low <= 0 <= high else "up" if low > 0 else "down"
+def numbers_tex(numbers: dict[str, str | None]) -> str:
+    """Return the macros of what has a value: \\defresult{key}{text}."""
+    known = {key: text for key, text in numbers.items() if text is not None}
+    return HEADING + "".join(f"\\defresult{{{k}}}{{{tex(text)}}}\n" for k, text in known.items())
 
 
 # ---------------------------------------------------------------------------- tables

@@ -1,14 +1,15 @@
 #!/bin/sh
-# Make study/latex/build/report.pdf from the logs of one scale's runs: build.sh [paper|cpu|smoke]
+# Make study/latex/build/report.pdf from the logs of one scale's runs: build.sh [cpu|smoke|...]
 #
 # Needs LaTeX; on Debian and Ubuntu: apt-get install texlive-latex-recommended texlive-publishers \
 #     texlive-fonts-recommended latexmk
 # PYTHON names the interpreter [python], RESULTS where the scales' runs lie [results].
-# Fails where a number is typed by hand, a key or reference is unknown, a line sticks out, or the
-# report has more than eight pages.
+# Fails where a number is typed by hand, a key is unknown or its value has changed, a reference is
+# undefined, a line sticks out, or the report has more than eight pages. Of another scale than the
+# text's it names what is missing, and goes on.
 set -eu
 cd "$(dirname "$0")"
-scale=${1:-paper} python=${PYTHON:-python}
+scale=${1:-cpu} python=${PYTHON:-python}
 
 if ! command -v pdflatex >/dev/null || ! command -v latexmk >/dev/null; then
     echo "build.sh: LaTeX is missing: apt-get install texlive-latex-recommended" \
@@ -17,6 +18,7 @@ if ! command -v pdflatex >/dev/null || ! command -v latexmk >/dev/null; then
 fi
 (cd ../.. && $python train.py report --scale "$scale" --results "${RESULTS:-results}")
 $python check.py text ./*.tex
+$python check.py numbers ./*.tex
 mkdir -p build
 export max_print_line=1000 # LaTeX breaks no message
 latexmk -pdf -outdir=build -interaction=nonstopmode -halt-on-error -file-line-error \

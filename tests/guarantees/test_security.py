@@ -25,6 +25,7 @@ FOLDERS = [ROOT, *(ROOT / room for room in ROOMS)]
 ITS_OWN = {  # tests that load or run what they have just written themselves
     "test_sparse_sgdm.py",  # pickled optimisers
     "test_readme.py",  # the README's snippets
+    "test_brief.py",  # the notebook's cells
 }
 SOURCES = sorted(
     path

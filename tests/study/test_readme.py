@@ -135,10 +135,65 @@ def test_a_figure_of_an_experiment_is_in_its_table(header, row):
         assert any(rounds_to(cell, quoted) for cell in cells), quoted
 
 
+def measured(path):
+    """Return the rows of a file below results/, without its comments."""
+    lines = (ROOT / "results" / path).read_text().splitlines()
+    assert lines[0].startswith("# command: ") and any(x.startswith("# hardware: ") for x in lines)
+    return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
+def rows_beside(path):
+    """Return heading and rows of the one table of results.md whose heading links to the file."""
+    target = f"../results/{path}"
+    found = [(h, r) for h, r in tables(ROOT / "docs" / "results.md") if target in h[0]]
+    (heading,) = {tuple(h) for h, _ in found}
+    return heading, [row for _, row in found]
+
+
+def test_the_masks_at_224_px_are_those_of_their_file():
+    """Every row of the file is shown, and none of its masks' best rates lies inside."""
+    heading, rows = rows_beside("gpu/pilot_masks.csv")
+    lines = measured("gpu/pilot_masks.csv")
+    assert heading[-1] == "seeds" and all(row[-1] == "1" for row in rows)
+    for (label, *cells, _), line in zip(rows, lines, strict=True):
+        name, *figures = line.values()
+        assert label.removesuffix(" tenth").replace(" ", "-") == name and cells == figures
+    tried: dict[str, list] = {}
+    for line in lines:
+        tried.setdefault(line["trains"], []).append((float(line["lr"]), line["validation %"]))
+    assert all(max(runs)[1] == max(figure for _, figure in runs) for runs in tried.values())
+    best = {trains: max(float(figure) for _, figure in runs) for trains, runs in tried.items()}
+    gaps = [best["dense"] - accuracy for trains, accuracy in best.items() if trains != "dense"]
+    text = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    assert f"ends {min(gaps):.1f} to {max(gaps):.1f} points of validation below dense" in text
+
+
+def test_the_factors_of_the_rate_are_those_of_their_file():
+    (_, *rules), rows = rows_beside("gpu/mask_rates.csv")
+    quoted = {
+        (*re.findall(r"[\d.]+", label), rule.replace(" ", "-")): cell
+        for label, *cells in rows
+        for rule, cell in zip(rules, cells, strict=True)
+    }
+    factors = {tuple(line.values())[:3]: line["factor"] for line in measured("gpu/mask_rates.csv")}
+    assert quoted == factors
+    at = {rule: factors["224", "0.9", rule] for rule in ("least-sensitive", "most-sensitive")}
+    text = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    assert f"{at['least-sensitive']} times dense training's for the least sensitive tenth" in text
+    assert f"{at['most-sensitive']} times for the most sensitive" in text
+
+
+def test_the_precision_of_scores_is_that_of_its_file():
+    _, rows = rows_beside("gpu/score_precision.csv")
+    lines = measured("gpu/score_precision.csv")
+    assert {label: cells for label, *cells in rows} == {
+        column: [line[column] for line in lines] for column in list(lines[0])[1:]
+    }
+
+
 def test_the_rounds_on_an_h200_are_those_of_their_file():
-    lines = (ROOT / "results" / "bench" / "rounds_h200.csv").read_text().splitlines()
     seconds: dict[tuple, list] = {}
-    for line in csv.DictReader(line for line in lines if not line.startswith("#")):
+    for line in measured("bench/rounds_h200.csv"):
         seconds.setdefault((line["loop"], line["workers"]), []).append(line["seconds"])
     rows = [r for h, r in tables(ROOT / "docs" / "speed.md") if h[0] == "loop"]
     unit = median(map(float, seconds["project", ""]))

@@ -1,5 +1,6 @@
-"""The report quotes what the logs say, says what has not run, and cannot hold a typed number."""
+"""The report quotes what the logs say and what it was written for, and holds no typed number."""
 
+import importlib.util
 import json
 import os
 import re
@@ -11,9 +12,13 @@ import pytest
 from conftest import ROOT
 
 from study import experiments, report
+from study.figures import FIGURES
 from study.tables import Experiment, Row
 
 LATEX = ROOT / "study" / "latex"
+SPEC = importlib.util.spec_from_file_location("check", LATEX / "check.py")
+CHECK = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(CHECK)
 ROWS = tuple(Row(("iid", rule), (), (0.1,), (0, 1)) for rule in ("dense", "random", "vote"))
 STUB = Experiment("Rules", ("sharding", "rule"), ROWS, baseline=("dense",))
 
@@ -92,21 +97,33 @@ def test_runs_on_a_gpu_are_quoted_by_their_last_evaluation(tmp_path):
     assert numbers["gpu/nc1/test"] is None and numbers["gpu/nc1/round"] is None
 
 
+def test_a_file_of_figures_is_quoted_and_is_a_table(tmp_path, scales):
+    (tmp_path / "gpu").mkdir()
+    text = "# command: none\ntrains,lr,validation %,test %,bytes to dense\n"
+    text += "dense,0.01,84.86,84.60,1\nrandom,0.03,83.30,82.79,0.102\n"
+    (tmp_path / "gpu" / "pilot_masks.csv").write_text(text)
+    out, _, numbers = written(tmp_path)
+    assert numbers["pilot-masks/random/0.03/validation"] == "83.30"
+    assert numbers["pilot-masks/dense/0.01/bytes-to-dense"] == "1"
+    table = (out / "pilot-masks.tex").read_text()
+    assert r"\bestresult{\ensuremath{84.86}}" in table and "random" in table
+    assert not (out / "mask-rates.tex").exists()
+
+
+def test_what_a_mask_keeps_is_quoted_by_its_least_and_most_layer(tmp_path):
+    path = tmp_path / "summary.json"
+    path.write_text('{"density": {"key.weight": {"embed": NaN, "0": 0.361, "1": 0.704}}}')
+    numbers = report.density_numbers(path)
+    assert numbers == {"density/key.weight/least": "36", "density/key.weight/most": "70"}
+    assert report.density_numbers(tmp_path / "none.json") == {}
+
+
 def test_the_macros_say_the_same(tmp_path, scales):
     out, _, _ = written(tmp_path)
     lines = (out / "numbers.tex").read_text().splitlines()
-    value = r"\ensuremath{32.50 \pm 2.12}"
-    assert rf"\defresult{{rules/iid/random/validation}}{{{value}}}{{32.50000}}{{}}" in lines
-    assert r"\defmissing{rules/iid/vote/validation}" in lines
-    assert r"\defpiece{table/heads}{0}" in lines and r"\defpiece{table/rules}{1}" in lines
-
-
-def test_a_difference_is_open_where_the_seeds_do_not_decide_its_sign():
-    decided = ("+1.09 [+0.20, +2.00]", "-1.09 [-2.00, -0.10]")
-    assert [report.trend(text) for text in decided] == ["up", "down"]
-    undecided = ("+1.09 [-0.20, +2.00]", "+1.09", "-0.01", "+0.00")
-    assert [report.trend(text) for text in undecided] == ["open"] * 4
-    assert [report.trend(text) for text in ("34.91", "34.91 ± 0.20", "random")] == [""] * 3
+    assert r"\defresult{rules/iid/random/validation}{\ensuremath{32.50 \pm 2.12}}" in lines
+    assert r"\defresult{scale}{cpu}" in lines
+    assert not [line for line in lines if "rules/iid/vote/validation" in line]
 
 
 # ---------------------------------------------------------------------------- text and LaTeX
@@ -125,10 +142,10 @@ def check(what, *paths):
 def test_a_number_typed_into_the_text_is_found(tmp_path, typed):
     copies = [shutil.copy(path, tmp_path) for path in LATEX.glob("*.tex")]
     assert check("text", *copies) == (0, "")
-    results = tmp_path / "results.tex"
-    results.write_text(results.read_text() + f"\n{typed}\n")
+    masks = tmp_path / "masks.tex"
+    masks.write_text(masks.read_text() + f"\n{typed}\n")
     status, said = check("text", *copies)
-    assert status == 1 and "results.tex:" in said and said.count("typed by hand") == 1
+    assert status == 1 and "masks.tex:" in said and said.count("typed by hand") == 1
 
 
 def test_a_number_that_a_macro_looks_up_is_not_typed(tmp_path):
@@ -136,9 +153,75 @@ def test_a_number_that_a_macro_looks_up_is_not_typed(tmp_path):
     text.write_text(
         r"\result{rules/0.5/x} per cent \cite{li2020} % 3.5 \% of a comment"
         "\n"
-        r"\ifabove{a/0.5}{b/0.9}{yes}{no} CIFAR-100 $2^{-48}$ \iftrend{a/0.99}{up}{same}{down}"
+        r"CIFAR-100 $2^{-48}$ \generated{rules-40} \drawn{../a-40.png} $N_c = 10$"
     )
     assert check("text", text) == (0, "")
+
+
+def test_the_text_quotes_what_the_runs_say_and_what_it_was_written_for():
+    """A value that has changed wants its sentence read again, then `check.py accept`."""
+    places = CHECK.quotes(sorted(LATEX.glob("*.tex")))
+    quoted = json.loads((LATEX / "quoted.json").read_text())
+    numbers = report.values(quoted["scale"], ROOT / "results")
+    assert len(places) > 50 and CHECK.unfit(places, numbers, quoted["values"]) == ([], [])
+
+
+def test_the_text_takes_tables_and_figures_that_are_made():
+    text = "".join(path.read_text() for path in LATEX.glob("*.tex") if path.name != "macros.tex")
+    tables = {*experiments.at_scale("cpu")} | {file.name for file in report.FILES}
+    named = re.findall(r"\\generated\{([^}]*)\}", text)
+    assert len(named) > 5 and {name.removesuffix("-short") for name in named} <= tables
+    for path in re.findall(r"\\drawn\{([^}]*)\}", text):
+        folder, _, name = path.rpartition("/")
+        assert (LATEX / path).exists() or (
+            folder == "generated" and name.removesuffix(".pdf") in FIGURES
+        )
+
+
+def test_every_source_that_the_text_cites_is_listed():
+    text = "".join(path.read_text() for path in LATEX.glob("*.tex"))
+    cited = {
+        key.strip() for keys in re.findall(r"\\cite\{([^}]*)\}", text) for key in keys.split(",")
+    }
+    listed = re.findall(r"@\w+\{(\w+),", (LATEX / "references.bib").read_text())
+    assert len(cited) > 15 and cited <= set(listed) and len(listed) == len(set(listed))
+
+
+def test_what_the_text_refers_to_has_a_label():
+    text = "".join(path.read_text() for path in LATEX.glob("*.tex"))
+    labels = re.findall(r"\\label\{([^}]*)\}", text)
+    assert set(re.findall(r"\\(?:eq)?ref\{([^}]*)\}", text)) <= set(labels)
+    assert len(labels) == len(set(labels))
+
+
+@pytest.fixture
+def quoting(tmp_path):
+    """A text that quotes two numbers, and what `check.py` says of it at a scale."""
+    (tmp_path / "generated").mkdir()
+    (tmp_path / "a.tex").write_text("It is\n\\result{a/b}, not \\result{c}. % \\result{d}\n")
+
+    def said(numbers, accept=False):
+        (tmp_path / "generated" / "numbers.json").write_text(json.dumps(numbers))
+        return CHECK.check_numbers([tmp_path / "a.tex"], tmp_path, accept)
+
+    said({"scale": "cpu", "a/b": "1.0 ± 0.1", "c": "2"}, accept=True)
+    return said
+
+
+def test_a_changed_value_wants_its_sentence_read_again(quoting):
+    assert quoting({"scale": "cpu", "a/b": "1.0 ± 0.1", "c": "2"}) == []
+    (stale,) = quoting({"scale": "cpu", "a/b": "1.0 ± 0.1", "c": "3"})
+    assert stale.startswith("a.tex:2: 'c' is '3', and the text was written for '2'")
+    assert quoting({"scale": "cpu", "a/b": "1.0 ± 0.1", "c": "3"}, accept=True) == []
+
+
+def test_a_key_without_a_value_is_named(quoting, capsys):
+    (missing,) = quoting({"scale": "cpu", "c": "2", "a/b": None})
+    assert missing == "a.tex:2: 'a/b' has no value"
+    assert quoting({"scale": "smoke", "c": "7"}) == []
+    assert "1 of 2 numbers have no value at this scale, and stand as [?]: a/b" in (
+        capsys.readouterr().out
+    )
 
 
 LOG = "Output written on report.pdf ({} pages, 1 bytes).\n"
@@ -190,67 +273,9 @@ def build(copy, **environment):
 def test_the_report_is_made_where_nothing_has_run(copy):
     status, said = build(copy)
     assert status == 0 and (copy / "study" / "latex" / "build" / "report.pdf").exists(), said
+    assert "numbers have no value at this scale" in said and "gpu/iid/test" in said
 
 
 def test_without_latex_the_packages_are_named(copy):
     status, said = build(copy, PATH="/nonexistent")
     assert status == 2 and "apt-get install texlive" in said
-
-
-QUESTIONS = r"""\documentclass{article}
-\input{macros}
-\defresult{a}{2.5}{2.50000}{up}\defresult{b}{0.3}{0.30000}{open}\defmissing{c}
-\defpiece{table/t}{1}\defpiece{figure/f}{0}\defresult{scale}{cpu}{}{}
-\newcommand\say[1]{\typeout{said: #1}}
-\begin{document}
-\ifabove{a}{b}{\say{1 yes}}{\say{1 no}}\ifabove{b}{a}{\say{2 yes}}{\say{2 no}}
-\ifresult{a}{\say{3 yes}}{\say{3 no}}\ifresult{c}{\say{4 yes}}{\say{4 no}}
-\iftrend{a}{\say{5 up}}{\say{5 open}}{\say{5 down}}
-\iftrend{b}{\say{6 up}}{\say{6 open}}{\say{6 down}}
-\iftable{t}{\say{7 yes}}{\say{7 no}}\iffigure{f}{\say{8 yes}}{\say{8 no}}
-\ifscale{cpu}{\say{9 yes}}{\say{9 no}}\ifscale{smoke}{\say{10 yes}}{\say{10 no}}
-\end{document}
-"""
-
-
-def pdflatex(folder, text):
-    shutil.copy(LATEX / "macros.tex", folder)
-    (folder / "questions.tex").write_text(text)
-    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "questions.tex"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    return done.returncode, done.stdout
-
-
-@latex
-def test_the_macros_answer_as_the_numbers_say(tmp_path):
-    status, said = pdflatex(tmp_path, QUESTIONS)
-    answers = [line[6:] for line in said.splitlines() if line.startswith("said: ")]
-    assert status == 0 and answers == [
-        *("1 yes", "2 no", "3 yes", "4 no", "5 up", "6 open", "7 yes", "8 no", "9 yes", "10 no")
-    ]
-
-
-@latex
-@pytest.mark.parametrize(
-    "unknown",
-    [
-        r"\result{x}",
-        r"\ifresult{x}{}{}",
-        r"\iftrend{x}{}{}{}",
-        r"\ifabove{a}{x}{}{}",
-        r"\iftable{x}{}{}",
-    ],
-)
-def test_an_unknown_key_stops_latex(tmp_path, unknown):
-    status, said = pdflatex(
-        tmp_path, QUESTIONS.replace(r"\end{document}", unknown + r"\end{document}")
-    )
-    assert status == 1 and re.search("No [a-z]+ is called '(figure/|table/)?x'", said)
-
-
-@latex
-@pytest.mark.parametrize("open_question", [r"\iftrend{c}{}{}{}", r"\ifabove{a}{c}{}{}"])
-def test_a_question_about_what_has_not_run_stops_latex(tmp_path, open_question):
-    text = QUESTIONS.replace(r"\end{document}", open_question + r"\end{document}")
-    status, said = pdflatex(tmp_path, text)
-    assert status == 1 and "that ran" in said
