@@ -9,11 +9,22 @@ where the head alone trains, for two cores. smoke: the synthetic data set, to se
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 from centralized import SCHEDULES
 from masks import CONSENSUS, needs_scores
-from study.tables import BYTES, TEST, VALIDATION, Experiment, Measure, Row
+from study.gpu import ACCURACY, LINEARITY, METHODS, SEEN, SHARDINGS, SIZES, at_size, name_of
+from study.gpu import MAKERS as GPU_MAKERS
+from study.tables import (
+    TEST,
+    VALIDATION,
+    Experiment,
+    Measure,
+    Row,
+    around,
+    rung,
+)
 
 CPU = ("--model", "vit_ti16", "--weights", "data/vit_tiny_patch16_224.pth", "--threads", "1")
 SMOKE = ("--data", "synthetic", "--threads", "1")
@@ -42,7 +53,7 @@ class Scale(NamedTuple):
     wide_seeds: tuple[int, ...]  # of the other runs that train a backbone
 
 
-SCALES = {
+SCALES: dict[str, Scale | None] = dict.fromkeys(SIZES) | {
     "paper": Scale(
         backbone=("--batch-size", "64"),
         features=(),
@@ -101,20 +112,6 @@ SCALES = {
         wide_seeds=(0,),
     ),
 }
-SHARDINGS = {
-    n: () if n == "iid" else ("--nc", n[2:]) for n in ("iid", "nc50", "nc10", "nc5", "nc1")
-}
-LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)  # of rates
-
-
-def rung(lr: float, offset: int = 0) -> float:
-    """Return the rate `offset` rungs above `lr`."""
-    return LADDER[LADDER.index(lr) + offset]
-
-
-def around(lr: float, tries: int) -> tuple[float, ...]:
-    """Return `lr`, then the rungs below and above it, as many as are tried."""
-    return (lr, rung(lr, -1), rung(lr, 1))[:tries]
 
 
 def rounds(steps: int, local_steps: int, evaluations: int = 1) -> tuple[str, ...]:
@@ -181,7 +178,7 @@ def heterogeneity(s: Scale) -> Experiment:
     drift = (Measure("update cosine", "final/update_cosine"), Measure("moved", "final/distance"))
     title = "Classes per client against local steps, at equal J x rounds"
     columns = ("trains", "sharding", "J")
-    return Experiment(title, columns, tuple(rows), (VALIDATION, TEST, *drift), ("4",))
+    return Experiment(title, columns, tuple(rows), (VALIDATION, TEST, *drift, *SEEN), ("4",))
 
 
 def heads(s: Scale) -> Experiment:
@@ -223,7 +220,6 @@ RUNGS = {  # the lower of the two rates tried, iid: the less the entries matter,
     **{("highest-magnitude", s): lr for s, lr in (("0.5", 0.003), ("0.9", 0.01), ("0.99", 0.03))},
     **{("random", s): lr for s, lr in (("0.5", 0.003), ("0.9", 0.01), ("0.99", 0.03))},
 }
-ACCURACY = (VALIDATION, TEST, BYTES)
 
 
 def masked(s: Scale, rule: str, sparsity: str, sharding: str, *more: str) -> tuple[str, ...]:
@@ -328,16 +324,9 @@ def linearity(s: Scale) -> Experiment:
             options = (*masked(s, rule, share, sharding), "--diagnostics")
             low = rung(RUNGS[rule, share], 0 if sharding == "iid" else -3)
             rates = (rung(low, rule == "least-sensitive"),)
-            rows.append(Row((sharding, rule), options, rates, s.mask_seeds))
-    figures = (
-        Measure("moved", "final/distance"),
-        Measure("logits moved", "final/displacement"),
-        Measure("linearity error", "final/linearity_error"),
-        Measure("the same, matched", "final/matched_linearity_error"),
-        Measure("disentanglement error, matched", "final/matched_disentanglement_error"),
-    )
+            rows.append(Row((sharding, rule), options, rates, s.mask_seeds, widened=0))
     title = "Linearity and interference under the mask rules, sparsity 0.9"
-    return Experiment(title, ("sharding", "rule"), tuple(rows), (VALIDATION, *figures))
+    return Experiment(title, ("sharding", "rule"), tuple(rows), LINEARITY)
 
 
 def scaffold_mask(s: Scale) -> Experiment:
@@ -368,32 +357,14 @@ def privacy(s: Scale) -> Experiment:
             private = ("--dp-noise", noise, "--dp-clip", "0.3")
             options = (*masked(s, rule, share, "iid"), *private)
             rates = (RUNGS[rule, share],)
-            rows.append(Row((noise, rule), options, rates, s.mask_seeds, name=f"dp{noise}-{rule}"))
+            name = f"dp{noise}-{rule}"
+            rows.append(Row((noise, rule), options, rates, s.mask_seeds, name=name, widened=0))
     title = "Client-level privacy: noise in all weights, or in a hundredth of them"
     measures = (VALIDATION, TEST, Measure("epsilon", "final/epsilon", digits=1))
     return Experiment(title, ("noise", "rule"), tuple(rows), measures, ("dense",))
 
 
 # -------------------------------------------------------------------------------------- methods
-
-METHODS = {
-    "fedavg": (),
-    "fedprox": ("--prox", "0.01"),
-    "scaffold": ("--scaffold",),
-    "fedir": ("--fedir",),
-    "fedvc": ("--fedvc",),
-    "local-norm": ("--local-norm",),
-    "fedavgm": ("--server", "fedavgm"),
-    "fedadagrad": ("--server", "fedadagrad"),
-    "fedadam": ("--server", "fedadam"),
-    "fedyogi": ("--server", "fedyogi"),
-    "ties": ("--aggregate", "ties"),
-    "dare": ("--aggregate", "dare", "--dare-drop", "0.5"),
-    "sign": ("--aggregate", "sign"),
-    "fedavg-stragglers": ("--straggler-fraction", "0.5"),
-    "fednova-stragglers": ("--straggler-fraction", "0.5", "--aggregate", "fednova"),
-    "fedsgd": ("--J", "1", "--batch-size", "full"),
-}
 
 
 def methods(s: Scale) -> Experiment:
@@ -415,10 +386,26 @@ def methods(s: Scale) -> Experiment:
     return Experiment("Federated methods", columns, tuple(rows), ACCURACY, ("fedavg",))
 
 
-def at_scale(name: str) -> dict[str, Experiment]:
-    """Return the experiments, by name, at one of SCALES, cheapest and most telling first."""
-    makers = (
-        *(agreement, heads, heterogeneity, fedavg_iid, centralized),
-        *(rules, sparsity, consensus, linearity, privacy, scaffold_mask, methods),
-    )
-    return {make.__name__.replace("_", "-"): make(SCALES[name]) for make in makers}
+BRIEF = (  # in its order, the extension last
+    *(centralized, fedavg_iid, heads, heterogeneity, rules, sparsity),
+    *(agreement, consensus, linearity, privacy, scaffold_mask, methods),
+)
+NAMES = tuple(dict.fromkeys([*map(name_of, BRIEF), *map(name_of, GPU_MAKERS)]))
+
+
+def at_scale(name: str, results: Path = Path("nowhere")) -> dict[str, Experiment]:
+    """Return the experiments, by name, at one of SCALES, in the order in which they run.
+
+    Args:
+        results: the folder of the scale's runs, where a first table says how large others are.
+    """
+    if name in SIZES:
+        s = SIZES[name]
+        made = at_size(s, results) | {"agreement": agreement(s)}
+    else:
+        made = {name_of(make): make(SCALES[name]) for make in BRIEF}
+    if not name.endswith("smoke"):
+        return made
+    return {
+        n: e._replace(rows=tuple(r._replace(widened=0) for r in e.rows)) for n, e in made.items()
+    }

@@ -160,4 +160,5 @@ def tex(text: str) -> str:
         text = re.sub(r"^([+-]?)1 10\^", r"\g<1>10^", text).replace(" 10^", r" \cdot 10^")
         text = text.replace("±", r"\pm").replace(", ", r",\,").replace(" [", r"\;[")
         return f"\\ensuremath{{{text}}}"
+    text = re.sub(r"(?<![\w.-])[+-]\d+\.\d+", r"\\ensuremath{\g<0>}", text)  # several differences
     return re.sub(r"([%&#_$])", r"\\\1", text).replace("±", r"$\pm$")

@@ -14,7 +14,9 @@ from study import experiments, report
 from study.tables import Experiment, Row
 
 LATEX = ROOT / "study" / "latex"
-ROWS = tuple(Row(("iid", rule), (), (0.1,), (0, 1)) for rule in ("dense", "random", "vote"))
+ROWS = tuple(
+    Row(("iid", rule), (), (0.1,), (0, 1), widened=0) for rule in ("dense", "random", "vote")
+)
 STUB = Experiment("Rules", ("sharding", "rule"), ROWS, baseline=("dense",))
 
 
@@ -56,9 +58,9 @@ def written(tmp_path):
 def test_numbers_have_readable_keys_and_what_did_not_run_has_no_value(tmp_path, scales):
     out, made, numbers = written(tmp_path)
     assert numbers["rules/iid/random/validation"] == "32.50 ± 2.12"
-    assert numbers["rules/iid/random/to-dense"] == "+1.50 [-4.85, +7.85]"
+    assert numbers["rules/iid/random/to-dense"] == "+1.00, +2.00"
     assert numbers["rules/best"] == "iid, random" and numbers["rules/sharding=iid/best"] == "random"
-    assert numbers["rules/sharding=iid/best/to-dense"] == "+1.50 [-4.85, +7.85]"
+    assert numbers["rules/sharding=iid/best/to-dense"] == "+1.00, +2.00"
     assert numbers["rules/iid/vote/validation"] is None
     assert numbers["heads/iid/dense/validation"] is None  # known at another scale
     assert numbers["rules/runs/done"] == "4" and numbers["rules/runs/all"] == "6"
@@ -92,6 +94,12 @@ def test_runs_on_a_gpu_are_quoted_by_their_last_evaluation(tmp_path):
     assert numbers["gpu/nc1/test"] is None and numbers["gpu/nc1/round"] is None
 
 
+def test_a_rate_that_is_not_bracketed_has_a_star_in_latex(tmp_path, scales):
+    out, _, _ = written(tmp_path)
+    text = (out / "rules.tex").read_text()
+    assert "0.1* " in text and "in 2 of 2 rows the best rate is at an end" in text
+
+
 def test_the_macros_say_the_same(tmp_path, scales):
     out, _, _ = written(tmp_path)
     lines = (out / "numbers.tex").read_text().splitlines()
@@ -105,7 +113,8 @@ def test_a_difference_is_open_where_the_seeds_do_not_decide_its_sign():
     decided = ("+1.09 [+0.20, +2.00]", "-1.09 [-2.00, -0.10]")
     assert [report.trend(text) for text in decided] == ["up", "down"]
     undecided = ("+1.09 [-0.20, +2.00]", "+1.09", "-0.01", "+0.00")
-    assert [report.trend(text) for text in undecided] == ["open"] * 4
+    undecided += ("+1.00, +2.00", "none (+0.20 [+0.10, +0.30])")
+    assert [report.trend(text) for text in undecided] == ["open"] * 6
     assert [report.trend(text) for text in ("34.91", "34.91 ± 0.20", "random")] == [""] * 3
 
 
