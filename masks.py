@@ -26,6 +26,9 @@ import torch
 from torch import Tensor
 
 CONSENSUS = ("mean", "max", "median-rank", "vote")
+RANKS = CONSENSUS[2:]  # those that make ranks of the clients' keys
+LEVELS = 0.01, 0.1, 0.5, 0.9, 0.99  # of the quantiles that a calibration round reports
+RATES = {"matched": 0.5, "functional": 1.0, "raw": 0.0}  # the exponent of `rate_factor`
 CHUNK = 1 << 18  # entries; bounds the temporaries that hold every client's value of an entry
 
 
@@ -129,7 +132,49 @@ def mask_from_scores(scores: dict[str, Tensor], sparsity: float) -> dict[str, Te
     return {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
 
 
+# ---------------------------------------------------------------------------- the rate
+
+
+def sensitivity_share(mask: Tensor, scores: Tensor | None = None) -> float:
+    """Return the share of all sensitivity that a mask (P,) keeps: sum_i m_i F_i / sum_i F_i.
+
+    Args:
+        scores: F (P,) of the undamped network; None, where nothing is scored, counts entries.
+    """
+    weights = torch.ones_like(mask, dtype=torch.float64) if scores is None else scores.double()
+    return (weights[mask].sum() / weights.sum()).item()
+
+
+def rate_factor(share: float, how: str = "matched") -> float:
+    """Return what dense training's learning rate is multiplied by under a mask.
+
+    A step of rate lr has the expected norm lr * sqrt(sum_i m_i F_i), and changes the loss by lr *
+    sum_i m_i F_i to first order, so that with s the share of all sensitivity that the mask keeps
+        matched     s^(-1/2)   the update has the norm of dense training's
+        functional  s^-1       the loss changes as in dense training
+        raw         1
+
+    Args:
+        share: s, above 0.
+    """
+    return share ** -RATES[how]
+
+
 # ---------------------------------------------------------------------------- calibration
+
+
+class CalibrationRound(NamedTuple):
+    """What a round of calibration came to.
+
+    of: entries that it ranked; alive: how many of them it leaves; bar: the highest of their keys;
+    quantiles: of all keys that it ranked, at LEVELS.
+    """
+
+    round: int
+    of: int
+    alive: int
+    bar: float
+    quantiles: tuple[float, ...]
 
 
 def calibrate(
@@ -141,6 +186,7 @@ def calibrate(
     rounds: int = 4,
     damp: float = 0.1,
     group_sizes: Sequence[int] | None = None,
+    report: Callable[[CalibrationRound], None] | None = None,
 ) -> Tensor:
     """Return the mask (P,) of the entries that stay trainable, True = trainable.
 
@@ -153,6 +199,7 @@ def calibrate(
         threshold: keep the entries alive whose key is at most this.
         group_sizes: sizes of consecutive groups that split theta; each keeps the same share by
             itself (a budget per tensor). None ranks all entries together.
+        report: hears of every round.
 
     Raises:
         ValueError: sparsity outside [0, 1), rounds below 1, a key that is not finite, or a
@@ -185,12 +232,21 @@ def calibrate(
             values = keys(alive, keep)
             if not torch.isfinite(values).all():
                 raise ValueError(f"calibration round {r}: a score is not finite")
-            alive = keep(values)
+            ranked, alive = values[alive], keep(values)
             if threshold is not None and not alive.any():
                 raise NothingKept(r, threshold, values.min().item(), values.max().item())
+            if report is not None:
+                bar = values[alive].max().item()
+                report(CalibrationRound(r, len(ranked), int(alive.sum()), bar, quantiles(ranked)))
     finally:
         theta.copy_(original)
     return alive
+
+
+def quantiles(values: Tensor) -> tuple[float, ...]:
+    """Return the values (n,) that the shares LEVELS of them do not exceed."""
+    ordered = values.sort().values
+    return tuple(ordered[round(level * (len(ordered) - 1))].item() for level in LEVELS)
 
 
 # ---------------------------------------------------------------------------- many clients

@@ -41,7 +41,7 @@ def train(workspace: Workspace, line: Line, name: str) -> dict:
             o.sgd,
             o.head,
             o.masking,
-            o.given_mask.mask,
+            o.given_mask,
         )
         learner.keep_activations()
         process = loop(learner, line)
@@ -74,7 +74,7 @@ def loop(learner: Learner, line: Line) -> Centralized:
         return draws.to(workspace.device)
 
     def train_batch(draws: torch.Tensor, at: float) -> torch.Tensor:
-        lr = o.schedule.at(at, total=o.epochs.epochs, lr=o.sgd.lr)
+        lr = o.schedule.at(at, total=o.epochs.epochs, lr=entries.sgd.lr)
 
         def attempt(loss_scale: float) -> torch.Tensor:
             return backward(draws=draws, loss_scale=loss_scale)

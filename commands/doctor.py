@@ -140,7 +140,7 @@ def trial_learner(
         o.sgd,
         o.head,
         o.masking,
-        o.given_mask.mask,
+        o.given_mask,
         o.client_terms,
     )
     learner.keep_activations()

@@ -77,7 +77,7 @@ def train(workspace: Workspace, shards: list[np.ndarray], line: Line, name: str)
                 o.sgd,
                 o.head,
                 o.masking,
-                o.given_mask.mask,
+                o.given_mask,
                 o.client_terms,
             )
     with folder.opening():

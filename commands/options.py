@@ -383,6 +383,7 @@ def recipe_of(folder: str, data_dir: str, machine: Machine, weights: str | None 
     here = machine._asdict() | {"data_dir": data_dir, "cuda_graph": "off"}
     here["precision"] = precision if machine.precision == "auto" else machine.precision
     here["normalisation"] = stored.get("pixels")  # whatever the file is called now
+    here |= {"fresh": False, "mask_lr": stored.get("mask_lr")}  # older runs have neither
     here["weights"] = stored.get("weights") if weights is None else weights
     if command in ("ridge", "calibrate"):
         raise ValueError(f"{folder} holds no checkpoint: a run of {command}, without one")
@@ -402,7 +403,7 @@ def recipe_of(folder: str, data_dir: str, machine: Machine, weights: str | None 
         sgd=o.sgd,
         head=o.head,
         masking=o.masking,
-        mask=o.given_mask.mask,
+        given_mask=o.given_mask,
         weights_sha256=stored["weights_sha256"],
         sharding=o.sharding if federated else None,
         federation=federation(o) if federated else None,

@@ -197,13 +197,30 @@ def fill_mask(o: Options) -> None:
     """Fill in what decides how a mask is made, of the commands that make or take one."""
     if o.command == "calibrate":
         o.mask_rule = o.mask_rule or "least-sensitive"
+    ignore_scoring(o)
     refuse(of_masks(o))
+    if o.mask_lr is None and (o.mask or o.mask_rule):
+        o.mask_lr = "matched"
+    if o.mask_lr == "raw":
+        o.mask_lr = None
     if not o.mask_rule:
         return
     for name, value in MASK_DEFAULTS.items():
         if getattr(o, name) is None and not (name == "sparsity" and o.threshold is not None):
             setattr(o, name, value)
     refuse(of_making(o))
+
+
+def ignore_scoring(o: Options) -> None:
+    """Take away what only rules that score use, and say so: a loop over rules gives it to all."""
+    if not o.mask_rule or masks.needs_scores(o.mask_rule):
+        return
+    idle = [name for name in SCORING if getattr(o, name) is not None]
+    if idle:
+        flags = ", ".join(map(flag, idle))
+        print(f"{flags}: ignored, as --mask-rule {o.mask_rule} scores nothing")
+    for name in idle:
+        setattr(o, name, None)
 
 
 def of_masks(o: Options) -> Iterator[tuple[Any, str]]:
@@ -213,18 +230,15 @@ def of_masks(o: Options) -> Iterator[tuple[Any, str]]:
         not o.mask_rule and making,
         f"{first} makes a mask and needs --mask-rule {'|'.join(masks.RULES)}",
     )
-    scores = o.mask_rule and masks.needs_scores(o.mask_rule)
-    idle = [flag(name) for name in making if name in SCORING and not scores]
-    yield (
-        idle,
-        f"{''.join(idle[:1])} belongs to --mask-rule least-sensitive|most-sensitive: "
-        f"{o.mask_rule} scores nothing",
-    )
     yield (
         o.mask and o.mask_rule,
         "--mask takes a mask that is made: leave --mask-rule away, or --mask",
     )
     masked = o.mask or o.mask_rule
+    yield (
+        o.mask_lr and not masked,
+        f"--mask-lr {o.mask_lr} is of a rate under a mask: --mask FILE or --mask-rule",
+    )
     yield (
         masked and o.train not in (None, "all"),
         f"a mask says what trains: --mask-scope in place of --train {o.train}",

@@ -35,7 +35,7 @@ def build_learner(folder: Path, *arguments: object) -> tuple[Learner, list, Line
         o.sgd,
         o.head,
         o.masking,
-        o.given_mask.mask,
+        o.given_mask,
         o.client_terms,
     )
     return learner, shards, line

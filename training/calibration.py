@@ -7,7 +7,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -29,16 +29,24 @@ if TYPE_CHECKING:
     from machine.runs import Run
     from training.workspace import Workspace
 
+MAKERS = fisher.__file__, masks.__file__, __file__  # the code that decides what a mask keeps
 OVERLAP_CLIENTS = 10  # whose masks are compared
 GROUPS = (1, 2, 5, 10, 20, 50)  # sizes of the groups of clients whose masks are compared
 
 
 class GivenMask(NamedTuple):
-    """A mask made before."""
+    """Training under a mask: one made before, and the rate."""
 
     mask: Annotated[
         str | None, "a mask that `calibrate` wrote [everything trains]", "path", "FILE"
     ] = None
+    mask_lr: Annotated[
+        str | None,
+        "under a mask --lr is the rate of DENSE training, and multiplied so that an update has the "
+        "norm that it has there (matched), or that the loss changes as much (functional); raw "
+        "takes it as it stands [matched]",
+        masks.RATES,
+    ] = None  # which is raw: what runs had before there was a choice
 
 
 class Masking(NamedTuple):
@@ -161,38 +169,54 @@ class Calibration:
         scores = self.scorer.diagonal(batches())
         return torch.cat([scores[name].flatten() for name in self.names])
 
-    def client_keys(self, index: np.ndarray) -> Tensor:
-        """Return the keys (P,) by which a client that holds these images would rank alone."""
+    def client_keys(self, index: np.ndarray, total: Tensor | None = None, share: float = 1.0):
+        """Return the keys (P,) by which a client that holds these images would rank alone.
+
+        Args:
+            total: (P,), to which the client's sensitivities are added, times `share`.
+        """
         scores = self.sensitivity(index) if self.scores else None
+        if total is not None:
+            total.add_(scores, alpha=share)
         return masks.ranking(self.options.mask_rule, self.theta, scores, self.seed)
 
     def make(self) -> Mask:
         """Calibrate; the bytes are those of the scores and of the masks they are taken under."""
         options, started = self.options, time.monotonic()
         images = {int(k): self.images(k) for k in self.clients}
-        weights = [len(self.shards[k]) for k in self.clients]
+        weights = np.array([len(self.shards[k]) for k in self.clients])
         rounds = options.calibration_rounds if self.scores else 1  # other keys do not change
         status, done = Status("calibration: client", rounds * len(images)), itertools.count(1)
-        sent = []  # scores that a client sends in each round: those of the entries alive
+        steps: list[masks.CalibrationRound] = []
+        undamped = torch.zeros_like(self.theta) if self.scores else None  # all clients' mean
 
         def keys(alive: Tensor, keep: Callable[[Tensor], Tensor]) -> Tensor:
             if not self.scores:
                 return self.client_keys(np.empty(0, dtype=np.int64))
-            sent.append(int(alive.sum()))
 
             def each() -> Iterator[Tensor]:
-                for index in images.values():
-                    yield self.client_keys(index)
+                for index, share in zip(images.values(), weights / weights.sum(), strict=True):
+                    yield self.client_keys(index, None if steps else undamped, share)
                     status.show(next(done))
 
             return masks.consensus(
                 each(), weights, options.consensus, alive=alive, keep=keep, quorum=options.quorum
             )
 
+        def report(step: masks.CalibrationRound) -> None:
+            steps.append(step)
+            status.close()
+            say_rounds([step._asdict()], options)
+
         try:
             with exact_products():
                 mask = masks.calibrate(
-                    self.theta, keys, rounds=rounds, damp=options.damp, **self.limits
+                    self.theta,
+                    keys,
+                    rounds=rounds,
+                    damp=options.damp,
+                    report=report,
+                    **self.limits,
                 )
         except masks.NothingKept as error:
             low, high = sorted((self.sign * error.low, self.sign * error.high))
@@ -200,7 +224,6 @@ class Calibration:
                 f"--threshold {options.threshold:g} keeps nothing in calibration round "
                 f"{error.round}, where the scores lie between {low:.3g} and {high:.3g}"
             ) from None
-        status.close()
         senders = len(images) if self.scores else 0
         origin = options._asdict() | {
             "seed": self.seed,
@@ -210,8 +233,11 @@ class Calibration:
             "kept": int(mask.sum()),
             "clients": senders,
             "images": sum(map(len, images.values())) if self.scores else 0,
-            "bytes_up": 4 * senders * sum(sent),
+            "bytes_up": 4 * senders * sum(step.of for step in steps),
             "bytes_down": (rounds - 1) * senders * math.ceil(len(mask) / 8),
+            "sensitivity_share": masks.sensitivity_share(mask, undamped),
+            "rounds": [step._asdict() for step in steps],
+            "date": time.strftime("%Y-%m-%d %H:%M"),
             "seconds": float(f"{time.monotonic() - started:.3f}"),
         }
         return Mask(self.shapes, mask, origin)
@@ -276,13 +302,19 @@ def cached_mask(calibration: Calibration) -> Mask:
         digest.update(tensor.detach().cpu().numpy().tobytes())
     for shard in calibration.shards:
         digest.update(len(shard).to_bytes(8, "little") + shard.tobytes())
+    for file in MAKERS:
+        digest.update(Path(file).read_bytes())
     purpose = digest.hexdigest()
     path = workspace.folder("masks") / f"{purpose[:16]}.pt"
-    if path.exists():
+    if workspace.keeps(path):
         try:
-            return Mask.load(path, model, purpose)
+            mask = Mask.load(path, model, purpose)
         except ValueError as error:
             print(f"warning: {error}; made again", file=sys.stderr)
+        else:
+            print(f"mask taken from {path}, made {mask.origin['date']}; --fresh makes it anew")
+            say_rounds(mask.origin["rounds"], calibration.options)
+            return mask
     mask = calibration.make()
     try:
         safe_files.forget_asides(path.parent, safe_files.DAY)
@@ -290,6 +322,26 @@ def cached_mask(calibration: Calibration) -> Mask:
     except OSError as error:
         print(f"warning: the mask is not kept for other runs: {error}", file=sys.stderr)
     return mask
+
+
+def say_rounds(rounds: Sequence[dict], options: Masking) -> None:
+    """Print what rounds of a calibration came to, in scores, which --threshold is compared with.
+
+    Args:
+        rounds: a masks.CalibrationRound each, as a mask file has it.
+    """
+    sign = masks.RULES[options.mask_rule].sign
+    ranks = options.mask_rule == "random" or (
+        masks.needs_scores(options.mask_rule) and options.consensus in masks.RANKS
+    )
+    for step in rounds:
+        alive = f"{step['alive']:,} of {step['of']:,} weights stay alive"
+        bar = f"scores {'from' if sign < 0 else 'up to'} {sign * step['bar']:.3g}"
+        quantiles = sorted(sign * key for key in step["quantiles"])  # LEVELS lie around a half
+        pairs = zip(masks.LEVELS, quantiles, strict=True)
+        shares = (f"{100 * level:g} % below {score:.3g}" for level, score in pairs)
+        scores = "" if ranks else f", {bar} (of all: {', '.join(shares)})"
+        print(f"calibration round {step['round']}: {alive}{scores}", flush=True)
 
 
 def find_mask(

@@ -75,7 +75,7 @@ def features(workspace: Workspace, model: vit.VisionTransformer, part: str) -> T
     key = hashlib.sha256(repr(settings).encode()).hexdigest()
     name = f"{workspace.source.data}-{part}-{key[:16]}.pt"
     path = workspace.folder("features") / name
-    if (rows := load_features(path, key)) is not None:
+    if workspace.keeps(path) and (rows := load_features(path, key)) is not None:
         return rows.to(workspace.device)
     rows = compute_features(workspace, model, part)
     save_features(path, key, rows)
@@ -83,9 +83,7 @@ def features(workspace: Workspace, model: vit.VisionTransformer, part: str) -> T
 
 
 def load_features(path: Path, key: str) -> Tensor | None:
-    """Return the features (N, D) in a file, if they are there and whole."""
-    if not path.exists():
-        return None
+    """Return the features (N, D) in a file, if they are whole."""
     try:
         return safe_files.load_checked(path, key)
     except safe_files.DamagedFile as error:

@@ -59,6 +59,7 @@ class Learner:
     Args:
         model: with its weights and its head.
         mask: which entries of the backbone train; None: all that `training` names.
+        mask_lr: how the rate of `sgd` follows the mask, as GivenMask has it.
         prox, corrected: as flat.Entries takes them.
         loss: (logits, labels, class weights or None) -> mean loss of a batch.
     """
@@ -72,6 +73,7 @@ class Learner:
         *,
         freeze_head: bool,
         mask: Mask | None = None,
+        mask_lr: str | None = None,
         prox: float = 0.0,
         corrected: bool = False,
         loss: Callable[[Tensor, Tensor, Tensor | None], Tensor] = cross_entropy,
@@ -104,6 +106,9 @@ class Learner:
             preprocess = workspace.preprocess()
             self._read_by(lambda images, keep: model(preprocess(images), keep))
         entries = None if mask is None else mask.flat(self.flat)
+        self.dense_lr, self.mask_lr = sgd.lr, mask_lr
+        if mask is not None:
+            sgd = sgd._replace(lr=sgd.lr * mask.rate_factor(mask_lr))
         self.entries = Entries(self.flat, entries, sgd, prox=prox, corrected=corrected)
         self.loss_scale = LossScale(2.0**14 if self.flat.grad.dtype == torch.float16 else 1.0)
 
@@ -206,6 +211,16 @@ class Learner:
     def overflowed(self) -> bool:
         """Tell whether a parameter is Inf or NaN."""
         return not torch.isfinite(self.flat.theta).all().item()
+
+    def masked_rate(self) -> dict[str, float]:
+        """Return what log and summary say of a learning rate that follows the mask."""
+        if self.mask is None or self.mask_lr is None:
+            return {}
+        return {
+            "lr": self.entries.sgd.lr,
+            "lr_factor": self.mask.rate_factor(self.mask_lr),
+            "sensitivity_share": self.mask.sensitivity_share,
+        }
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -44,6 +44,27 @@ class Mask:
         digest.update(masks.pack(self.trains).numpy().tobytes())
         return digest.hexdigest()
 
+    @property
+    def sensitivity_share(self) -> float:
+        """The share of all sensitivity that it keeps; of a file that does not say, of entries."""
+        share = self.origin.get("sensitivity_share")
+        return masks.sensitivity_share(self.trains) if share is None else share
+
+    def rate_factor(self, mask_lr: str | None) -> float:
+        """Return what the dense learning rate is multiplied by; mask_lr: as GivenMask has it.
+
+        Raises:
+            ValueError: no rate matches, as the mask keeps no sensitivity.
+        """
+        if mask_lr is None:
+            return 1.0
+        if not self.sensitivity_share > 0:
+            raise ValueError(
+                f"--mask-lr {mask_lr}: nothing that the output depends on trains under this mask, "
+                "so no rate matches dense training's; --mask-lr raw, or another mask"
+            )
+        return masks.rate_factor(self.sensitivity_share, mask_lr)
+
     def parts(self) -> dict[str, Tensor]:
         """Return name -> bool tensor of the parameter's shape."""
         sizes = [math.prod(shape) for shape in self.shapes.values()]

@@ -18,7 +18,7 @@ from machine import runs, safe_files
 from machine.device import Machine
 from machine.safe_files import DamagedFile
 from machine.status import Status
-from training.calibration import Masking, find_mask
+from training.calibration import GivenMask, Masking, find_mask
 from training.clients import Clients
 from training.features import Head, set_fitted_head
 from training.learner import Learner, Training
@@ -47,7 +47,7 @@ class Recipe(NamedTuple):
     sgd: Sgd
     head: Head
     masking: Masking
-    mask: str | None
+    given_mask: GivenMask
     weights_sha256: str
     sharding: Sharding | None  # of a federated run
     federation: Federation | None
@@ -96,7 +96,7 @@ class Outcome:
     def suffices(self) -> bool:
         """Whether the checkpoint holds the whole backbone, so that its start is not needed."""
         recipe = self.recipe
-        masked = recipe.mask is not None or recipe.masking.mask_rule is not None
+        masked = recipe.given_mask.mask is not None or recipe.masking.mask_rule is not None
         headed = recipe.head.head == "linear" or (self.run.folder / "head.pt").exists()
         return recipe.training.train == "all" and headed and not masked
 
@@ -136,7 +136,7 @@ class Outcome:
             recipe.sgd,
             recipe.head,
             recipe.masking,
-            recipe.mask,
+            recipe.given_mask,
             *([recipe.federation.terms] if recipe.federation else ()),
         )
 
@@ -160,7 +160,8 @@ class Outcome:
             head, images = recipe.head.head, recipe.head.head_images
             set_fitted_head(self.workspace, model, head, images, self.run)
         names = vit.trained_names(model, recipe.training.train, recipe.head.freeze_head)
-        mask = find_mask(self.workspace, model, recipe.mask, recipe.masking, self.shards, self.run)
+        file, masking = recipe.given_mask.mask, recipe.masking
+        mask = find_mask(self.workspace, model, file, masking, self.shards, self.run)
         parameters = dict(model.named_parameters())
         flat = FlatView((n, parameters[n]) for n in (mask.trained(names) if mask else names))
         self.load_into(Entries(flat, mask.flat(flat) if mask else None, recipe.sgd))

@@ -19,7 +19,7 @@ from flat import Sgd
 from machine import runs, safe_files
 from machine.device import processor
 from machine.status import Status, duration
-from training.calibration import Masking, find_mask
+from training.calibration import GivenMask, Masking, find_mask
 from training.features import Head, features, head_splits, set_fitted_head
 from training.learner import Learner, Training
 from training.mask_file import given_mask
@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 FREE = {  # options that may change while a run goes on
     *("name", "runs_dir", "data_dir", "device", "threads"),
     *("cuda_graph", "eval_every", "eval_batch", "diagnostics", "tensorboard"),
-    *("micro_batch", "early_stop"),  # a run that stops is the beginning of one that does not
+    *(
+        "fresh",
+        "micro_batch",
+        "early_stop",
+    ),  # a run that stops is the beginning of one that does not
 }
 
 
@@ -214,14 +218,14 @@ def prepare(
     sgd: Sgd,
     head: Head,
     masking: Masking,
-    mask_file: str | None = None,
+    given: GivenMask = GivenMask(),  # noqa: B008  (immutable)
     terms: ClientTerms = ClientTerms(),  # noqa: B008  (immutable)
 ) -> Learner:
     """Return the learner of a run as it began: its head fitted, its mask found or made.
 
     Args:
         shards: whose data a mask is calibrated on.
-        mask_file: of --mask.
+        given: the mask of --mask, and the rate under a mask.
     """
     if head.head != "linear":
         set_fitted_head(workspace, model, head.head, head.head_images, run)
@@ -234,7 +238,8 @@ def prepare(
         training,
         sgd,
         freeze_head=head.freeze_head,
-        mask=find_mask(workspace, model, mask_file, masking, shards, run),
+        mask=find_mask(workspace, model, given.mask, masking, shards, run),
+        mask_lr=given.mask_lr,
         prox=terms.prox,
         corrected=terms.scaffold,
     )
@@ -331,12 +336,14 @@ def drive(
         measure: returns further figures of each evaluation but the first.
     """
     print(f"{run.folder}: {learner.entries.size:,} parameters train on {learner.workspace.device}")
+    if rate := learner.masked_rate():
+        print(rate_line(learner, rate))
 
     def evaluate() -> dict:
         learner.entries.load(theta())
         return learner.evaluate()
 
-    evaluated = Evaluated(evaluate, unit, total, every, opening or {}, measure)
+    evaluated = Evaluated(evaluate, unit, total, every, (opening or {}) | rate, measure)
     watch = mirror(run, unit, watching)
 
     def complete(record: dict) -> None:
@@ -360,7 +367,7 @@ def drive(
             f"{stop}: saved at {unit} {getattr(process, unit)}; the same command goes on from there"
         )
         raise
-    figures = {unit: (reached := getattr(process, unit)), "wall_seconds": wall}
+    figures = {unit: (reached := getattr(process, unit)), "wall_seconds": wall} | rate
     if reached < total:
         figures["stopped_early"] = watching.early_stop
         print(
@@ -370,6 +377,17 @@ def drive(
     summary = learner.group.gather(summary)[0]
     print(f"{unit} {reached} reached in {duration(wall)}. {headline(summary)}. See {run.folder}")
     return summary
+
+
+def rate_line(learner: Learner, rate: dict[str, float]) -> str:
+    """Say how the learning rate follows the mask."""
+    said = "sensitivity_share" in learner.mask.origin
+    what = "the sensitivity" if said else "the entries (its file does not say of what sensitivity)"
+    return (
+        f"lr {learner.dense_lr:g} x {rate['lr_factor']:.4g} = {rate['lr']:.4g}: --mask-lr "
+        f"{learner.mask_lr}, as the mask keeps {100 * rate['sensitivity_share']:.3g} % of {what}; "
+        "--mask-lr raw takes --lr as it stands"
+    )
 
 
 def conclude(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -37,6 +38,11 @@ class Source(NamedTuple):
         "0 <= x <= 0.9",
     ] = 0.1
     seed: Annotated[int, "seed of everything random", "0 <= x <= 9223372036854775807"] = 0
+    fresh: Annotated[
+        bool,
+        "make features, the heads fitted to them and masks anew, whatever earlier commands have "
+        "kept in --data-dir; a run that has begun goes on with its own",
+    ] = False
 
 
 class Backbone(NamedTuple):
@@ -88,6 +94,7 @@ class Workspace:
         group: OneProcess | None = None,
     ):
         self.source, self.machine, self.backbone = source, machine, backbone
+        self.began = time.time()
         self.group = group or OneProcess()
         self.device = choose_device(machine.device, self.group.local_rank, self.group.size)
         self.dtype = choose_precision(machine.precision, self.device)
@@ -213,3 +220,7 @@ class Workspace:
     def folder(self, name: str) -> Path:
         """Return a folder of what commands share: "features" or "masks"."""
         return Path(self.source.data_dir) / name
+
+    def keeps(self, path: Path) -> bool:
+        """Tell whether a file of such a folder may serve: under --fresh one written since."""
+        return path.exists() and not (self.source.fresh and path.stat().st_mtime < self.began)
