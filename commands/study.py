@@ -45,7 +45,7 @@ class Sweep(NamedTuple):
 
     experiment: Annotated[
         Sequence[str] | None,  # list is a field here
-        f"{', '.join(experiments.NAMES)} [all of the scale]",
+        f"{', '.join(experiments.NAMES)} [all of them]",
         "NAME",
         "positional",
     ] = None
@@ -212,13 +212,14 @@ def list_runs(tables: Tables, jobs: int, times: Times) -> None:
 
     What tables share counts once in the sum of all.
     """
-    total, counted = 0.0, set()
+    total, counted, waiting = 0.0, set(), set()
     for name, (experiment, folder) in tables.items():
         takes, fresh, done, needed = 0.0, 0.0, 0, 0
         for row, count in experiment.left(folder):
             cell = row.cell(row.rates[0], row.seeds[0])
             seconds = count * times.seconds_of(cell) / jobs if count else 0.0
             takes += seconds
+            waiting |= {(row.command, row.options)} if count else set()
             fresh += seconds if (folder, cell.name) not in counted else 0.0
             counted.add((folder, cell.name))
             runs = len(experiment.runs(folder, row))

@@ -3,10 +3,11 @@ counts.
 
     Times(Path("times.json"), tables).seconds_of(cell)
 
-The parts are a local step, the forward and the scoring of an image, measured once for every model,
-image size and batch on generated images and kept in a file. Where runs of this machine are done,
-their row takes what they took, and the estimates of the others are corrected by the median of what
-such rows took over what was estimated. Not counted: start-up, diagnostics, noise, compiling.
+The parts are an image in a local step, in evaluation and in scoring, and a step of heads, measured
+once for every model and image size, on a GPU every batch, on generated images; a file keeps them.
+Where runs of this machine are done, their row takes what they took, and the estimates of the others
+are corrected by the median of what such rows took over what was estimated. Not counted: start-up,
+diagnostics, noise, compiling.
 """
 
 from __future__ import annotations
@@ -34,7 +35,13 @@ from training.rounds import make_clients
 from training.session import prepare
 from training.workspace import Workspace
 
-TRAINED, EVALUATED = 45_000, 15_000  # images of CIFAR-100: that train, of an evaluation
+IMAGES = {  # that train, of an evaluation, in all
+    "cifar100": (45_000, 15_000, 60_000),
+    "synthetic": (18_000, 7_000, 25_000),
+}
+PARTS = ("step", "head", "forward", "score")  # seconds of each, as `measure` returns them
+FULL = 64  # images that stand for a whole shard
+LONG = 1.0  # seconds, from which on a CPU's first time counts
 SMALL = 4  # images that a CPU is timed on
 STEPS = {"cpu": 1, "cuda": 8}  # local steps that are timed
 
@@ -89,9 +96,7 @@ class Times:
     @functools.cache  # noqa: B019  (as long as the sweep)
     def estimate(self, command: str, options: tuple[str, ...]) -> float:
         """Return the seconds of a command by its parts."""
-        try:
-            line = parse([command, *options], COMMANDS)
-        except ValueError:
+        if (line := parsed(command, options)) is None:
             return math.nan
         counted = counts(line.command, line.stored)
         parts = self.of(line.stored) if any(counted.values()) else {}
@@ -99,7 +104,9 @@ class Times:
 
     def of(self, o: dict) -> dict[str, float]:
         """Return the measured parts of a command's setting, from the file or measured now."""
-        names = ("model", "image_size", "batch_size", "keep_tokens", "precision", "device")
+        names = ("model", "image_size", "keep_tokens", "precision", "device")
+        if choose_device(o["device"]).type != "cpu":  # where an image takes the same in any batch
+            names += ("batch_size",)
         key = json.dumps({name: o[name] for name in names if name in o})
         if key not in self.parts:
             self.parts[key] = measure(o)
@@ -108,20 +115,37 @@ class Times:
             safe_files.write_json(self.path, content)
         return self.parts[key]
 
+    def features(self, rows: Iterable[tuple[str, tuple[str, ...]]]) -> float:
+        """Return the seconds of the features that these commands need, each once."""
+        settings: dict[tuple, dict] = {}
+        for command, options in rows:
+            line = parsed(command, options)
+            if line and (command == "ridge" or line.stored.get("head") not in (None, "linear")):
+                settings[line.stored["model"], line.stored["image_size"]] = line.stored
+        return sum(IMAGES[o["data"]][2] * self.of(o)["forward"] for o in settings.values())
+
+
+@functools.cache
+def parsed(command: str, options: tuple[str, ...]) -> Line | None:
+    """Return a command line; None where a package that it needs is missing here."""
+    try:
+        return parse([command, *options], {command: COMMANDS[command]})
+    except ValueError:
+        return None
+
 
 def counts(command: str, o: dict) -> dict[str, float]:
-    """Return how many local steps of a whole batch, steps of a head, forward passes and scored
-    images a command takes."""
-    alone = o.get("train") == "head"
+    """Return how many images local steps see, how many steps heads take together, and how many
+    images are evaluated and scored."""
+    alone, (trained, evaluated, _) = o.get("train") == "head", IMAGES[o["data"]]
     rounds, every = o.get("rounds") or o.get("epochs") or 0, o.get("eval_every") or 1
     clients = max(1, round((o.get("fraction") or 1) * (o.get("clients") or 1)))
+    steps, batch = 0, o.get("batch_size")
     if command == "fedavg":
-        full = o["batch_size"] == "full"
+        batch = trained // o["clients"] if batch == "full" else batch
         steps = rounds * clients * o["J"]
     elif command == "centralized":
-        full, steps = False, rounds * math.ceil(TRAINED / o["batch_size"])
-    else:
-        full, steps = False, 0
+        steps = rounds * math.ceil(trained / batch)
     evaluations = 0 if alone or command == "calibrate" else 1 + rounds / every
     scored = 0.0
     if (rule := o.get("mask_rule")) and masks.needs_scores(rule):
@@ -129,18 +153,15 @@ def counts(command: str, o: dict) -> dict[str, float]:
         scored = o["calibration_rounds"] * max(o["calibration_images"], senders)
         scored *= 3 if command == "calibrate" else 1  # it compares clients' masks, too
     return {
-        "step": 0 if alone else steps * (TRAINED / o["clients"] / FULL if full else 1),
+        "step": 0 if alone else steps * (batch or 0),
         "head": steps / clients if alone else 0,
-        "forward": evaluations * EVALUATED,
+        "forward": evaluations * evaluated,
         "score": scored,
     }
 
 
-FULL = 64  # the batch that a step of a whole shard is timed at
-
-
 def measure(o: dict) -> dict[str, float]:
-    """Time a local step, a step of ten heads, the forward and the scoring of an image."""
+    """Time an image in a local step, in evaluation and in scoring, and a step of ten heads."""
     device = choose_device(o["device"])
     batch = o.get("batch_size") or FULL
     batch = FULL if batch == "full" else batch
@@ -160,7 +181,7 @@ def measure(o: dict) -> dict[str, float]:
         def step() -> None:
             clients.train_client(learner.entries.theta.clone(), 0, round=1)
 
-        parts = {"step": seconds(step, device) / STEPS.get(device.type, 1) * batch / timed}
+        parts = {"step": seconds(step, device) / STEPS.get(device.type, 1) / timed}
         parts["forward"] = seconds(forward, device) / timed
         parts["score"] = seconds(scoring(workspace, timed), device) / timed
     return parts | {"head": seconds(head_step(workspace, batch), device)}
@@ -216,7 +237,7 @@ def head_step(workspace: Workspace, batch: int) -> Callable[[], object]:
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that something takes when it is done for the second time."""
+    """Return the seconds that something takes, for the second time where the first is short."""
     for _ in range(2):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -224,4 +245,6 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        elif (took := time.perf_counter() - started) > LONG:
+            return took
     return time.perf_counter() - started

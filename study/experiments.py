@@ -1,9 +1,12 @@
-"""The experiments as data: which runs make which table, at three sizes.
+"""The experiments as data: which runs make which table, at several sizes.
 
     at_scale("smoke")["rules"].cells(folder)    the runs; `train.py sweep` runs what is missing
 
-paper: DINO's ViT-S/16 at 224 px, the brief's sizes, for a GPU. cpu: a ViT-Ti/16 at 64 px, at 224 px
-where the head alone trains, for two cores. smoke: the synthetic data set, to see that all works.
+paper: DINO's ViT-S/16 at 224 px, the brief's sizes, for a GPU. colab: the same in fewer rounds,
+rates and seeds: a tenth of paper's operations, 29 hours where a GPU does 15 TFLOP/s (a quarter of a
+T4's peak; no T4 was measured: `sweep --list` measures yours). cpu: a ViT-Ti/16 at 64 px, at 224 px
+where the head alone trains, for two cores. smoke: the synthetic data set and a few rows, to see
+that all works. gpu: other questions, in minutes at a time (study/gpu.py).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from study.gpu import MAKERS as GPU_MAKERS
 from study.tables import (
     TEST,
     VALIDATION,
+    WIDENED,
     Experiment,
     Measure,
     Row,
@@ -51,6 +55,8 @@ class Scale(NamedTuple):
     seeds: tuple[int, ...]  # of heads, agreement
     mask_seeds: tuple[int, ...]  # of mask rules
     wide_seeds: tuple[int, ...]  # of the other runs that train a backbone
+    widened: int = WIDENED  # rates that a row may try beyond its own
+    dense_rates: bool = False  # masked rows take dense training's rates, as --mask-lr matches them
 
 
 SCALES: dict[str, Scale | None] = dict.fromkeys(SIZES) | {
@@ -72,6 +78,27 @@ SCALES: dict[str, Scale | None] = dict.fromkeys(SIZES) | {
         seeds=(0, 1, 2),
         mask_seeds=(0, 1, 2),
         wide_seeds=(0, 1, 2),
+    ),
+    "colab": Scale(
+        backbone=("--batch-size", "64"),
+        features=(),
+        solved=(),
+        local_steps=320,
+        mask_steps=120,
+        method_rounds=6,
+        head_steps=8000,
+        long_rounds=150,
+        epochs=3,
+        head_epochs=25,
+        images=1000,
+        agreement_images=1000,
+        tries=2,
+        mask_tries=1,
+        seeds=(0, 1, 2),
+        mask_seeds=(0,),
+        wide_seeds=(0,),
+        widened=2,
+        dense_rates=True,
     ),
     "cpu": Scale(
         backbone=(*CPU, "--image-size", "64", "--batch-size", "32"),
@@ -222,6 +249,14 @@ RUNGS = {  # the lower of the two rates tried, iid: the less the entries matter,
 }
 
 
+RAW = ("--mask-lr", "raw")  # the rates above are those of each rule, not of dense training
+
+
+def rate(s: Scale, rule: str, sparsity: str) -> float:
+    """Return the lower of the two rates that a rule tries on iid clients."""
+    return RUNGS[("dense", "0") if s.dense_rates else (rule, sparsity)]
+
+
 def masked(s: Scale, rule: str, sparsity: str, sharding: str, *more: str) -> tuple[str, ...]:
     """Return the options of a run under a mask, or of dense training."""
     count = f"{max(1, s.mask_steps // 4)}"
@@ -229,14 +264,14 @@ def masked(s: Scale, rule: str, sparsity: str, sharding: str, *more: str) -> tup
     options += SHARDINGS[sharding]
     if rule == "dense":
         return options
-    options += ("--mask-rule", rule, "--sparsity", sparsity)
+    options += ("--mask-rule", rule, "--sparsity", sparsity, *(() if s.dense_rates else RAW))
     images = ("--calibration-images", f"{s.images}") if needs_scores(rule) else ()
     return (*options, *images, *more)
 
 
 def mask_rates(s: Scale, rule: str, sparsity: str, sharding: str) -> tuple[float, ...]:
     """Return the rates that a mask rule tries; N_c = 1 takes rates three rungs lower."""
-    low = rung(RUNGS[rule, sparsity], 0 if sharding == "iid" else -3)
+    low = rung(rate(s, rule, sparsity), 0 if sharding == "iid" else -3)
     return (low, rung(low, 1), rung(low, -1))[: s.mask_tries]
 
 
@@ -322,8 +357,8 @@ def linearity(s: Scale) -> Experiment:
     for sharding, (rule, share) in product(("iid", "nc1"), RUNGS):
         if share in ("0", "0.9"):
             options = (*masked(s, rule, share, sharding), "--diagnostics")
-            low = rung(RUNGS[rule, share], 0 if sharding == "iid" else -3)
-            rates = (rung(low, rule == "least-sensitive"),)
+            low = rung(rate(s, rule, share), 0 if sharding == "iid" else -3)
+            rates = (rung(low, rule == "least-sensitive" and not s.dense_rates),)
             rows.append(Row((sharding, rule), options, rates, s.mask_seeds, widened=0))
     title = "Linearity and interference under the mask rules, sparsity 0.9"
     return Experiment(title, ("sharding", "rule"), tuple(rows), LINEARITY)
@@ -336,11 +371,12 @@ def scaffold_mask(s: Scale) -> Experiment:
     options = (*s.backbone, *rounds(8 * count, 8, evaluations=2), *often)
     rows = []
     for (weights, low), method in product(
-        (("dense", 3e-4), ("masked", 3e-3)), ("plain", "scaffold")
+        (("dense", 3e-4), ("masked", 3e-4 if s.dense_rates else 3e-3)), ("plain", "scaffold")
     ):
         more = ("--nc", "5", *["--scaffold"] * (method == "scaffold"))
         if weights == "masked":
             more += ("--mask-rule", "least-sensitive", "--sparsity", "0.9")
+            more += () if s.dense_rates else RAW
             more += ("--calibration-images", f"{s.images}")
         rates = (low, rung(low, 1), rung(low, -1))[: s.tries]
         rows.append(Row((weights, method), (*options, *more), rates, s.wide_seeds))
@@ -356,7 +392,7 @@ def privacy(s: Scale) -> Experiment:
         if share in ("0", "0.99"):
             private = ("--dp-noise", noise, "--dp-clip", "0.3")
             options = (*masked(s, rule, share, "iid"), *private)
-            rates = (RUNGS[rule, share],)
+            rates = (rate(s, rule, share),)
             name = f"dp{noise}-{rule}"
             rows.append(Row((noise, rule), options, rates, s.mask_seeds, name=name, widened=0))
     title = "Client-level privacy: noise in all weights, or in a hundredth of them"
@@ -403,9 +439,8 @@ def at_scale(name: str, results: Path = Path("nowhere")) -> dict[str, Experiment
         s = SIZES[name]
         made = at_size(s, results) | {"agreement": agreement(s)}
     else:
-        made = {name_of(make): make(SCALES[name]) for make in BRIEF}
-    if not name.endswith("smoke"):
-        return made
-    return {
-        n: e._replace(rows=tuple(r._replace(widened=0) for r in e.rows)) for n, e in made.items()
-    }
+        s = SCALES[name]
+        made = {name_of(make): make(s) for make in BRIEF}
+    if name.endswith("smoke"):
+        return {name: experiment.thinned() for name, experiment in made.items()}
+    return {name: experiment.limited(s.widened) for name, experiment in made.items()}

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from centralized import SCHEDULES
 from masks import RULES, needs_scores
-from study.tables import BYTES, TEST, VALIDATION, Experiment, Measure, Row, around, rung
+from study.tables import BYTES, TEST, VALIDATION, WIDENED, Experiment, Measure, Row, around, rung
 
 NEAR = 3.0  # points of validation accuracy
 SHARDINGS = {
@@ -60,6 +60,7 @@ class Size(NamedTuple):
     method_rounds: int
     tries: int
     seeds: tuple[int, ...]
+    widened: int = WIDENED  # rates that a row may try beyond its own
 
 
 TI = ("--model", "vit_ti16", "--weights", "data/vit_tiny_patch16_224.pth", "--batch-size", "64")
@@ -69,7 +70,7 @@ SIZES = {
     "gpu-dino": GPU._replace(backbone=("--batch-size", "64")),  # where a user has its weights
     "gpu-smoke": Size(
         ("--data", "synthetic", "--threads", "1", "--batch-size", "8"),
-        *((16, 32), 16, 1, "blocks.1", 100, 400, 1, 1, (0,)),
+        *((16, 32), 80, 1, "blocks.1", 100, 400, 1, 1, (0,)),
     ),
 }
 

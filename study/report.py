@@ -277,7 +277,8 @@ def write_tables(table: Table, out: Path) -> bool:
     split = grouping(lines[0][:width], lines[1:])
     short = measures[:3]
     if VALIDATION in measures:
-        short = [VALIDATION] if split is not None else [VALIDATION, "test %"]
+        few = [VALIDATION] if split is not None else [VALIDATION, "test %"]
+        short = [column for column in few if column in measures]
     for name, columns in ((table.name, measures), (f"{table.name}-short", short)):
         text = HEADING + latex_table(lines, width, columns, best_by=VALIDATION) + note
         (out / f"{name}.tex").write_text(text, encoding="utf-8")

@@ -137,6 +137,20 @@ class Experiment(NamedTuple):
     folder: str = ""
     decides: bool = False
 
+    def thinned(self) -> Experiment:
+        """Return the first rows that have, together, every value of every column; none widens."""
+        rows, seen = [], set()
+        for row in self.rows:
+            if not seen >= {*enumerate(row.key)}:
+                rows.append(row)
+            seen |= {*enumerate(row.key)}
+        return self._replace(rows=tuple(rows)).limited(0)
+
+    def limited(self, widened: int) -> Experiment:
+        """Return the experiment whose rows try no more than so many rates beyond their own."""
+        rows = tuple(row._replace(widened=min(row.widened, widened)) for row in self.rows)
+        return self._replace(rows=rows)
+
     def grid(
         self, folder: Path, row: Row, given_up: Collection[str] = ()
     ) -> tuple[float | None, ...]:
@@ -303,13 +317,13 @@ def given(cell: Cell) -> dict[str, str]:
 
 
 def same(stored: object, value: str) -> bool:
-    """Tell whether a stored option is what was typed."""
+    """Tell whether a stored option is what was typed; raw is stored as None (--mask-lr)."""
     if isinstance(stored, list):
         return " ".join(map(str, stored)) == value
     try:
         return float(stored) == float(value)
     except (TypeError, ValueError):
-        return str(stored) == value
+        return str("raw" if stored is None else stored) == value
 
 
 def values(measure: Measure, summaries: dict[int, dict]) -> list[float]:

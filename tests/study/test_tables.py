@@ -25,11 +25,12 @@ COLUMNS = ("sharding", "rule", "sparsity")
 EXPERIMENT = Experiment("Rules", COLUMNS, ROWS, baseline=("dense", "0"))
 
 
-def finish(folder, cell, val_acc, **options):
+def finish(folder, cell, val_acc, processor=None, **options):
     (folder / cell.name).mkdir(parents=True)
     stored = {"command": cell.command, "lr": cell.lr, "seed": cell.seed, "J": 4} | options
     figures = {"final": {"val_acc": val_acc, "test_acc": 0.5}, "wall_seconds": 60.0}
-    (folder / cell.name / "config.json").write_text(json.dumps({"options": stored}))
+    config = {"options": stored, "processor": processor}
+    (folder / cell.name / "config.json").write_text(json.dumps(config))
     (folder / cell.name / "summary.json").write_text(json.dumps(figures))
 
 
