@@ -34,7 +34,11 @@ COMPACT_BELOW = 0.7  # density below which a CPU steps the unmasked entries alon
 class Sgd(NamedTuple):
     """How a step follows its gradient."""
 
-    lr: Annotated[float | None, "learning rate of a step", "0 <= x <= 1e38"] = None
+    lr: Annotated[
+        float | None,
+        "learning rate of a step; under a mask that of dense training (--mask-lr)",
+        "0 <= x <= 1e38",
+    ] = None
     momentum: Annotated[float, "momentum", "0 <= x <= 1"] = 0.9
     nesterov: Annotated[bool, "Nesterov momentum"] = False
     weight_decay: Annotated[float | None, "L2 factor [0]", "0 <= x <= 1e38"] = None

@@ -1,4 +1,4 @@
-"""Which weights stay trainable: rules, exact budgets, calibration in rounds, consensus of clients.
+"""Which weights stay trainable: rules, exact budgets, the rate, calibration in rounds, consensus.
 
 A rule ranks entries by a key; the lowest keys are kept, and `sparsity` is the FROZEN share:
     least-sensitive   F_i          most-sensitive    -F_i

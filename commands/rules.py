@@ -199,10 +199,8 @@ def fill_mask(o: Options) -> None:
         o.mask_rule = o.mask_rule or "least-sensitive"
     ignore_scoring(o)
     refuse(of_masks(o))
-    if o.mask_lr is None and (o.mask or o.mask_rule):
-        o.mask_lr = "matched"
-    if o.mask_lr == "raw":
-        o.mask_lr = None
+    if "mask_lr" in o and (o.mask or o.mask_rule):
+        o.mask_lr = None if o.mask_lr == "raw" else o.mask_lr or "matched"
     if not o.mask_rule:
         return
     for name, value in MASK_DEFAULTS.items():

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 import data
 from study import plots
+
+if TYPE_CHECKING:
+    from study.rates import Tried
 
 
 class Done(NamedTuple):
@@ -169,6 +172,22 @@ def draw_shards(ran: Ran, path: Path) -> None:
             [np.bincount(labels[train[part]], minlength=labels.max() + 1) for part in parts]
         )
     plots.plot_shards(counts, path)
+
+
+def draw_rates(rows: Sequence[Tried], path: Path) -> None:
+    """Draw the rates that every mask tried, over the one that matches dense training's norm."""
+    panels: dict[str, dict] = {}
+    for row in rows:
+        sharding, rule, frozen, rounds = row.key
+        title = "iid" if sharding == "iid" else f"$N_c$ = {sharding[2:]}"
+        label = f"{rule} {frozen:g}" if frozen else rule
+        label += f", {rounds} round{'s' * (rounds > 1)}" if rounds else ""
+        unit = row.follows("matched")
+        rates = [rate / unit for rate in row.accuracy]
+        marks = row.best / unit, row.follows("functional") / unit
+        panels.setdefault(title, {})[label] = rates, *marks
+    names = "the best rate tried", "the rate of equal functional change"
+    plots.plot_spans(panels, path, "rate / rate of equal update norm", names)
 
 
 def accuracy(done: Done) -> float:

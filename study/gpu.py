@@ -127,14 +127,22 @@ def decided(s: Size, folder: Path) -> int:
 
 
 def rates(s: Size, pixels: int) -> Experiment:
-    """Whether one factor of the matched rate is best for every mask: N_c = 5."""
+    """Whether one factor of the matched rate is best for every mask: N_c = 5.
+
+    matched: the norm of an update is dense training's; functional: its change of the loss is.
+    """
     tries = around(DENSE["nc5"], 3) + (rung(DENSE["nc5"], 2),)
-    rows = tuple(
-        masked(s, pixels, key, "nc5", *key)._replace(rates=tries[: s.tries + 1], seeds=s.seeds[:1])
-        for key in (("dense", "0"), ("random", "0.9"), ("least-sensitive", "0.9"))
-    )
-    title = "Rates around the matched one, N_c = 5"
-    return Experiment(title, ("rule", "sparsity"), rows, ACCURACY)
+    rows = []
+    for rule, follows in (
+        ("dense", "itself"),
+        *(("random", "matched"), ("least-sensitive", "matched"), ("least-sensitive", "functional")),
+    ):
+        share = "0" if rule == "dense" else "0.9"
+        more = ("--mask-lr", follows) if follows == "functional" else ()
+        row = masked(s, pixels, (rule, share, follows), "nc5", rule, share, *more)
+        rows.append(row._replace(rates=tries[: s.tries + 1], seeds=s.seeds[:1]))
+    title = "Rates around those that follow a mask, N_c = 5"
+    return Experiment(title, ("rule", "sparsity", "rate"), tuple(rows), ACCURACY)
 
 
 def heterogeneity(s: Size, pixels: int) -> Experiment:

@@ -260,6 +260,42 @@ def plot_against(
     save(figure, path)
 
 
+def plot_spans(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], float, float]]],
+    path: str | Path,
+    xlabel: str,
+    names: tuple[str, str],
+) -> None:
+    """Draw a line a row, from the lowest to the highest of some positive values, and two marks.
+
+    Args:
+        panels: title -> label of the row -> (values, what the first mark shows, the second).
+        names: of the marks.
+
+    Raises:
+        ValueError: there is nothing to draw, or matplotlib is missing.
+    """
+    labels = list(dict.fromkeys(label for group in panels.values() for label in group))
+    if not labels:
+        raise ValueError("nothing to plot: no row is given")
+    figure, axes_of = _panels(len(panels), height=0.9 + 0.15 * len(labels))
+    for axes, (title, group) in zip(axes_of, panels.items(), strict=True):
+        y = [-labels.index(label) for label in group]
+        values, *marks = zip(*group.values(), strict=True)
+        low, high = ([end(v) for v in values] for end in (min, max))
+        axes.hlines(y, low, high, color="0.6", linewidth=1.5)
+        for i, (x, name) in enumerate(zip(marks, names, strict=True)):
+            full = "none" if i else "full"  # the second lets the first be seen
+            axes.plot(x, y, label=name, **look(i) | {"linestyle": "", "fillstyle": full})
+        axes.axvline(1, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)))
+        axes.set(xscale="log", xlabel=xlabel, title=title)
+        axes.set_yticks([-i for i in range(len(labels))], labels)
+        axes.grid(axis="x")
+        _plain_log_ticks(axes)
+    _legend(figure, axes_of)
+    save(figure, path)
+
+
 def _draw_means(axes, x: Sequence, values: Sequence[Sequence[float]], label: str, style: dict):
     mean = np.array([np.mean(v) for v in values])
     spread = np.abs(np.array([[min(v), max(v)] for v in values]).T - mean)
@@ -280,9 +316,9 @@ def _plain_log_ticks(axes) -> None:
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def _panels(count: int):
+def _panels(count: int, height: float = 2.0):
     """Return a figure of panels in a row that share their y axis: one column wide, or a page."""
-    size = (COLUMN, 2.0) if count == 1 else (PAGE, 2.0)
+    size = (COLUMN if count == 1 else PAGE, height)
     figure, panels = pyplot().subplots(
         1, count, figsize=size, sharey=True, squeeze=False, layout="constrained"
     )

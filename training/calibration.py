@@ -8,7 +8,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -24,7 +24,7 @@ from federated.cohort import sample_clients
 from machine import safe_files
 from machine.device import exact_products
 from machine.status import Status
-from training.mask_file import Mask, given_mask
+from training.mask_file import Mask, given_mask, say_rounds
 
 if TYPE_CHECKING:
     from machine.runs import Run
@@ -240,7 +240,7 @@ class Calibration:
         def report(step: masks.CalibrationRound) -> None:
             steps.append(step)
             status.close()
-            say_rounds([step._asdict()], options)
+            say_rounds([step._asdict()], options.mask_rule, options.consensus)
 
         try:
             with exact_products():
@@ -347,7 +347,8 @@ def cached_mask(calibration: Calibration) -> Mask:
             print(f"warning: {error}; made again", file=sys.stderr)
         else:
             print(f"mask taken from {path}, made {mask.origin['date']}; --fresh makes it anew")
-            say_rounds(mask.origin["rounds"], calibration.options)
+            options = calibration.options
+            say_rounds(mask.origin["rounds"], options.mask_rule, options.consensus)
             return mask
     mask = calibration.make()
     try:
@@ -356,26 +357,6 @@ def cached_mask(calibration: Calibration) -> Mask:
     except OSError as error:
         print(f"warning: the mask is not kept for other runs: {error}", file=sys.stderr)
     return mask
-
-
-def say_rounds(rounds: Sequence[dict], options: Masking) -> None:
-    """Print what rounds of a calibration came to, in scores, which --threshold is compared with.
-
-    Args:
-        rounds: a masks.CalibrationRound each, as a mask file has it.
-    """
-    sign = masks.RULES[options.mask_rule].sign
-    ranks = options.mask_rule == "random" or (
-        masks.needs_scores(options.mask_rule) and options.consensus in masks.RANKS
-    )
-    for step in rounds:
-        alive = f"{step['alive']:,} of {step['of']:,} weights stay alive"
-        bar = f"scores {'from' if sign < 0 else 'up to'} {sign * step['bar']:.3g}"
-        quantiles = sorted(sign * key for key in step["quantiles"])  # LEVELS lie around a half
-        pairs = zip(masks.LEVELS, quantiles, strict=True)
-        shares = (f"{100 * level:g} % below {score:.3g}" for level, score in pairs)
-        scores = "" if ranks else f", {bar} (of all: {', '.join(shares)})"
-        print(f"calibration round {step['round']}: {alive}{scores}", flush=True)
 
 
 def find_mask(

@@ -161,6 +161,24 @@ def given_mask(file: str, model: vit.VisionTransformer, copy: Path) -> Mask:
     return mask
 
 
+def say_rounds(rounds: Iterable[dict], rule: str, consensus: str) -> None:
+    """Print what rounds of a calibration came to, in scores, which --threshold is compared with.
+
+    Args:
+        rounds: a masks.CalibrationRound each, as a mask file has it.
+    """
+    sign = masks.RULES[rule].sign
+    ranks = rule == "random" or (masks.needs_scores(rule) and consensus in masks.RANKS)
+    for step in rounds:
+        alive = f"{step['alive']:,} of {step['of']:,} weights stay alive"
+        bar = f"scores {'from' if sign < 0 else 'up to'} {sign * step['bar']:.3g}"
+        quantiles = sorted(sign * key for key in step["quantiles"])  # LEVELS lie around a half
+        pairs = zip(masks.LEVELS, quantiles, strict=True)
+        shares = (f"{100 * level:g} % below {score:.3g}" for level, score in pairs)
+        scores = "" if ranks else f", {bar} (of all: {', '.join(shares)})"
+        print(f"calibration round {step['round']}: {alive}{scores}", flush=True)
+
+
 def layer_and_kinds(name: str) -> tuple[str, list[str]]:
     """Split a parameter's name into its layer ("embed", "0", ..., "norm") and the kinds it holds.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 
+import masks
 import model as vit
 from federated.client_states import ClientTerms
 from flat import Sgd
@@ -28,13 +29,9 @@ if TYPE_CHECKING:
     from training.workspace import Workspace
 
 FREE = {  # options that may change while a run goes on
-    *("name", "runs_dir", "data_dir", "device", "threads"),
+    *("name", "runs_dir", "data_dir", "fresh", "device", "threads"),
     *("cuda_graph", "eval_every", "eval_batch", "diagnostics", "tensorboard"),
-    *(
-        "fresh",
-        "micro_batch",
-        "early_stop",
-    ),  # a run that stops is the beginning of one that does not
+    *("micro_batch", "early_stop"),  # a run that stops is the beginning of one that does not
 }
 
 
@@ -381,8 +378,11 @@ def drive(
 
 def rate_line(learner: Learner, rate: dict[str, float]) -> str:
     """Say how the learning rate follows the mask."""
-    said = "sensitivity_share" in learner.mask.origin
-    what = "the sensitivity" if said else "the entries (its file does not say of what sensitivity)"
+    origin, what = learner.mask.origin, "all sensitivity"
+    if not masks.needs_scores(origin["mask_rule"]):
+        what = "the entries"
+    elif "sensitivity_share" not in origin:
+        what = "the entries (its file is older, and does not say how much of the sensitivity)"
     return (
         f"lr {learner.dense_lr:g} x {rate['lr_factor']:.4g} = {rate['lr']:.4g}: --mask-lr "
         f"{learner.mask_lr}, as the mask keeps {100 * rate['sensitivity_share']:.3g} % of {what}; "

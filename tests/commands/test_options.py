@@ -11,9 +11,20 @@ import data
 import masks
 import model as vit
 from commands.merge import RULES as MERGING
-from commands.options import GROUPS, Command, build_parser, grouped, number, parse, read
+from commands.options import (
+    GROUPS,
+    Command,
+    build_parser,
+    grouped,
+    number,
+    parse,
+    read,
+    recipe_of,
+)
 from federated.methods import METHODS
 from federated.server import RULES as SERVERS
+from machine.device import Machine
+from machine.runs import Run
 from machine.safe_files import DamagedFile
 from study.experiments import SCALES
 from train import COMMANDS
@@ -209,3 +220,14 @@ def test_a_value_that_is_missing_is_damage():
     for name in VALID:
         with pytest.raises(DamagedFile, match=f"{name} is missing in its options"):
             read(Notes, {k: v for k, v in VALID.items() if k != name})
+
+
+def test_the_options_of_an_older_run_are_read_as_it_was_made(monkeypatch, tmp_path):
+    """Before --mask-lr rates under a mask were raw; --fresh is of the command that reads."""
+    stored = parse(["fedavg", "--data", "synthetic", "--mask-rule", "random"], COMMANDS).stored
+    older = {k: v for k, v in stored.items() if k not in ("mask_lr", "fresh")}
+    older |= {"weights_sha256": "", "pixels": "half"}
+    for options, rate in ((older, None), (older | stored, "matched")):
+        monkeypatch.setattr(Run, "config", lambda run, options=options: {"options": options})
+        recipe = recipe_of(str(tmp_path), "data", Machine())
+        assert recipe.given_mask.mask_lr == rate and recipe.source.fresh is False

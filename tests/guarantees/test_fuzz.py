@@ -46,7 +46,7 @@ THEMES = {  # what gives other options something to act on
             "--train head",
             "--train head --head ridge --lr 0.01",
         ),
-        *("--head ridge --mask-rule least-sensitive --calibration-images 20 --sparsity 0.5",),
+        *("--head ridge --mask-rule least-sensitive --calibration-images 20 --lr 1e-5",),
         *("--head ridge --mask-rule random", "--head ridge --mask mask.pt", "--scaffold --lr 0.1"),
         *("--search --search-lr 0.1 --search-length 1", "--local-norm", "--aggregate fednova"),
         *("--aggregate ties", "--aggregate dare", "--aggregate sign --diagnostics", "--fedvc"),

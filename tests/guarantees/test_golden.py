@@ -1,4 +1,4 @@
-"""Twelve commands end in the weights and the log that they ended in before.
+"""Thirteen commands end in the weights and the log that they ended in before.
 
 golden.json holds what each came to, and where. There the bits must be the same: a change that moves
 one must say why. Elsewhere (another processor, another version of torch) rounding differs, and the
@@ -21,10 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 GOLDEN = Path(__file__).with_name("golden.json")
 ROUNDS = "--rounds 3 --eval-every 2 --clients 20 --fraction 0.25 --batch-size 8 --J 3"
 FEDAVG = f"fedavg {ROUNDS} --lr 0.02"
-MASKED = "--lr 1e-4 --mask-rule least-sensitive --sparsity 0.8 --calibration-images 60"
+RULE = "--mask-rule least-sensitive --sparsity 0.8 --calibration-images 60"
+MASKED = f"--lr 1e-4 --mask-lr raw {RULE}"
 COMMANDS = {
     "plain": f"{FEDAVG} --nc 10",
     "masked": f"{FEDAVG} {MASKED}",
+    "masked, at the matched rate": f"{FEDAVG} --lr 1e-6 {RULE}",
     "SCAFFOLD under a mask": f"{FEDAVG} {MASKED} --scaffold",
     "local norms": f"{FEDAVG} --local-norm --nc 10 --straggler-fraction 0.5 --dropout 0.3",
     "FedAdam": f"{FEDAVG} --server fedadam --prox 0.1 --diagnostics",

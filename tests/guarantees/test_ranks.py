@@ -90,7 +90,7 @@ def test_three_processes_give_the_bits_of_one(tmp_path, tmp_path_factory):
 
 @slow
 def test_a_concealed_pair_stops_and_goes_on_alone_to_the_same_bits(tmp_path, tmp_path_factory):
-    masked = ("--head", "ridge", "--mask-rule", "random", "--local-norm")
+    masked = ("--head", "ridge", "--mask-rule", "random", "--mask-lr", "raw", "--local-norm")
     options = ("--J", 20, "--lr", 0.02, "--straggler-fraction", 0.5, *masked)
     processes = launch(tmp_path, 2, "--secure-aggregation", *options)
     until(tmp_path / "runs" / "x" / "log.jsonl", processes[0])

@@ -95,7 +95,7 @@ def test_a_round_on_real_images_improves_validation(real, few_tested, tmp_path):
 def test_frozen_coordinates_of_the_real_model_keep_their_bits(real, few_tested, learners):
     masked = ["--mask-rule", "least-sensitive", "--sparsity", 0.9, "--calibration-images", 20]
     options = ["--rounds", 2, "--J", 2, "--batch-size", 8, "--eval-every", 2, "--eval-batch", 500]
-    options += ["--val-fraction", 0.01, "--lr", 0.03]
+    options += ["--val-fraction", 0.01, "--lr", 0.003]
     real("fedavg", *masked, "--calibration-rounds", 2, *options)
     (learner,) = learners
     assert_frozen_stayed(learner)

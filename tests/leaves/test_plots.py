@@ -22,6 +22,10 @@ DRAWN = {
         *(path, "sent (MB)"),
         reference={"iid": ("start", 28.0)},
     ),
+    "spans": lambda path: plots.plot_spans(
+        {"iid": {"a": ([0.1, 1.0], 1.0, 2.0), "b": ([3.0], 3.0, 9.0)}, "x": {"b": ([1.0], 1.0, 1)}},
+        *(path, "rate", ("best", "other")),
+    ),
     "shards": lambda path: plots.plot_shards({"a": COUNTS}, path),
     "density": lambda path: plots.plot_density(
         ["w", "b"], ["0", "1"], np.array([[0.5, np.nan], [0.0, 1.0]]), path

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from conftest import assert_frozen_stayed
 
 import flat
 import masks
+import training.calibration
 from fisher import fisher_diagonal
 from machine import safe_files
 from machine.runs import Run
@@ -148,12 +150,23 @@ def test_a_mask_file_holds_all_of_the_mask(small_data, tmp_path):
 
 
 @pytest.mark.parametrize("sparsity", [0.9, pytest.param(0.2, marks=pytest.mark.slow)])
-def test_frozen_entries_keep_their_bits_through_a_central_run(cli, small_data, learners, sparsity):
+def test_frozen_entries_keep_their_bits_through_a_central_run(
+    cli, small_data, learners, monkeypatch, sparsity
+):
+    rates, step = set(), flat.Entries.step
+
+    def recorded(entries, lr, **settings):
+        rates.add(lr)
+        step(entries, lr, **settings)
+
+    monkeypatch.setattr(flat.Entries, "step", recorded)
     options = ("--sparsity", sparsity, "--lr", 0.01, "--weight-decay", 0.1, "--nesterov")
     status, _, err = cli(*CENTRAL, *MASK, *QUICK, *options, "--name", "s")
     assert status == 0, err
     (learner,) = learners
     assert_frozen_stayed(learner)
+    (rate,) = rates
+    assert rate == pytest.approx(0.01 * learner.mask.rate_factor("matched"))
     assert torch.equal(theta(small_data / "runs" / "s"), learner.entries.theta)
 
 
@@ -202,6 +215,115 @@ def test_tensors_that_are_frozen_throughout_take_no_gradient(small_data):
     clients.train_client(learner.entries.theta.clone(), 3, round=1)
     hook.remove()
     assert not seen  # the backward pass ends above block 0
+
+
+def test_the_rate_follows_the_sensitivity_that_the_mask_keeps(cli, small_data):
+    options = (*TINY, *FEW, *QUICK, "--mask-rule", "least-sensitive", "--calibration-images", 40)
+    calibration = prepare(small_data, "--head-images", 100, *QUICK, "--calibration-images", 40)
+    scores = calibration.client_keys  # of one round: the mask ranks the scores of the network as is
+    weights = torch.tensor([len(calibration.shards[k]) for k in calibration.clients])
+    each = [scores(calibration.images(k)) * len(calibration.shards[k]) for k in calibration.clients]
+    mean = (sum(each) / weights.sum()).double()
+    share = (mean.sort().values[: round(0.1 * len(mean))].sum() / mean.sum()).item()
+    status, out, err = cli(*options, "--mask-lr", "functional", "--lr", 1e-6, "--name", "x")
+    assert status == 0, err
+    first = Run(small_data / "runs" / "x").records()[0]
+    summary = json.loads((small_data / "runs" / "x" / "summary.json").read_text())
+    expected = {"lr": 1e-6 / share, "lr_factor": 1 / share, "sensitivity_share": share}
+    for name, value in expected.items():
+        assert first[name] == summary[name] == pytest.approx(value, rel=1e-4), name
+    (said,) = (line for line in out.splitlines() if line.startswith("lr 1e-06 x "))
+    assert f"= {1e-6 / share:.4g}: --mask-lr functional" in said
+
+
+@pytest.mark.parametrize("rule", ["random", "least-sensitive"])
+def test_the_rate_that_clients_step_by_is_the_masked_one(small_data, rule):
+    rates = ("--lr", 0.01, "--schedule", "cosine", "--warmup", 0)
+    scored = ("--calibration-images", 40, *QUICK) * (rule != "random")
+    masked = (*LOOP, *FEW, "--rounds", 2, *rates, "--mask-rule", rule, *scored)
+    learner, clients = build(small_data, *masked)
+    raw = build(small_data, *masked, "--mask-lr", "raw")[1]
+    factor = learner.mask.rate_factor("matched")
+    assert factor > 3.1 and [clients.lr(t) for t in (1, 2)] == pytest.approx(
+        [raw.lr(t) * factor for t in (1, 2)]
+    )
+    if rule == "random":
+        kept, size = learner.mask.origin["kept"], len(learner.mask.trains)
+        assert factor == pytest.approx(math.sqrt(size / kept))
+
+
+@pytest.mark.parametrize("consensus", ["vote", "max"])
+def test_the_share_is_of_mean_scores_whatever_the_consensus(small_data, consensus):
+    options = ("--mask-rule", "least-sensitive", "--calibration-images", 40, *QUICK)
+    calibration = prepare(small_data, *options, "--consensus", consensus)
+    mask = calibration.make()
+    sizes = [len(calibration.shards[k]) for k in calibration.clients]
+    scores = [calibration.sensitivity(calibration.images(k)).double() for k in calibration.clients]
+    mean = sum(n * s for n, s in zip(sizes, scores, strict=True))
+    share = (mean[mask.trains].sum() / mean.sum()).item()
+    assert mask.origin["sensitivity_share"] == pytest.approx(share, rel=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["random", "least-sensitive"])
+def test_a_mask_file_of_an_older_version_goes_by_its_density(cli, small_data, rule):
+    path = save_mask(small_data, 0.75)
+    content = safe_files.load_checked(path)
+    content["made"]["mask_rule"] = rule
+    del content["made"]["sensitivity_share"]
+    safe_files.save_checked(path, content)
+    status, out, err = cli(*TINY, *FEW, "--mask", path, "--lr", 1e-6)
+    assert status == 0, err
+    assert "lr 1e-06 x 2 = 2e-06: --mask-lr matched, as the mask keeps 25 % of the entries" in out
+    assert ("its file is older" in out) == (rule != "random")
+
+
+def test_a_mask_of_what_the_output_does_not_depend_on_has_no_matched_rate(cli, small_data):
+    path = save_mask(small_data, 0.75)
+    content = safe_files.load_checked(path)
+    content["made"]["sensitivity_share"] = 0.0
+    safe_files.save_checked(path, content)
+    status, _, err = cli(*TINY, *FEW, "--mask", path)
+    assert status == 2 and "--mask-lr matched: nothing that the output depends on trains" in err
+    assert cli(*TINY, *FEW, "--mask", path, "--mask-lr", "raw")[0] == 0
+
+
+def test_a_calibration_says_what_each_round_came_to(small_data, capsys):
+    options = ("--sparsity", 0.75, "--calibration-rounds", 2, "--calibration-images", 40)
+    calibration = prepare(small_data, "--mask-rule", "most-sensitive", *options)
+    capsys.readouterr()
+    mask = calibration.make()
+    first, last = capsys.readouterr().out.splitlines()
+    assert "calibration round 1: 33,384 of 66,768 weights stay alive, scores from" in first
+    assert "calibration round 2: 16,692 of 33,384 weights stay alive, scores from" in last
+    steps = mask.origin["rounds"]
+    levels = [-key for key in reversed(steps[0]["quantiles"])]  # of the scores, rising
+    assert f"50 % below {levels[2]:.3g}" in first and f"99 % below {levels[4]:.3g}" in first
+    assert levels == sorted(levels)
+    assert -steps[0]["bar"] == pytest.approx(levels[2], rel=1e-3)  # half of them stay alive
+    threshold = -steps[0]["bar"]  # what the line says makes the mask that it speaks of
+    options = ("--threshold", threshold, *QUICK, "--calibration-images", 40)
+    again = prepare(small_data, "--mask-rule", "most-sensitive", *options).make()
+    assert again.origin["kept"] == steps[0]["alive"] == 33_384
+
+
+@pytest.mark.parametrize("rule", ["random", "vote"])
+def test_a_calibration_whose_keys_are_no_scores_shows_none(small_data, capsys, rule):
+    vote = ("--mask-rule", "least-sensitive", "--consensus", "vote", *QUICK)
+    options = vote if rule == "vote" else ("--mask-rule", "random")
+    prepare(small_data, *options, "--calibration-images", 40).make()
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "calibration round 1: 6,677 of 66,768 weights stay alive"
+    )
+
+
+def test_options_that_a_rule_does_not_use_are_ignored_in_one_line(capsys):
+    idle = ("--calibration-images", 100, "--damp", 0.5, "--quorum", 3)
+    line = parsed("fedavg", "--mask-rule", "random", *idle)
+    said = "--calibration-images, --damp, --quorum: ignored, as --mask-rule random scores nothing\n"
+    assert capsys.readouterr().out == said
+    assert line.name == parsed("fedavg", "--mask-rule", "random").name
+    parsed("fedavg", "--mask-rule", "least-sensitive", *idle[:4])
+    assert not capsys.readouterr().out
 
 
 def test_every_line_of_the_log_counts_what_was_sent(cli, small_data):
@@ -266,7 +388,38 @@ def test_a_mask_of_the_same_options_is_made_once(cli, small_data, monkeypatch):
     assert cli(*command, "a")[0] == 0
     with monkeypatch.context() as patch:
         patch.setattr(Calibration, "make", None)  # would fail
-        assert cli(*command, "b", "--lr", 0.01)[0] == 0
+        status, out, _ = cli(*command, "b", "--lr", 0.01)
+    (path,) = (small_data / "data" / "masks").iterdir()
+    date = safe_files.load_checked(path)["made"]["date"]
+    assert status == 0 and f"mask taken from {path.relative_to(small_data)}, made {date}" in out
+    assert "calibration round 1: " in out
+
+
+def test_a_mask_that_other_code_made_is_not_taken(small_data, monkeypatch, tmp_path):
+    calibration = prepare(small_data, "--mask-rule", "random")
+    cached_mask(calibration)
+    edited = tmp_path / "masks.py"
+    edited.write_text("# another version")
+    monkeypatch.setattr(training.calibration, "MAKERS", (*training.calibration.MAKERS, edited))
+    cached_mask(calibration)
+    assert len(list((small_data / "masks").iterdir())) == 2
+
+
+def test_fresh_makes_masks_and_features_anew_and_once(small_data, monkeypatch):
+    options = ("--mask-rule", "random", "--seed", 1)
+    prepare(small_data, *options).make()
+    cached_mask(prepare(small_data, *options))
+    files = [*(small_data / "masks").iterdir(), *(small_data / "features").iterdir()]
+    for file in files:
+        os.utime(file, (0, 0))
+    cached_mask(prepare(small_data, *options))
+    assert all(file.stat().st_mtime == 0 for file in files)
+    calibration = prepare(small_data, *options, "--fresh")
+    cached_mask(calibration)
+    assert files and all(file.stat().st_mtime > 0 for file in files)
+    monkeypatch.setattr(Calibration, "make", None)  # what this command has made serves it
+    cached_mask(calibration)
+    assert parsed("fedavg", "--fresh").name == parsed("fedavg").name
 
 
 @pytest.mark.parametrize(
@@ -304,9 +457,7 @@ BAD = {
         *("--head", "ridge", "--mask-rule", "random", "--threshold", 1),
     ),
     "--quorum belongs to --consensus vote": (*MASK, "--quorum", 2),
-    "--damp belongs to --mask-rule least-sensitive|most-sensitive: random scores nothing": (
-        *("--head", "ridge", "--mask-rule", "random", "--damp", 0.5),
-    ),
+    "--mask-lr functional is of a rate under a mask": (*HEAD, "--mask-lr", "functional"),
     "--per-tensor shares a --sparsity out": (*MASK, "--per-tensor", "--threshold", 1),
     "the head is fitted first and frozen: --head ridge or probe": (
         *("--mask-rule", "random", "--head", "linear"),

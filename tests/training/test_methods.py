@@ -8,7 +8,7 @@ from built import build, build_loop
 from training.rounds import local_entries
 
 TINY = ("--clients", 20, "--J", 3, "--batch-size", 8, "--fraction", 0.2, "--lr", 0.05)
-MASK = ("--head", "ridge", "--mask-rule", "random")
+MASK = ("--head", "ridge", "--mask-rule", "random", "--mask-lr", "raw")
 
 
 @pytest.fixture

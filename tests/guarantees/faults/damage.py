@@ -28,7 +28,7 @@ from training.mask_file import Mask
 COMMAND = (
     f"fedavg {SMALL} --rounds 8 --fraction 0.3 --scaffold --head ridge --early-stop 9 "
     "--mask-rule least-sensitive --sparsity 0.5 --calibration-images 40 --calibration-rounds 1 "
-    "--eval-every 1"
+    "--eval-every 1 --mask-lr raw"
 )
 OTHER = f"{COMMAND} --lr 0.02 --seed 1"
 STOP = 5  # the round after which the run to be damaged was stopped

@@ -27,13 +27,15 @@ FEDAVG = f"fedavg {SMALL} --rounds 40 --eval-every 8"
 TRAINING = {
     "fedavg": FEDAVG,
     "fedavg, SCAFFOLD": f"{FEDAVG} --scaffold --fraction 0.3",
-    "fedavg, local norm, mask": f"{FEDAVG} --local-norm --head ridge --mask-rule random",
+    "fedavg, local norm, mask": f"{FEDAVG} --local-norm --head ridge --mask-rule random "
+    "--mask-lr raw",
     "centralized": "centralized --data synthetic --name x --epochs 2 --batch-size 8 --eval-every 1",
     "calibrate": f"calibrate {SMALL.replace('--J 2 --batch-size 8', '')} --calibration-images 100",
 }
 WRITES_ALL = (  # every kind of file that a run writes
     "fedavg --data synthetic --clients 4 --fraction 0.5 --J 1 --batch-size 8 --name x --rounds 1 "
-    "--scaffold --head ridge --mask-rule lowest-magnitude --early-stop 5 --eval-every 1"
+    "--scaffold --head ridge --mask-rule lowest-magnitude --mask-lr raw "
+    "--early-stop 5 --eval-every 1"
 )
 
 

@@ -1,0 +1,137 @@
+"""Which learning rates ended highest under each mask, against the rate that follows the mask.
+
+    python -m study.rates [results/cpu]    writes its rates.csv, and docs/rates.png
+
+A mask that keeps the share s of all sensitivity takes dense training's rate times s^(-1/2)
+(matched: dense training's update norm) or s^-1 (functional: its change of the loss). Dense
+training's rate is the best of those that it tried itself. Where nothing is scored s is the density;
+of the masks that score it is in shares.csv (bench/bench_masks.py). All of seed 0, on which every
+rate was tried; the best is by validation accuracy.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import masks
+from study import figures, packed
+
+SEED = 0
+FOLDER = "rules"  # which holds the runs of the tables rules and sparsity
+HEADING = (
+    *("sharding", "rule", "sparsity", "calibration_rounds", "sensitivity_share", "rates", "best"),
+    *("bracketed", "matched", "best_to_matched", "functional", "best_to_functional"),
+)
+
+
+class Key(NamedTuple):
+    """What a row of runs is of; dense training has rule dense and sparsity 0."""
+
+    sharding: str
+    rule: str
+    sparsity: float
+    rounds: int  # of calibration; 0 where nothing is scored
+
+
+class Tried(NamedTuple):
+    """The rates that one mask has tried.
+
+    accuracy: rate -> validation accuracy.
+    share: of all sensitivity, that the mask keeps.
+    dense: the best rate of dense training on the same clients.
+    """
+
+    key: Key
+    accuracy: Mapping[float, float]
+    share: float
+    dense: float
+
+    @property
+    def best(self) -> float:
+        """The rate with the highest validation accuracy."""
+        return best(self.accuracy)
+
+    @property
+    def bracketed(self) -> bool:
+        """Whether both a lower and a higher rate than the best one were tried."""
+        return min(self.accuracy) < self.best < max(self.accuracy)
+
+    def follows(self, how: str) -> float:
+        """Return the rate that follows the mask; how: of masks.RATES."""
+        return self.dense * masks.rate_factor(self.share, how)
+
+    def line(self) -> list[str]:
+        """Return the row's cells, as HEADING has them."""
+        rates = " ".join(f"{rate:g}" for rate in sorted(self.accuracy))
+        cells = [*map(str, self.key), f"{self.share:.4g}", rates, f"{self.best:g}"]
+        cells.append("yes" if self.bracketed else "no")
+        for how in ("matched", "functional"):
+            rate = self.follows(how)
+            cells += [f"{rate:.3g}", f"{self.best / rate:.2g}"]
+        return cells
+
+
+def best(accuracy: Mapping[float, float]) -> float:
+    """Return the rate of the highest accuracy; of equal ones the lowest."""
+    return max(sorted(accuracy), key=accuracy.__getitem__)
+
+
+def tried(results: Path) -> list[Tried]:
+    """Return the rates of every mask whose share is there, from the runs of a scale's results."""
+    accuracy: dict[Key, dict[float, float]] = {}
+    for run in packed.read(results / FOLDER / packed.FILE).values():
+        options = run.config["options"]
+        scores = options["consensus"], options["calibration_fraction"]
+        if options["seed"] == SEED and scores in ((None, None), ("mean", 1)):
+            rates = accuracy.setdefault(key_of(options), {})
+            rates[options["lr"]] = run.summary["final"]["val_acc"]
+    shares = read_shares(results / "shares.csv")
+    rows = []
+    for key, rates in sorted(accuracy.items()):
+        dense = best(accuracy[Key(key.sharding, "dense", 0.0, 0)])
+        share = shares.get(key) if key.rounds else 1 - key.sparsity
+        rows += [Tried(key, rates, share, dense)] if share is not None else []
+    return rows
+
+
+def key_of(options: Mapping) -> Key:
+    """Return what a run is of, by its options."""
+    sharding = f"nc{options['nc']}" if options["nc"] else "iid"
+    if (rule := options["mask_rule"]) is None:
+        return Key(sharding, "dense", 0.0, 0)
+    rounds = options["calibration_rounds"] if masks.needs_scores(rule) else 0
+    return Key(sharding, rule, options["sparsity"], rounds)
+
+
+def read_shares(path: Path) -> dict[Key, float]:
+    """Return the share of all sensitivity that each calibrated mask keeps."""
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    return {
+        Key(row["sharding"], row["rule"], float(row["sparsity"]), int(row["rounds"])): float(
+            row["sensitivity_share"]
+        )
+        for row in csv.DictReader(lines)
+    }
+
+
+def lines(rows: list[Tried]) -> list[list[str]]:
+    """Return the table of rates, with its heading."""
+    return [[*HEADING], *(row.line() for row in rows)]
+
+
+def main(results: Path) -> None:
+    """Write the table of rates and its figure."""
+    rows = tried(results)
+    text = "\n".join(",".join(line) for line in lines(rows))
+    (results / "rates.csv").write_text(f"{text}\n", encoding="utf-8")
+    path = Path(__file__).resolve().parent.parent / "docs" / "rates.png"
+    figures.draw_rates(rows, path)
+    print(f"written: {results / 'rates.csv'}, {path}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "results/cpu"))
