@@ -107,14 +107,10 @@ def run_sweep(line: Line) -> None:
     stop = start + 60 * (o.minutes or math.inf)
 
     def missing(failed: set[str]) -> Iterator[Work]:
-        for experiment, folder in chosen(o).values():  # anew: the first tables size later ones
-            cells = experiment.missing(folder, failed)
-            for cell in cells:
-                left = 3600 * (o.hours or math.inf) - (time.monotonic() - start)
-                if o.hours is None or times.seconds_of(cell) <= left:
-                    yield folder, cell
-            if experiment.decides and cells:
-                return
+        for folder, cell in work_of(o, failed):
+            left = 3600 * (o.hours or math.inf) - (time.monotonic() - start)
+            if o.hours is None or times.seconds_of(cell) <= left:
+                yield folder, cell
 
     next(missing(set()), None)  # refuses what is not of this version before anything is made
     with contextlib.ExitStack() as folders_held:
@@ -135,6 +131,17 @@ def run_sweep(line: Line) -> None:
         raise ValueError(f"{len(failed)} runs failed: {', '.join(sorted(failed))}")
     list_runs(chosen(o), o.jobs, times)
     print(f"tables: {results}/*/table.md")
+
+
+def work_of(o: Sweep, failed: set[str]) -> list[Work]:
+    """Return what is missing, in the order of the tables: all of a first seed, then the others."""
+    work: list[Work] = []
+    for experiment, folder in chosen(o).values():  # anew: the first tables size later ones
+        cells = experiment.missing(folder, failed)
+        work += [(folder, cell) for cell in cells]
+        if experiment.decides and cells:
+            break
+    return sorted(work, key=lambda item: item[1].seed)
 
 
 def chosen(o: Sweep) -> Tables:
@@ -227,23 +234,21 @@ def list_runs(tables: Tables, jobs: int, times: Times) -> None:
         places = [place for row in experiment.rows if (place := experiment.place(folder, row))]
         ends = sum(place != INSIDE for place in places)
         marks = f", {ends} of {len(places)} rows not bracketed" if ends else ""
-        print(
-            f"{name:15} {f'{done} of {needed} runs done':24} time left: {time_left(takes)}{marks}"
-        )
+        state = f"{done} of {needed} runs done"
+        print(f"{name:15} {state:24} time left: {time_left(takes)}{marks}")
         total += fresh
     if len(tables) > 1:
         print(f"{'all':15} {'':24} time left: {time_left(total)}")
-    if total:
-        print(
-            f"times are estimates for this machine ({times.processor}): {times.path} has the parts"
-        )
+    if waiting:
+        print(f"{'features':15} {'':24} once, at most: {time_left(times.features(waiting))}")
+        print(f"estimated for this machine ({times.processor}) by the parts in {times.path}")
 
 
 def time_left(seconds: float) -> str:
     """Write an estimate, which is no number where a command cannot be timed here."""
-    return (
-        "unknown: a package that it needs is missing" if math.isnan(seconds) else duration(seconds)
-    )
+    if math.isnan(seconds):
+        return "unknown: a package that it needs is missing"
+    return duration(seconds) if seconds < 2 * 3600 else f"{seconds / 3600:,.1f} hours"
 
 
 def run_report(line: Line) -> None:

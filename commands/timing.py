@@ -107,7 +107,7 @@ class Times:
         names = ("model", "image_size", "keep_tokens", "precision", "device")
         if choose_device(o["device"]).type != "cpu":  # where an image takes the same in any batch
             names += ("batch_size",)
-        key = json.dumps({name: o[name] for name in names if name in o})
+        key = json.dumps({"keep_tokens": 1.0} | {name: o[name] for name in names if name in o})
         if key not in self.parts:
             self.parts[key] = measure(o)
             self.path.parent.mkdir(parents=True, exist_ok=True)

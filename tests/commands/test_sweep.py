@@ -6,10 +6,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 from commands import study, timing
+from commands.fedavg import seen
 from study import experiments
 from study.tables import Experiment, Row
 
@@ -55,6 +57,13 @@ def test_a_run_that_two_tables_share_starts_once(tmp_path, monkeypatch):
     twice = lambda failed: [] if started else [(tmp_path, cell), (tmp_path, cell)]  # noqa: E731
     assert study.run_cells(twice, jobs=2) == set()
     assert len(started) == 1
+
+
+def test_a_run_says_how_many_clients_and_classes_it_has_seen():
+    labels, shards = np.array([5, 5, 7, 8]), [np.array([0, 1]), np.array([2]), np.array([3])]
+    records = [{"round": 0}, {"clients": [1, 0]}, {"clients": [0]}]
+    assert seen(records, shards, labels) == {"seen": {"clients": 2, "classes": 2}}
+    assert seen([{"round": 1, "answered": 3}], shards, labels) == {}  # a private run
 
 
 # ---------------------------------------------------------------------------- time and machines

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from machine.device import LossScale, choose_device, choose_precision, exact_products
+from machine.device import LossScale, choose_device, choose_precision, exact_products, processor
 
 
 def needs(limit):
@@ -100,3 +100,7 @@ def test_products_are_exact_inside_and_as_before_after_an_error():
         assert settings.allow_tf32
     finally:
         settings.allow_tf32 = before
+
+
+def test_a_cpu_has_a_name():
+    assert len(processor(torch.device("cpu"))) > 2

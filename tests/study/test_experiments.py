@@ -148,10 +148,10 @@ def test_runs_that_tables_share_count_once_in_the_time_of_all(cli, small_data, m
     made = {"rules": Experiment("One", ("which",), (shared,))}
     made["more"] = Experiment("Two", ("which",), (shared, own), folder="rules")
     monkeypatch.setattr(experiments, "at_scale", lambda *scale: made)
-    parts = dict.fromkeys(timing.PARTS, 0.0) | {"step": 1e-3}
+    parts = dict.fromkeys(timing.PARTS, 0.0) | {"step": 1e-4}
     monkeypatch.setattr(timing, "measure", lambda o: parts)
     folder = small_data / "results" / "smoke" / "rules"
-    seconds = timing.counts("fedavg", timing.parsed("fedavg", ()).stored)["step"] * 1e-3
+    seconds = timing.counts("fedavg", timing.parsed("fedavg", ()).stored)["step"] * 1e-4
 
     def left():
         status, out, err = cli("sweep", "--scale", "smoke", "--list")
