@@ -18,13 +18,25 @@ import torch
 from torch import Tensor
 
 SCHEDULES = ("constant", "step", "exponential", "cosine")
+DECAYS = {"step": 0.1, "exponential": 0.01}  # of one step, of the whole decay
 
 
-def learning_rate(schedule: str, at: float, *, total: float, lr: float, warmup: float = 0) -> float:
+def learning_rate(
+    schedule: str,
+    at: float,
+    *,
+    total: float,
+    lr: float,
+    warmup: float = 0,
+    decay: float | None = None,
+) -> float:
     """Return the learning rate at time `at` of `total` (rounds or epochs, fractions allowed).
 
     Linear from lr / (warmup + 1) over the first `warmup`; then, with p from 0 to 1 over the rest,
-    constant; "step": times 0.1 at p = 1/2 and at 3/4; "exponential": 0.01^p; "cosine" to zero.
+    constant; "step": times `decay` at p = 1/2 and at 3/4; "exponential": decay^p; "cosine" to zero.
+
+    Args:
+        decay: None: DECAYS.
 
     Raises:
         ValueError: unknown schedule, or a warm-up that is negative or as long as the run.
@@ -38,24 +50,32 @@ def learning_rate(schedule: str, at: float, *, total: float, lr: float, warmup: 
     if at < warmup:
         return lr * (at + 1) / (warmup + 1)
     p = (at - warmup) / (total - warmup) if total > warmup else 0.0
+    decay = DECAYS.get(schedule) if decay is None else decay
     if schedule == "step":
-        return lr * (1.0 if p < 0.5 else 0.1 if p < 0.75 else 0.01)
+        return lr * (1.0 if p < 0.5 else decay if p < 0.75 else float(Fraction(str(decay)) ** 2))
     if schedule == "exponential":
-        return lr * 0.01**p
+        return lr * decay**p
     if schedule == "cosine":
         return lr * 0.5 * (1 + math.cos(math.pi * min(p, 1.0)))
     return lr
 
 
 class Schedule(NamedTuple):
-    """How the learning rate goes on over rounds or epochs."""
+    """How the learning rate goes on."""
 
     schedule: Annotated[str, "learning rate over rounds or epochs", SCHEDULES] = "constant"
     warmup: Annotated[float, "rounds or epochs of linear warm-up", ">= 0"] = 0
+    decay: Annotated[
+        float | None,
+        "step: factor on the rate at half and at three quarters of the run; exponential: factor "
+        "that it ends at [step 0.1, exponential 0.01]",
+        "0 < x <= 1",
+    ] = None
 
     def at(self, at: float, *, total: float, lr: float) -> float:
         """Return the learning rate at a time, as `learning_rate` does."""
-        return learning_rate(self.schedule, at, total=total, lr=lr, warmup=self.warmup)
+        schedule, warmup, decay = self
+        return learning_rate(schedule, at, total=total, lr=lr, warmup=warmup, decay=decay)
 
 
 class Epochs(NamedTuple):
@@ -66,7 +86,7 @@ class Epochs(NamedTuple):
     eval_every: Annotated[
         int | float | None,
         "epochs between evaluations; below 1 a share: 0.1 evaluates ten times an epoch [a 20th of "
-        "the run]",
+        "the run, more where they would take a tenth of its time]",
         ">= 1 or share",
     ] = None
 

@@ -177,12 +177,14 @@ class Entry(NamedTuple):
 
     load: folder -> Dataset. defaults: of options by name, where a command line leaves them away.
     lr: (what trains, head, classes per client) -> learning rate, chosen on validation.
+    images: about how many train and test; how often runs are evaluated by default follows them.
     """
 
     load: Callable[[str], Dataset]
     defaults: dict[str, object]
     lr: Callable[[str, str, float], float]
     lr_help: str
+    images: tuple[int, int] = (50_000, 10_000)
 
 
 def _lr_cifar(train: str, head: str, classes: float) -> float:
@@ -212,17 +214,18 @@ DATASETS = {
     "synthetic": Entry(
         load=lambda folder: synthetic_dataset(),
         defaults=dict(
-            model="vit_demo",
+            model="vit_toy",
             weights="none",
             image_size=32,
             head="linear",
             augment=False,
             batch_size=32,
-            rounds=100,
+            rounds=20,
             epochs=5,
         ),
         lr=lambda train, head, classes: 0.2 if head == "linear" else 0.01,
         lr_help="0.2, with a fitted head 0.01",
+        images=(20_000, 5_000),
     ),
 }
 

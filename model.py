@@ -16,6 +16,7 @@ of its four methods: features, tokens, features_from and classify.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import http.client
@@ -29,7 +30,7 @@ import sys
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -50,6 +51,7 @@ class ViTShape:
     """Sizes of a vision transformer; `grid` is the side of its position grid in patches.
 
     module: (shape, classes) -> the model; None: VisionTransformer.
+    std: of the weights that a model without a checkpoint starts from.
     """
 
     width: int
@@ -58,6 +60,7 @@ class ViTShape:
     patch: int = 16
     grid: int = 14
     module: Callable[[ViTShape, int], nn.Module] | None = None
+    std: float = 0.02
 
 
 MODELS = {
@@ -65,6 +68,7 @@ MODELS = {
     "vit_ti16": ViTShape(192, 12, 3),
     "vit_b16": ViTShape(768, 12, 12),
     "vit_demo": ViTShape(48, 2, 3, patch=8, grid=4),
+    "vit_toy": ViTShape(48, 2, 3, patch=8, grid=4, std=0.1),  # it learns from the first round on
 }
 
 
@@ -152,6 +156,14 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)  # (N, T, D)
 
 
+EVERY, CLASS_TOKEN = slice(None), slice(1)  # rows of tokens
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return what queries (N, heads, R, d) gather from keys and values: (N, R, heads * d)."""
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -159,12 +171,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: slice = EVERY) -> Tensor:
         n, t, d = x.shape
         parts = self.qkv(x).view(n, t, 3, self.heads, d // self.heads).unbind(2)
         q, k, v = (part.transpose(1, 2) for part in parts)
-        x = F.scaled_dot_product_attention(q, k, v)  # (N, heads, T, D / heads)
-        return self.proj(x.transpose(1, 2).reshape(n, t, d))
+        return self.proj(attend(q[:, :, rows], k, v))
 
 
 class Mlp(nn.Module):
@@ -185,8 +196,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, 4 * width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, rows: slice = EVERY) -> Tensor:
+        """Return these rows of the block's result (N, R, D) of x (N, T, D)."""
+        x = x[:, rows] + self.attn(self.norm1(x), rows)
         return x + self.mlp(self.norm2(x))
 
 
@@ -203,6 +215,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(shape.width, eps=1e-6)
         self.head = nn.Linear(shape.width, classes)
         self._resamplers: dict[tuple, Tensor] = {}
+        self.passes: Any = None
 
     def positions(self, height: int, width: int) -> Tensor:
         """Return the position embedding (1, 1 + h*w, D) of an image of this many patches."""
@@ -233,17 +246,46 @@ class VisionTransformer(nn.Module):
         return x[image, F.pad(keep + 1, (1, 0))]  # class token: place 0
 
     def tokens(self, images: Tensor, first: int) -> Tensor:
-        """Return the input (N, 1 + T, D) of block `first`."""
-        x = self.embed(images)
-        for block in self.blocks[:first]:
-            x = block(x)
+        """Return the input (N, 1 + T, D) of block `first`; after the last one (N, 1, D)."""
+        return self._through(self.embed(images), 0, first)
+
+    def _through(self, x: Tensor, first: int, end: int) -> Tensor:
+        """Take tokens through blocks; the last computes the class token alone, as all that is
+        read."""
+        for i in range(first, end):
+            x = self.blocks[i](x, CLASS_TOKEN if i + 1 == len(self.blocks) else EVERY)
         return x
 
     def features_from(self, tokens: Tensor, first: int = 0) -> Tensor:
         """Return the normalised class token (N, D) from the input of block `first`."""
-        for block in self.blocks[first:]:
-            tokens = block(tokens)
-        return self.norm(tokens[:, 0])
+        if self.passes is not None and first < len(self.blocks):
+            return self._fused_features(tokens, self.blocks[first:])
+        return self.norm(self._through(tokens, first, len(self.blocks))[:, 0])
+
+    def _fused_features(self, x: Tensor, blocks: nn.ModuleList) -> Tensor:
+        """Return the same by `passes`, and by the modules' parameters alone: no hook sees it."""
+        passes, y = self.passes, blocks[0].norm1(x)
+        for block, norm in zip(blocks, [*(b.norm1 for b in blocks[1:]), self.norm], strict=True):
+            rows = CLASS_TOKEN if norm is self.norm else EVERY
+            qkv, proj, fc1, fc2 = block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
+            q, k, v = passes.qkv_heads(y, qkv.weight, qkv.bias, block.attn.heads)
+            y = F.linear(attend(q[:, :, rows], k, v), proj.weight)
+            x, y = passes.add_norm(x[:, rows], y, proj.bias, block.norm2)
+            y = passes.bias_gelu(F.linear(y, fc1.weight), fc1.bias)
+            x, y = passes.add_norm(x, F.linear(y, fc2.weight), fc2.bias, norm)
+        return y[:, 0]
+
+    @contextlib.contextmanager
+    def fused(self, passes: Any) -> Iterator[None]:
+        """Let the passes between a block's products be those of `passes`, fused.py for one.
+
+        passes: has add_norm, bias_gelu and qkv_heads.
+        """
+        self.passes = passes
+        try:
+            yield
+        finally:
+            self.passes = None
 
     def features(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Return the normalised class token (N, D) of images (N, 3, H, W); keep as in `embed`."""
@@ -281,7 +323,7 @@ def position_matrix(grid: int, height: int, width: int) -> Tensor:
 
 
 def build_vit(name: str, classes: int, seed: int = 0) -> VisionTransformer:
-    """Build a model by `seed`: truncated normal 0.02 weights, zero biases and a zero head.
+    """Build a model by `seed`: truncated normal weights, zero biases and a zero head.
 
     Raises:
         ValueError: the name is not in MODELS.
@@ -293,7 +335,7 @@ def build_vit(name: str, classes: int, seed: int = 0) -> VisionTransformer:
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in model.named_parameters():
         if parameter.dim() > 1 and not key.startswith("head."):
-            nn.init.trunc_normal_(parameter, std=0.02, a=-2.0, b=2.0, generator=generator)
+            nn.init.trunc_normal_(parameter, std=shape.std, a=-2.0, b=2.0, generator=generator)
         elif not key.startswith(("norm", "blocks")) or key.endswith("bias"):
             nn.init.zeros_(parameter)
     return model

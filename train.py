@@ -14,18 +14,21 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS dete
 
 import contextlib
 import sys
+from collections.abc import Callable
 
 import torch
 
 import fedavg
 from commands import calibrate, centralized, doctor, inspect, merge, ridge, study
 from commands import fedavg as federated_command
-from commands.options import Command, parse
-from machine import runs, streams
+from commands.options import Command, Line, parse
+from machine import ranks, runs, streams
 from machine.ranks import LostProcess, ToldByFirst
 
 COMMANDS = {
-    "fedavg": Command(federated_command.run, federated_command.OPTIONS),
+    "fedavg": Command(
+        federated_command.run, federated_command.OPTIONS, federated_command.processes
+    ),
     "centralized": Command(centralized.run, centralized.OPTIONS),
     "ridge": Command(ridge.run, ridge.OPTIONS),
     "calibrate": Command(calibrate.run, calibrate.OPTIONS),
@@ -51,15 +54,48 @@ def main(arguments: list[str] | None = None) -> int:
     128 + signal when interrupted, 141 where nobody reads what it says any more. Of several
     processes the first speaks for those that fail alike.
     """
-    first, shared = int(os.environ.get("RANK", 0)) == 0, True
     streams.guard()
+    return status_of(lambda: run(arguments))
+
+
+def run(arguments: list[str] | None) -> None:
+    """Carry out a command line, in as many processes as it is worth."""
+    line = parsed(arguments)
+    with ranks.forked(
+        COMMANDS[line.command].processes(line), lambda: status_of(lambda: take_part(line))
+    ):
+        carry_out(line)
+
+
+def parsed(arguments: list[str] | None) -> Line:
+    """Return the command line; the processes that torchrun started all refuse the same one."""
     try:
-        line = parse(arguments, COMMANDS, __doc__)
-        shared = False
-        with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as silence:
-            if not first:
-                silence.enter_context(contextlib.redirect_stdout(nowhere))
-            COMMANDS[line.command].run(line)
+        return parse(arguments, COMMANDS, __doc__)
+    except (ValueError, OSError) as error:
+        raise error if ranks.is_first() else ToldByFirst(str(error)) from None
+
+
+def carry_out(line: Line) -> None:
+    """Run a command; what it says is dropped in all processes of a group but the first."""
+    with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as silence:
+        if not ranks.is_first():
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
+        COMMANDS[line.command].run(line)
+
+
+def take_part(line: Line) -> None:
+    """Run a command in a forked process; that others are gone is for the first to say."""
+    with contextlib.suppress(LostProcess):
+        carry_out(line)
+
+
+def status_of(work: Callable[[], None]) -> int:
+    """Do some work; returns the exit status, after one line on stderr where it fails."""
+    first = ranks.is_first()
+    try:
+        work()
+        sys.stdout.flush()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if streams.reader_gone():
             return CLOSED_PIPE
@@ -67,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
             error = OUT_OF_MEMORY
         elif isinstance(error, RuntimeError):
             raise
-        if first or not (shared or isinstance(error, TOLD_ONCE)):
+        if first or not isinstance(error, TOLD_ONCE):
             who = "" if first else f" of process {os.environ['RANK']}"
             print(f"train.py: error{who}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2

@@ -11,6 +11,8 @@ from commands.search import search_then_train
 from study.plots import plot_curves
 from training import session
 from training.learner import Learner
+from training.mirrors import mirror
+from training.watching import head_note
 from training.workspace import Workspace
 
 OPTIONS = GROUPS["centralized"]
@@ -29,7 +31,7 @@ def train(workspace: Workspace, line: Line, name: str) -> dict:
     model = workspace.build_model()
     folder = session.open_run(workspace, model, name, line.stored)
     if summary := session.finished_summary(folder, "epoch", epochs, o.watching.early_stop):
-        session.mirror(folder, "epoch", o.watching)([])
+        mirror(folder, "epoch", o.watching)([])
         return summary
     with folder.opening():
         learner = session.prepare(
@@ -45,6 +47,8 @@ def train(workspace: Workspace, line: Line, name: str) -> dict:
         )
         learner.keep_activations()
         process = loop(learner, line)
+    if note := head_note(o.head.head, o.head.freeze_head, learner.mask is not None):
+        print(note)
     return session.drive(
         folder,
         process,

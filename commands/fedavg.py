@@ -7,19 +7,22 @@ from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 import masks
+import model as vit
 from commands.options import GROUPS, Line, federation
 from commands.search import search_then_train
 from fedavg import FedAvg
 from federated.privacy import Privacy, epsilon
-from machine import runs
-from machine.ranks import launched_group
+from machine import ranks, runs
+from machine.device import choose_device, exact_place, free_memory
 from study.plots import plot_curves
 from training import session
 from training.diagnostics import Diagnostics
 from training.learner import Learner
 from training.mask_file import Mask
+from training.mirrors import mirror
 from training.rounds import (
     Federation,
     check_apart,
@@ -32,6 +35,7 @@ from training.rounds import (
     states_of,
     watched,
 )
+from training.watching import evaluation_due, head_note
 from training.workspace import Workspace
 
 OPTIONS = GROUPS["fedavg"]
@@ -44,13 +48,14 @@ NEVER_COVERED = (  # by epsilon, of what a private run leaves behind
 
 
 def run(line: Line) -> None:
-    """Train by FedAvg; with --search choose learning rate and weight decay first.
+    """Train by FedAvg; with --search choose learning rate and more first.
 
-    torchrun --nproc-per-node=N train.py fedavg ... spreads the clients over N processes, to the
-    same bits at the same --threads; several nodes need a common file system.
+    --processes spreads the clients over the cores of a CPU, torchrun --nproc-per-node=N train.py
+    fedavg ... over N GPUs, to the same bits at the same --threads; several nodes need a common file
+    system.
     """
     o = line.groups
-    with launched_group() as group:
+    with ranks.launched_group() as group:
         workspace = Workspace(o.source, o.machine, o.backbone, group)
         with group.first_then_others():
             shards = workspace.shards(o.sharding)
@@ -65,7 +70,7 @@ def train(workspace: Workspace, shards: list[np.ndarray], line: Line, name: str)
         folder = session.open_run(workspace, model, name, line.stored, shards)
         patience = o.watching.early_stop
         if summary := session.finished_summary(folder, "round", rounds, patience):
-            session.mirror(folder, "round", o.watching)([])
+            mirror(folder, "round", o.watching)([])
             return summary
         with folder.opening():
             learner = session.prepare(
@@ -97,6 +102,8 @@ def train(workspace: Workspace, shards: list[np.ndarray], line: Line, name: str)
         figures = diagnostics.measure() if diagnostics else {}
         return figures | privacy_spent(o, process.round)
 
+    if note := head_note(o.head.head, o.head.freeze_head, learner.mask is not None):
+        print(note)
     if absent := workspace.classes_without_client():
         print(f"no client holds {len(absent)} of the classes: {', '.join(absent)}")
     return session.drive(
@@ -115,6 +122,31 @@ def train(workspace: Workspace, shards: list[np.ndarray], line: Line, name: str)
     )
 
 
+def processes(line: Line) -> int:
+    """Return how many processes are to share a run's clients: those of --processes."""
+    o, size = line.groups, line.groups.processes.processes
+    if size != "auto":
+        return size
+    spread = o.training.train == "all" and o.local_steps.batch_size != "full"
+    fits = o.machine.threads is None and ranks.launched() == 1 and ranks.CAN_FORK
+    if not (spread and fits and choose_device(o.machine.device).type == "cpu"):
+        return 1
+    return ranks.processes_that_pay(
+        rounds=o.rounds.rounds,
+        clients=max(1, round(o.participation.fraction * o.sharding.clients)),
+        images=o.local_steps.J * o.local_steps.batch_size,
+        operations=training_operations(vit.MODELS[o.backbone.model], o.backbone.image_size),
+        cores=torch.get_num_threads(),
+        memory=free_memory(torch.device("cpu")),
+    )
+
+
+def training_operations(shape: vit.ViTShape, image_size: int) -> float:
+    """Return about how many floating-point operations a training pass of an image takes."""
+    tokens = 1 + (image_size // shape.patch) ** 2
+    return 3 * 2 * tokens * 12 * shape.width**2 * shape.depth  # the blocks' products
+
+
 def federate(
     learner: Learner,
     shards: list[np.ndarray],
@@ -130,6 +162,7 @@ def federate(
     """
     check_apart(learner, o, len(shards), diagnostics)
     theta = learner.entries.theta.clone()
+    theta = theta.to(exact_place(theta.device))  # sums and server are of 64 bits
     secret = secret_of(learner, o)
     terms = client_terms(learner, shards, o, run)
     clients = make_clients(learner, shards, o, list(terms.values()))
@@ -152,7 +185,7 @@ def watching(learner: Learner, shards: list[np.ndarray], o: SimpleNamespace) -> 
     if not o.diagnosing.diagnostics:
         return None
     total, every = o.rounds
-    return Diagnostics(learner, shards, lambda t: session.evaluation_due(t, every, total))
+    return Diagnostics(learner, shards, lambda t: evaluation_due(t, every, total))
 
 
 # ---------------------------------------------------------------------------- accounts

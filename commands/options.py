@@ -1,34 +1,23 @@
-"""Options: groups of them to arguments of a parser, and a parsed line back to groups.
+"""Options: what groups of them each command has, a parsed line, and a run's options back again.
 
-A group is a NamedTuple beside the code that uses it. Its docstring heads the group in --help; each
-field is an option, Annotated with its help and, in any order:
-
-    ">= 1", "0 < x <= 1"    the bound of a number; ">= 1 or full": or that word; ">= 1 or share":
-                            a whole number, or a fraction of one
-    "--J --local-steps"     its names, where they are not made of the field's
-    "path"                  a file's or folder's name
-    "N"                     what stands for the value in --help
-    "positional"            an argument without a name; "remainder": and all that follows
-    a table or a tuple      its choices
+commands/arguments.py says how a group declares its options.
 
     o = grouped((Source, LocalSteps), values)    -> o.source.seed, o.local_steps.J
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import functools
-import math
 import re
+import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import data
-from centralized import Epochs, Schedule
+from centralized import SCHEDULES, Epochs, Schedule
 from commands import rules
+from commands.arguments import Command, annotated, build_parser, kinds
 from federated.client_states import ClientTerms
 from federated.cohort import Participation
 from federated.methods import Aggregation
@@ -36,8 +25,10 @@ from federated.privacy import Privacy
 from federated.server import ServerOptions
 from flat import Sgd
 from machine.device import Graph, Machine
+from machine.ranks import Processes
 from machine.runs import Run
 from machine.safe_files import DamagedFile
+from masks import needs_scores
 from training.calibration import GivenMask, Masking
 from training.clients import LocalSteps
 from training.diagnostics import Diagnosing
@@ -45,14 +36,12 @@ from training.features import FittedHead, Head
 from training.learner import Training
 from training.outcome import Recipe
 from training.rounds import Federation, Rounds
-from training.session import Running, Watching, default_name
+from training.session import Running, default_name
+from training.watching import Watching
 from training.workspace import Backbone, Sharding, Source
 
-BOUND = re.compile(
-    r"finite|(?:(?P<low>\S+) (?P<above><=?) x <= (?P<high>\S+)|(?P<least>>=?) (?P<from>\S+?))"
-    r"(?: or (?P<word>\w+))?"
-)
-
+OF_A_MASK = ("mask_scope", "per_tensor")
+SCORING = ("calibration_rounds", "calibration_images", "calibration_fraction", "damp")
 FILLED = (  # options of a run that are never None: they follow others
     *("model", "weights", "image_size", "lr", "weight_decay", "batch_size", "head"),
 )
@@ -61,7 +50,9 @@ FILLED = (  # options of a run that are never None: they follow others
 class Search(NamedTuple):
     """Search, on validation accuracy."""
 
-    search: typing.Annotated[bool, "choose learning rate and weight decay first"] = False
+    search: typing.Annotated[
+        bool, "choose learning rate, weight decay and --search-schedule first"
+    ] = False
     search_lr: typing.Annotated[
         list[float] | None,
         "learning rates to try [a third of --lr, --lr, three times --lr]",
@@ -70,6 +61,9 @@ class Search(NamedTuple):
     ] = None
     search_weight_decay: typing.Annotated[
         list[float] | None, "weight decays to try [0 0.0005]", "0 <= x <= 1e38", "WD"
+    ] = None
+    search_schedule: typing.Annotated[
+        list[str] | None, "schedules to try [that of --schedule]", SCHEDULES
     ] = None
     search_length: typing.Annotated[
         int | None, "rounds or epochs of each try [as the run]", ">= 1", "N"
@@ -81,7 +75,7 @@ TRAINED = (Training, Head, Sgd, Schedule, Graph, Watching, Search, GivenMask, Ma
 GROUPS = {  # of the commands that make runs
     "fedavg": (
         *(Rounds, LocalSteps, Participation, ClientTerms, Aggregation, ServerOptions, Privacy),
-        *(Diagnosing, Sharding, *TRAINED, *BASE),
+        *(Diagnosing, Sharding, *TRAINED, *BASE, Processes),
     ),
     "centralized": (Epochs, *TRAINED, *BASE),
     "ridge": (Sharding, *BASE),
@@ -111,53 +105,6 @@ class Line(NamedTuple):
         return self._replace(stored=stored, groups=grouped(GROUPS[self.command], stored))
 
 
-# ---------------------------------------------------------------------------- arguments
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are ValueErrors, one line each, and names are whole."""
-
-    def __init__(self, **settings: Any):
-        super().__init__(allow_abbrev=False, **settings)
-
-    def parse_known_args(self, args=None, namespace=None):
-        """Refuse what a command does not know by that command's own name."""
-        namespace, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            close = difflib.get_close_matches(
-                unknown[0], self._option_string_actions, n=1, cutoff=0.75
-            )
-            meant = f"; is {close[0]} meant?" if close else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
-        return namespace, unknown
-
-    def error(self, message: str):
-        raise ValueError(f"{message} ({self.prog} --help lists the options)")
-
-
-class Command(NamedTuple):
-    """What runs, and the groups of its options; its docstring is its help."""
-
-    run: Callable[[Line], None]
-    options: tuple[type, ...]
-
-
-def build_parser(commands: Mapping[str, Command], description: str = "") -> Parser:
-    """Return the parser of some commands."""
-    parser = Parser(
-        prog="train.py", description=description, formatter_class=argparse.RawTextHelpFormatter
-    )
-    subparsers = parser.add_subparsers(
-        dest="command", required=True, parser_class=Parser, metavar="COMMAND"
-    )
-    for name, command in commands.items():
-        text = command.run.__doc__ or ""
-        subparser = subparsers.add_parser(name, help=text.partition("\n")[0], description=text)
-        for group in command.options:
-            add_group(subparser, group)
-    return parser
-
-
 def parse(
     arguments: list[str] | None, commands: Mapping[str, Command], description: str = ""
 ) -> Line:
@@ -166,138 +113,14 @@ def parse(
     Raises:
         ValueError: one line that names the option and says what is wrong.
     """
-    parser = build_parser(commands, description)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = build_parser(commands, description, everything="--help-all" in arguments)
     options = vars(parser.parse_args(arguments))
     name = options["command"]
     defaults = vars(parser.parse_args([name])) if name in GROUPS else {}
     defaults.pop("command", None)  # which is part of what a run is named after
     values = vars(rules.resolve(rules.Options(**options)))
     return Line(name, values, defaults, grouped(commands[name].options, values))
-
-
-def add_group(parser: argparse.ArgumentParser, group: type) -> None:
-    """Declare a group's options."""
-    title = " ".join((group.__doc__ or "").split()).rstrip(".")
-    add = parser.add_argument_group(title[:1].lower() + title[1:]).add_argument
-    for name, hint in annotated(group).items():
-        add_option(add, name, hint, group._field_defaults.get(name))
-
-
-@functools.cache
-def annotated(group: type) -> dict[str, Any]:
-    """Return the types of a group's options with what is said of them, by name."""
-    return typing.get_type_hints(group, include_extras=True)
-
-
-def add_option(add: Callable, name: str, hint: Any, default: Any) -> None:
-    """Declare one option; add: add_argument of a parser or a group of it."""
-    hint, *notes = typing.get_args(hint)
-    names, text, settings = [f"--{name.replace('_', '-')}"], "", {"default": default}
-    bound = choices = place = None
-    for note in notes:
-        if not isinstance(note, str):
-            choices = tuple(note)
-        elif note.startswith("--"):
-            names = note.split()
-        elif BOUND.fullmatch(note):
-            bound = note
-        elif note == "path":
-            settings["type"] = path
-        elif note in ("positional", "remainder"):
-            place = note
-        elif re.fullmatch("[A-Z]+", note):
-            settings["metavar"] = note
-        else:
-            text = note
-    allowed = [kind for kind in kinds(hint) if kind is not types.NoneType]
-    optional = len(allowed) < len(kinds(hint))
-    if allowed == [bool]:
-        settings["action"] = argparse.BooleanOptionalAction if optional else "store_true"
-    elif typing.get_origin(allowed[0]) in (list, Sequence):
-        settings["nargs"] = "*" if place and optional else "+"
-        allowed = typing.get_args(allowed[0])
-    if choices is not None:
-        settings["choices"] = choices
-    elif bound is not None:
-        settings["type"] = number(int if int in allowed else float, bound)
-    settings["help"] = helped(name, text, default)
-    if place == "remainder":
-        settings["nargs"] = argparse.REMAINDER
-    if place is not None:
-        add(name, **settings)
-        return
-    if len(names) > 1 or names[0] != f"--{name.replace('_', '-')}":
-        settings["dest"] = name
-    add(*names, **settings)
-
-
-def helped(name: str, text: str, default: Any) -> str:
-    """Return an option's help with its default, unless it says that itself."""
-    shown = default
-    if default is None:
-        shown = by_data(name)
-    elif isinstance(default, float):
-        shown = f"{default:g}"
-    if "[" not in text and shown is not None and shown is not False:
-        text = f"{text} [{shown}]"
-    return text.replace("%", "%%")
-
-
-def by_data(name: str) -> str | None:
-    """Return the defaults that follow --data, the first data set's first; None of other options."""
-    entries = data.DATASETS.items()
-    shown = {key: entry.defaults[name] for key, entry in entries if name in entry.defaults}
-    if name == "lr":
-        shown = {key: entry.lr_help for key, entry in entries}
-    first, *others = shown or [None]
-    return first and "; ".join([f"{shown[first]}", *(f"{key}: {shown[key]}" for key in others)])
-
-
-def number(kind: type, bound: str) -> Callable[[str], Any]:
-    """Return an argparse type: a finite number within a bound."""
-    parts = BOUND.fullmatch(bound)
-    low = float(parts["low"] or parts["from"] or -math.inf)
-    above = parts["above"] == "<" or parts["least"] == ">"
-    high, word = float(parts["high"] or math.inf), parts["word"]
-    if kind is int and parts["high"]:
-        high = int(parts["high"])
-
-    def parse(text: str) -> Any:
-        if word == "share" and 0 < share_of(text) < 1:
-            return share_of(text)
-        if text == word:
-            return text
-        try:
-            value = kind(text)
-        except ValueError:
-            wanted = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is no finite number")
-        if not low <= value <= high or (above and value == low):
-            limit = f"{'above' if above else 'at least'} {low:g}"
-            upper = f" and at most {high:g}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} must be {limit}{upper}")
-        return value
-
-    return parse
-
-
-def share_of(text: str) -> float:
-    """Return the number that a text is; NaN where it is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def path(text: str) -> str:
-    """The argparse type of a file's or folder's name: not empty, as an unset variable is."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(
-            "the name is empty" if not text else "the name holds a NUL"
-        )
-    return text
 
 
 # ---------------------------------------------------------------------------- groups
@@ -310,24 +133,27 @@ def fields(group: type) -> dict[str, tuple[type, ...]]:
     return {name: tuple(typing.get_origin(k) or k for k in kinds(h)) for name, h in hints.items()}
 
 
-def kinds(hint: Any) -> tuple[type, ...]:
-    """Return the types that a hint allows: those of a union, or the one that it is."""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if union else (hint,)
+@functools.cache
+def choices_of(group: type) -> dict[str, tuple]:
+    """Return the choices of a group's options, by name, of those that have some."""
+    notes = {name: typing.get_args(hint)[1:] for name, hint in annotated(group).items()}
+    return {n: tuple(x) for n, some in notes.items() for x in some if not isinstance(x, str)}
 
 
 def read(group: type, values: Mapping[str, Any]) -> Any:
     """Return a group of options from values by name.
 
     Raises:
-        DamagedFile: a value that is missing or of another type, as in a file that was edited.
+        DamagedFile: a value that is missing, of another type or no choice, as in an edited file.
     """
     chosen = {}
     for name, allowed in fields(group).items():
         if name not in values:
             raise DamagedFile(f"{name} is missing in its options")
         value = values[name]
-        if not fits(value, allowed, optional=group._field_defaults.get(name, name) is None):
+        chooses = not isinstance(value, str) or value in choices_of(group).get(name, (value,))
+        optional = group._field_defaults.get(name, name) is None
+        if not (chooses and fits(value, allowed, optional)):
             raise DamagedFile(f"{name} is {value!r} in its options")
         chosen[name] = value
     return group(**chosen)
@@ -380,7 +206,7 @@ def recipe_of(folder: str, data_dir: str, machine: Machine, weights: str | None 
     run = Run(folder)
     stored = run.config()["options"]
     command, precision = stored.get("command"), stored.get("precision")
-    here = machine._asdict() | {"data_dir": data_dir, "cuda_graph": "off"}
+    here = machine._asdict() | {"data_dir": data_dir, "cuda_graph": "off", "processes": 1}
     here["precision"] = precision if machine.precision == "auto" else machine.precision
     here["normalisation"] = stored.get("pixels")  # whatever the file is called now
     here |= {"fresh": False, "mask_lr": stored.get("mask_lr")}  # older runs have neither
@@ -389,7 +215,10 @@ def recipe_of(folder: str, data_dir: str, machine: Machine, weights: str | None 
         raise ValueError(f"{folder} holds no checkpoint: a run of {command}, without one")
     try:
         o = grouped(GROUPS[command], stored | here)
-        missing = next((name for name in FILLED if stored[name] is None), None)
+        rule, needed = o.masking.mask_rule, FILLED
+        if rule is not None:
+            needed += OF_A_MASK + (SCORING if needs_scores(rule) else ())
+        missing = next((name for name in needed if stored[name] is None), None)
     except (DamagedFile, KeyError) as error:
         raise DamagedFile(f"{run.config_path} is damaged: {error}") from None
     if missing or not isinstance(stored.get("weights_sha256"), str):

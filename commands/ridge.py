@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import head
 from commands.options import GROUPS, Line
+from machine.device import exact_place
 from machine.status import print_figures
 from training import session
 from training.features import features, fit_head
@@ -23,13 +24,14 @@ def run(line: Line) -> None:
     workspace = Workspace(o.source, o.machine, o.backbone)
     shards, model = workspace.shards(o.sharding), workspace.build_model()
     folder = session.open_run(workspace, model, line.name, line.stored, shards)
-    rows, test_rows = (features(workspace, model, part) for part in ("train", "test"))
-    labels, test_labels = (workspace.sets[part].labels for part in ("train", "test"))
+    parts, place = ("train", "test"), exact_place(workspace.device)
+    rows, test_rows = (features(workspace, model, part).to(place) for part in parts)
+    labels, test_labels = (workspace.sets[part].labels.to(place) for part in parts)
     central = fit_head(workspace, model, "ridge")
-    total = head.RidgeSums(rows.shape[1], workspace.classes, workspace.device)
+    total = head.RidgeSums(rows.shape[1], workspace.classes, place)
     for shard in shards:
-        at = torch.from_numpy(shard).to(workspace.device)
-        sums = head.RidgeSums(rows.shape[1], workspace.classes, workspace.device)
+        at = torch.from_numpy(shard).to(place)
+        sums = head.RidgeSums(rows.shape[1], workspace.classes, place)
         total = total + sums.update(rows[at], labels[at])
     weight, bias = (x / central.temperature for x in head.solve_ridge(total, central.strength))
     logits = test_rows.double() @ weight.T + bias

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,18 +19,21 @@ import editing
 import fedavg
 import masks
 import model as vit
+from centralized import DECAYS
 from federated import privacy
 from federated.methods import compares_clients
 from federated.server import ADAPTIVE, WITH_MOMENTUM
-from machine import safe_files
+from machine import ranks, safe_files
 from machine.device import choose_device
 from sparse_sgdm import check_sgd_options
 from training.clients import LocalSteps, trains_together
-from training.session import check_tensorboard
+from training.mirrors import PACKAGES, check_package
 
 SEARCH_WEIGHT_DECAY = 0.0, 5e-4
 LEAST_NOISE = 1e-6  # below, epsilon is no number
-EVALUATIONS = 20  # of a run, where --eval-every does not say otherwise
+EVALUATIONS = 20  # of a run at most, where --eval-every does not say otherwise
+EVALUATION_SHARE = 0.1  # of a run's time at most, by the same
+TRAINING_COST = 3  # forward passes that training on an image takes as long as
 SERVER_LR = 0.01  # of the adaptive rules; of the others 1
 
 
@@ -58,6 +60,7 @@ NOT_PRIVATE = (
     *("scaffold", "local_norm", "fedir", "fedvc", "aggregate", "dropout", "straggler_fraction"),
     "diagnostics",
 )
+NOT_MPS = "scaffold", "local_norm", "diagnostics", "clip_norm"
 # Of a mask that is made; without one these options stay None.
 MASK_DEFAULTS = {
     "sparsity": 0.9,
@@ -145,7 +148,7 @@ def fill_by_data(o: Options) -> None:
 
 def of_the_model(o: Options) -> Iterator[tuple[Any, str]]:
     yield (
-        int(os.environ.get("WORLD_SIZE", 1)) > 1 and o.command != "fedavg",
+        ranks.launched() > 1 and o.command != "fedavg",
         f"torchrun spreads the clients of fedavg; start {o.command} without it",
     )
     yield (
@@ -188,6 +191,22 @@ def of_the_device(o: Options) -> Iterator[tuple[Any, str]]:
         device is not None and device.type != "cuda",
         f"--cuda-graph on: it needs a CUDA device, and this is a {device}",
     )
+    several = isinstance(o.processes, int) and o.processes > 1
+    yield (
+        several and ranks.launched() > 1,
+        f"--processes {o.processes} under torchrun, which starts processes itself: leave it away",
+    )
+    yield (
+        several and (choose_device(o.device).type != "cpu" or not ranks.CAN_FORK),
+        f"--processes {o.processes} needs a CPU under Linux: torchrun --nproc-per-node="
+        f"{o.processes} train.py fedavg",
+    )
+    for name in NOT_MPS:
+        yield (
+            o.device == "mps" and getattr(o, name),
+            f"{flag(name)} with --device mps: it sums in 64 bits, which Apple's GPUs do not know; "
+            "--device cpu",
+        )
 
 
 # ---------------------------------------------------------------------------- masks
@@ -283,8 +302,9 @@ def fill_training(o: Options) -> None:
     """Fill in what the commands that train need."""
     total = o.rounds or o.epochs
     vit.check_train(o.train, vit.MODELS[o.model].depth)
-    if o.tensorboard:
-        check_tensorboard()
+    for option in PACKAGES:
+        if getattr(o, option):
+            check_package(option)
     fill_search(o)
     if "server_lr" in o and o.server_lr is None:
         o.server_lr = SERVER_LR if o.server in ADAPTIVE else 1.0
@@ -292,9 +312,25 @@ def fill_training(o: Options) -> None:
         o.freeze_head = o.head != "linear" and o.train != "head"
     refuse(of_training(o, total))
     if o.eval_every is None:
-        o.eval_every = math.ceil(total / EVALUATIONS)
+        o.eval_every = min(total, max(math.ceil(total / EVALUATIONS), evaluation_interval(o)))
     with naming("--nesterov"):
         check_sgd_options(o.lr, o.momentum, 0.0, o.weight_decay, o.nesterov)
+
+
+def evaluation_interval(o: Options) -> int:
+    """Return the fewest rounds or epochs between evaluations that take EVALUATION_SHARE at most.
+
+    Time is counted in images that pass forward.
+    """
+    train, test = data.DATASETS[o.data].images
+    evaluated = o.val_fraction * train + o.eval_test * test
+    trained = (1 - o.val_fraction) * train  # in an epoch
+    if o.command == "fedavg":
+        sampled = max(1, round(o.fraction * o.clients))
+        batch = trained / o.clients if o.batch_size == "full" else o.batch_size
+        trained = sampled * o.J * batch
+    share = EVALUATION_SHARE / (1 - EVALUATION_SHARE)
+    return max(1, math.ceil(evaluated / (share * TRAINING_COST * trained)))
 
 
 def fill_search(o: Options) -> None:
@@ -310,7 +346,7 @@ def fill_search(o: Options) -> None:
 
 
 def of_search(o: Options) -> Iterator[tuple[Any, str]]:
-    for name in ("search_lr", "search_weight_decay", "search_length"):
+    for name in ("search_lr", "search_weight_decay", "search_schedule", "search_length"):
         yield (
             not o.search and getattr(o, name) is not None,
             f"{flag(name)} belongs to --search",
@@ -372,6 +408,10 @@ def of_training(o: Options, total: int) -> Iterator[tuple[Any, str]]:
     yield (
         o.search and not o.val_fraction,
         "--search chooses on validation data: --val-fraction above 0",
+    )
+    yield (
+        o.decay is not None and not {*(o.search_schedule or [o.schedule])} & DECAYS.keys(),
+        f"--decay belongs to --schedule {'|'.join(DECAYS)}",
     )
     shortest = min(total, o.search_length or total)
     yield (

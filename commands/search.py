@@ -1,12 +1,15 @@
-"""--search: short runs over a grid of learning rates and weight decays, then the one that is best.
+"""--search: short runs over a grid of rates, weight decays and schedules, then the best of it.
 
 The choice is that of a table's row (study/tables.py): the best mean validation accuracy.
 """
 
 from __future__ import annotations
 
+import itertools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import centralized
 import fedavg
@@ -15,9 +18,28 @@ from machine import runs, safe_files
 from machine.ranks import OneProcess
 from study.tables import best_of
 
+EDGES = ("highest", "higher", 3.0), ("lowest", "lower", 1 / 3)
+LAST = ("log.jsonl", "checkpoint.pt", "summary.json")  # of a run's files, in this order
+
+
+class Try(NamedTuple):
+    """What a search tries; its fields are options."""
+
+    lr: float
+    weight_decay: float
+    schedule: str
+
+    @property
+    def text(self) -> str:
+        """Say it in words."""
+        return f"lr {self.lr:g}, weight decay {self.weight_decay:g}, {self.schedule} schedule"
+
 
 def search_then_train(line: Line, group: OneProcess, train: Callable[[Line, str], dict]) -> None:
     """Train once; with --search, first short runs over the grid, the best by validation chosen.
+
+    The best of them is the beginning of the run, or all of it, where its length does not change
+    what it does.
 
     Args:
         train: (command line, name of its folder) -> summary.
@@ -26,33 +48,83 @@ def search_then_train(line: Line, group: OneProcess, train: Callable[[Line, str]
     if not search.search:
         train(line, name)
         return
-    runs.Run(Path(line.stored["runs_dir"]) / name).check()  # before search.json goes there
-    seed, tried = line.stored["seed"], {}
-    for lr in search.search_lr:
-        for weight_decay in search.search_weight_decay:
-            print(f"search: lr {lr:g}, weight decay {weight_decay:g}")
-            cell = line.replaced(search=False, lr=lr, weight_decay=weight_decay)
-            if search.search_length:
-                unit = "rounds" if "rounds" in line.stored else "epochs"
-                cell = cell.replaced(**{unit: search.search_length})
-            try:
-                summary = train(cell, f"{name}/search/lr{lr:.9g}-wd{weight_decay:.9g}")
-                if line.stored["early_stop"]:
-                    summary = summary | {"final": summary["best_by_validation"]}
-            except (fedavg.ClientError, centralized.Diverged) as error:
-                print(f"search: given up, {error}")
-                summary = {"final": {"val_acc": 0.0}}
-            tried[lr, weight_decay] = {seed: summary}
-    (lr, weight_decay), best = best_of(tried)
-    if not best[seed]["final"]["val_acc"]:
+    folder = Path(line.stored["runs_dir"]) / name
+    runs.Run(folder).check()  # before search.json goes there
+    schedules = search.search_schedule or [line.stored["schedule"]]
+    grid = itertools.starmap(
+        Try, itertools.product(search.search_lr, search.search_weight_decay, schedules)
+    )
+    accuracies = {tried: accuracy_of(tried, line, train) for tried in grid}
+    best = chosen(accuracies)
+    if not accuracies[best]:
         raise ValueError("--search: every try diverged; give lower rates by --search-lr")
     if group.rank == 0:
-        cells = [
-            {"lr": a, "weight_decay": b, "val_acc": summaries[seed]["final"]["val_acc"]}
-            for (a, b), summaries in tried.items()
-        ]
-        chosen = next(c for c in cells if (c["lr"], c["weight_decay"]) == (lr, weight_decay))
-        path = Path(line.stored["runs_dir"]) / name / "search.json"
-        safe_files.write_json(path, {"cells": cells, "best": chosen})
-    print(f"search: chose lr {lr:g}, weight decay {weight_decay:g} by validation")
-    train(line.replaced(lr=lr, weight_decay=weight_decay), name)
+        cells = [tried._asdict() | {"val_acc": acc} for tried, acc in accuracies.items()]
+        found = {"cells": cells, "best": best._asdict() | {"val_acc": accuracies[best]}}
+        safe_files.write_json(folder / "search.json", found)
+    print_table(accuracies, best)
+    final, short = line.replaced(**best._asdict()), search.search_length
+    whole = short in (None, line.stored["rounds" if "rounds" in line.stored else "epochs"])
+    if whole or best.schedule == "constant":
+        with group.first_then_others():
+            if group.rank == 0:
+                take_over(folder / "search" / place(best), folder)
+    else:
+        print(f"search: a {best.schedule} schedule is of the run's length: it is trained anew")
+    train(final, name)
+
+
+def accuracy_of(tried: Try, line: Line, train: Callable[[Line, str], dict]) -> float:
+    """Return the validation accuracy of a try; 0 where it diverges."""
+    print(f"search: {tried.text}")
+    cell = line.replaced(search=False, **tried._asdict())
+    if length := line.groups.search.search_length:
+        cell = cell.replaced(**{"rounds" if "rounds" in line.stored else "epochs": length})
+    try:
+        summary = train(cell, f"{line.name}/search/{place(tried)}")
+    except (fedavg.ClientError, centralized.Diverged) as error:
+        print(f"search: given up, {error}")
+        return 0.0
+    return summary["best_by_validation" if line.stored["early_stop"] else "final"]["val_acc"]
+
+
+def place(tried: Try) -> str:
+    """Return the name of a try's folder."""
+    schedule = "" if tried.schedule == "constant" else f"-{tried.schedule}"
+    return f"lr{tried.lr:.9g}-wd{tried.weight_decay:.9g}{schedule}"
+
+
+def chosen(accuracies: dict[Try, float]) -> Try:
+    """Return the try of the best validation accuracy, the first of equals."""
+    best, _ = best_of({t: {0: {"final": {"val_acc": acc}}} for t, acc in accuracies.items()})
+    return best
+
+
+def print_table(accuracies: dict[Try, float], best: Try) -> None:
+    """Print what was tried, the best marked, and whether its rate is at the edge of the grid."""
+    print(f"search: {'lr':>9}  weight decay  {'schedule':>11}  validation %")
+    for tried, accuracy in accuracies.items():
+        mark = "  <- chosen" if tried == best else ""
+        figure = f"{100 * accuracy:.2f}" if accuracy else "diverged"
+        row = f"{tried.lr:9.4g}  {tried.weight_decay:12.4g}  {tried.schedule:>11}  {figure:>12}"
+        print(f"search: {row}{mark}")
+    rates = sorted({tried.lr for tried in accuracies})
+    if len(rates) > 1 and best.lr in (rates[0], rates[-1]):
+        edge, other, factor = EDGES[best.lr == rates[0]]
+        print(
+            f"search: lr {best.lr:g} is the {edge} that was tried, and a {other} one may be "
+            f"better: --search-lr {best.lr * factor:.2g} {best.lr:g}"
+        )
+
+
+def take_over(source: Path, folder: Path) -> None:
+    """Copy a try's files to where the run goes, in an order that a kill may end anywhere."""
+    if (folder / "config.json").exists():
+        return
+    files = [path for path in source.rglob("*") if path.is_file() and path.name != "lock"]
+    files.sort(key=lambda path: LAST.index(path.name) if path.name in LAST else -1)
+    files.sort(key=lambda path: path.name != "config.json")
+    for path in files:
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        safe_files.write_atomically(target, lambda aside, path=path: shutil.copyfile(path, aside))

@@ -7,7 +7,6 @@ where there is no fork, it imports for itself.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import multiprocessing
 import os
@@ -25,6 +24,7 @@ from typing import Annotated, NamedTuple
 from commands.options import Line
 from commands.timing import Times
 from machine import safe_files
+from machine.ranks import end_with_parent
 from machine.status import duration
 from study import experiments, report, tables
 from study.packed import FILE, Finished, add, lines, pack, read, write
@@ -37,7 +37,6 @@ PRELOAD = (
 )
 Tables = dict[str, tuple[tables.Experiment, Path]]  # by name: an experiment, the folder of its runs
 Work = tuple[Path, Cell]  # the folder of a table's runs, and one that is missing there
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Sweep(NamedTuple):
@@ -320,12 +319,6 @@ def run_cells(
         for process, *_ in running.values():
             process.join()
         signal.signal(signal.SIGTERM, before)
-
-
-def end_with_parent() -> None:
-    """Let this process be killed when its parent ends, so that a killed sweep leaves no runs."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_train(arguments: list[str], errors: str) -> None:

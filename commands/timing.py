@@ -30,7 +30,7 @@ from commands.options import GROUPS, Command, Line, federation, parse
 from machine import safe_files
 from machine.device import choose_device, processor
 from machine.runs import Run
-from study.tables import Cell, Experiment
+from study.tables import SECONDS, Cell, Experiment
 from training.rounds import make_clients
 from training.session import prepare
 from training.workspace import Workspace
@@ -83,7 +83,7 @@ class Times:
             for row in experiment.rows:
                 for run in experiment.runs(folder, row):
                     if run.config.get("processor") == self.processor:
-                        seconds = run.summary.get("wall_seconds")
+                        seconds = SECONDS.of(run.summary)
                         took.setdefault((row.command, row.options), []).append(seconds)
         return {row: float(np.mean(s)) for row, s in took.items() if None not in s}
 

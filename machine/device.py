@@ -28,12 +28,12 @@ from torch import Tensor
 class Machine(NamedTuple):
     """What a command runs on."""
 
-    device: Annotated[str, "cpu, cuda or cuda:N [auto: cuda where there is one]"] = "auto"
+    device: Annotated[str, "cpu, cuda, cuda:N or mps [auto: cuda where there is one]"] = "auto"
     threads: Annotated[int | None, "CPU threads [PyTorch's choice]", "1 <= x <= 1024"] = None
     precision: Annotated[
         str,
         "arithmetic of the passes [auto: bf16 from compute capability 8.0, fp16 below, fp32 on a "
-        "CPU]",
+        "CPU or mps]",
         ("auto", "fp32", "bf16", "fp16"),
     ] = "auto"
     eval_batch: Annotated[
@@ -65,8 +65,14 @@ def choose_device(name: str, local_rank: int = 0, processes: int = 1) -> torch.d
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {choice}: choose auto, cpu, cuda or cuda:N")
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {choice}: choose auto, cpu, cuda, cuda:N or mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(
+            f"--device {choice}: PyTorch sees no Apple GPU here; --device cpu runs anywhere"
+        )
+    if device.type == "mps" and processes > 1:
+        raise ValueError(f"--device {choice}: one process alone has it; --device cpu shares work")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"--device {choice}: PyTorch sees no CUDA device here; --device cpu runs anywhere"
@@ -90,8 +96,15 @@ def processor(device: torch.device) -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
+def exact_place(device: torch.device) -> torch.device:
+    """Return where sums in float64 and int64 of what a device computes live: on the device, or, as
+    Apple's GPUs know no float64, on the CPU.
+    """
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the compute dtype; "auto" is bf16 from capability 8.0, fp16 below, fp32 on a CPU."""
+    """Return the compute dtype; "auto" is bf16 from capability 8.0, fp16 below, else fp32."""
     if name == "auto":
         if device.type != "cuda":
             return torch.float32

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -310,14 +311,18 @@ class Run:
                     file.truncate(len(self._log))
         return checkpoint["state"] if checkpoint else None
 
-    def summarise(self, **figures: Any) -> dict:
-        """Write and return summary.json: `figures`, the last and the best-by-validation record."""
-        evaluated = [r for r in self.records() if "val_acc" in r or "test_acc" in r]
+    def summarise(self, tested: tuple[dict, dict] = ({}, {}), **figures: Any) -> dict:
+        """Write and return summary.json: `figures`, the last and the best-by-validation record.
+
+        Args:
+            tested: what those two records say beside what the log has.
+        """
+        records = [record for record in self.records() if "note" not in record]
         summary = {"run": self.id()} | figures
-        if evaluated:
-            summary["final"] = evaluated[-1]
-        if best := best_record(evaluated):
-            summary["best_by_validation"] = best
+        if records:
+            summary["final"] = records[-1] | tested[0]
+        if best := best_record(records):
+            summary["best_by_validation"] = best | tested[1]
         safe_files.write_json(self.folder / "summary.json", summary, sealed=True)
         return summary
 
@@ -336,7 +341,7 @@ class Run:
             return None
 
 
-def _parsed(log: bytes) -> list[dict]:
+def _parsed(log: bytes | bytearray) -> list[dict]:
     return [json.loads(line) for line in log.split(b"\n")[:-1]]
 
 
@@ -390,7 +395,7 @@ def drive(
     patience: int | None = None,
     weights: Callable[[], Tensor] | None = None,
     gather: Callable[[Any], list] = lambda value: [value],
-) -> float:
+) -> tuple[float, dict[str, Any]]:
     """Advance `process` to `total` rounds or epochs, logging its records and saving its state.
 
     Args:
@@ -402,32 +407,37 @@ def drive(
         environment: what may change the last bits; a resume under another one is noted in the log.
         save_seconds: the most work, in seconds, that a kill may cost.
         patience: stop after so many evaluations without a better "val_acc"; None: never.
-        weights: returns the tensor that was evaluated; needed with patience. The first of the best
-            is in the state as "best": {"at": round or epoch, "weights": a copy on the CPU}.
+        weights: returns the tensor that was evaluated. The first of the best by "val_acc" is in the
+            state as "best": {"at": round or epoch, "weights": a copy on the CPU}.
         gather: returns the plain value of every process that shares the run, the writing one's
             first; all of them advance, stop and take their state together.
 
     Returns:
-        The wall time of the whole run in seconds, earlier sessions included.
+        The wall time of the whole run in seconds, earlier sessions included, and the state's
+        "best", which is empty where no record has a "val_acc".
 
     Raises:
         ValueError: the run is beyond `total` already.
         Interrupted: SIGINT or SIGTERM came; the state at the end of the advance in hand is saved.
     """
     with caught_signals() as caught:
-        started, judges = time.monotonic(), bool(patience) and run.writes
-        best: dict[str, Any] = {}
+        started, best, highest = time.monotonic(), {}, -math.inf
 
         def note(record: dict) -> None:
+            nonlocal highest
             complete(record)
             run.log(record)
-            if judges and "val_acc" in record and not evaluations_since_best(run.records()):
+            if weights is not None and record.get("val_acc", -math.inf) > highest:
+                highest = record["val_acc"]
                 best.update(at=record[unit], weights=weights().to("cpu", copy=True))
 
         def stale() -> bool:  # a function of the log: a resumed run knows it too
+            judges = bool(patience) and run.writes
             return gather(judges and evaluations_since_best(run.records()) >= patience)[0]
 
         before = _begin(run, process, unit, note, environment, best)
+        if (record := best_record(_parsed(run._log))) is not None:  # of a resumed run's log
+            highest = max(highest, record["val_acc"])
         if (reached := getattr(process, unit)) > total:
             raise ValueError(
                 f"{run.folder} is at {unit} {reached} already, beyond {total}: "
@@ -439,7 +449,7 @@ def drive(
             nonlocal saved
             wall = before + time.monotonic() - started
             state = {"process": process.state_dict(), "wall_seconds": wall}
-            run.save(state | {"environment": environment} | ({"best": best} if patience else {}))
+            run.save(state | {"environment": environment, "best": best})
             saved = time.monotonic()
 
         while getattr(process, unit) < total and not stopped:
@@ -456,7 +466,7 @@ def drive(
                 save()
         save()
     run.close()
-    return before + time.monotonic() - started
+    return before + time.monotonic() - started, best
 
 
 def _begin(

@@ -1,6 +1,7 @@
 """One live line on a terminal, and durations as people read them.
 
-Nothing is written where nobody watches: into a file, or by any process of a group but its first.
+Into a file or a pipe goes nothing, or a line every tenth of what takes long. Of a group's processes
+the first alone speaks.
 
     from status import Status, duration
     status = Status("images", total=500)
@@ -14,23 +15,40 @@ import os
 import sys
 import time
 
+PATIENCE = 2.0  # seconds that are waited through without a line every tenth
+
 
 class Status:
-    """One live line on a terminal, nothing elsewhere: what is done, the rate, the time left."""
+    """One live line on a terminal: what is done, the rate, the time left.
 
-    def __init__(self, what: str, total: int, done: float = 0):
+    Args:
+        done: where it starts; the rate counts what is done from there on.
+        tenths: elsewhere a line every tenth, of what takes more than seconds.
+    """
+
+    def __init__(self, what: str, total: int, done: float = 0, tenths: bool = False):
         self.what, self.total, self.start_at = what, total, done
         first = int(os.environ.get("RANK", 0)) == 0
         self.live, self.started = first and sys.stderr.isatty(), time.monotonic()
+        self.tenths, self.tenth = first and tenths and not self.live, 0
 
     def show(self, done: float, note: str = "") -> None:
-        """Redraw the line."""
+        """Redraw the line, or write one where a further tenth is done."""
         if self.live:
-            seconds = (time.monotonic() - self.started) / ((done - self.start_at) or 1)
-            left = seconds * (self.total - done)
-            rate = f"{1 / seconds:.1f}/s" if seconds < 1 else f"{seconds:.1f} s each"
-            line = f"{self.what} {done}/{self.total}  {rate}  {duration(left)} left  {note}"
-            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[K{self.line(done, note)}", end="", file=sys.stderr, flush=True)
+        tenth = int(10 * done / self.total)
+        if self.tenths and tenth > self.tenth and time.monotonic() - self.started > PATIENCE:
+            self.tenth = tenth
+            print(self.line(done, note), file=sys.stderr, flush=True)
+
+    def line(self, done: float, note: str = "") -> str:
+        """Say what is done, at what rate, and the time left; at the start there is no rate."""
+        line, done_here = f"{self.what} {done}/{self.total}", done - self.start_at
+        if done_here > 0:
+            seconds = (time.monotonic() - self.started) / done_here
+            rate = f"{1 / seconds:.1f}/s" if 0 < seconds < 1 else f"{seconds:.1f} s each"
+            line += f"  {rate}  {duration(seconds * (self.total - done))} left"
+        return f"{line}  {note}".rstrip()
 
     def close(self) -> None:
         """Clear the line."""

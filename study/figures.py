@@ -1,10 +1,14 @@
-"""The report's figures, each from the runs of the experiments that have what it shows."""
+"""The report's figures, each from the runs of the experiments that have what it shows.
+
+python -m study.figures draws README's.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,6 +30,8 @@ class Done(NamedTuple):
     records: list[dict]
 
 
+PUBLISHED = {"iid": 83.9, "50": 83.8, "10": 82.6, "5": 81.3, "1": 70.4}  # test %, DINO's ViT-S/16:
+# the best that other projects of this setting report (K = 100, C = 0.1, J = 4)
 CLIENTS = 100  # of the shardings that are drawn
 LEAST_SHOWN = 0.005  # of a kind of parameter, the share kept in some layer
 TRAINS = {"head": "the head trains", "all": "everything trains"}
@@ -44,6 +50,12 @@ def drawn(draw: Callable, ran: Ran, path: Path) -> bool:
         draw(ran, path)
     except (ValueError, OSError) as error:
         print(f"{path.name} is not drawn: {error}")
+    except (
+        AttributeError,
+        LookupError,
+        TypeError,
+    ) as error:  # a summary or a log of other contents
+        print(f"{path.name} is not drawn: what a run says does not fit ({type(error).__name__})")
     return path.exists()
 
 
@@ -61,7 +73,7 @@ def draw_heterogeneity(ran: Ran, path: Path) -> None:
     panels: dict[str, dict] = {}
     for done in ran.get("heterogeneity", []):
         group = panels.setdefault(TRAINS[done[0].key[0]], {})
-        values = group.setdefault(f"$J$ = {done[0].options['J']}", {})
+        values = group.setdefault(f"$J$ = {done[0].options['J']:d}", {})
         values[sharding(done[0], "")] = [accuracy(run) for run in done]
     plots.plot_grouped(panels, path, "classes per client $N_c$")
 
@@ -77,7 +89,7 @@ def draw_bytes(ran: Ran, path: Path) -> None:
         if rule == "dense":
             reference[panel] = "dense", float(np.mean(values))
         else:
-            points = panels.setdefault(panel, {}).setdefault(rule, [])
+            points = panels.setdefault(panel, {}).setdefault(plots.plain(rule), [])
             points.append((float(np.mean(sent)) / 1e6, values))
     plots.plot_against(panels, path, "sent in the whole run (MB)", reference=reference)
 
@@ -90,7 +102,7 @@ def draw_linearity(ran: Ran, path: Path) -> None:
         if all(figures):
             rule = done[0].options["mask_rule"] or "dense"
             point = float(np.mean(figures)), [accuracy(run) for run in done]
-            panels.setdefault(f"{sharding(done[0])}: {what}", {})[rule] = [point]
+            panels.setdefault(f"{sharding(done[0])}: {what}", {})[plots.plain(rule)] = [point]
     plots.plot_against(panels, path, None)
 
 
@@ -144,10 +156,12 @@ def draw_density(ran: Ran, path: Path) -> None:
     table = {kind: np.array(list(row.values()), dtype=float) for kind, row in density.items()}
     shown = {kind: row for kind, row in table.items() if np.nanmax(row) >= LEAST_SHOWN}
     some = [i for i in range(len(layers)) if not all(np.isnan(row[i]) for row in shown.values())]
-    title = f"{options['mask_rule']}, {sharding(first[0])}, frozen share {options['sparsity']:g}; "
+    title = f"{plots.plain(options['mask_rule'])}, {sharding(first[0])}, "
+    title += f"frozen share {options['sparsity']:g}; "
     title += f"kinds not shown keep less than {100 * LEAST_SHOWN:g} % in every layer"
     shares = np.array(list(shown.values()))[:, some]
-    plots.plot_density(list(shown), [layers[i] for i in some], shares, path, title)
+    kinds, layers = map(plots.plain, shown), [plots.plain(layers[i]) for i in some]
+    plots.plot_density(list(kinds), layers, shares, path, title)
 
 
 def draw_shards(ran: Ran, path: Path) -> None:
@@ -174,6 +188,40 @@ def draw_shards(ran: Ran, path: Path) -> None:
     plots.plot_shards(counts, path)
 
 
+def reached(folder: Path) -> dict[str, float]:
+    """Return the test accuracy, %, that the runs in a folder end with, by classes per client."""
+    figures = {}
+    for path in sorted(folder.glob("*/summary.json")):
+        options = json.loads(path.with_name("config.json").read_text())["options"]
+        sharding = str(options["nc"] or "iid")
+        figures[sharding] = 100 * json.loads(path.read_text())["final"]["test_acc"]
+    return figures
+
+
+def draw_overview(figures: Mapping[str, float], path: Path) -> None:
+    """Draw test accuracy against classes per client, beside what is published."""
+    order = list(PUBLISHED)
+    series = {
+        "here: ViT-Ti/16, trained with labels": figures,
+        "published: ViT-S/16, DINO": PUBLISHED,
+    }
+    figure, axes = plots.pyplot().subplots(figsize=(5.0, 2.6), layout="constrained")
+    for i, (label, values) in enumerate(series.items()):
+        x = [order.index(sharding) for sharding in order if sharding in values]
+        axes.plot(x, [values[order[at]] for at in x], label=label, **plots.look(i))
+        for at in x:
+            text = f"{values[order[at]]:.1f}"
+            shift = (0, 5) if i == 0 else (-7, -11)
+            axes.annotate(
+                text, (at, values[order[at]]), shift, textcoords="offset points", ha="center"
+            )
+    axes.set(xlabel="classes per client $N_c$", ylabel="test accuracy (%)", ylim=(66, 92))
+    axes.set_xticks(range(len(order)), order)
+    axes.grid(axis="y")
+    axes.legend(loc="lower left")
+    plots.save(figure, path)
+
+
 def draw_rates(rows: Sequence[Tried], path: Path) -> None:
     """Draw the rates that every mask tried, over the one that matches dense training's norm."""
     panels: dict[str, dict] = {}
@@ -197,7 +245,7 @@ def accuracy(done: Done) -> float:
 
 def sharding(done: Done, named: str = "$N_c$ = ") -> str:
     """Return iid, or how many classes a client of the run holds."""
-    return f"{named}{done.options['nc']}" if done.options["nc"] else "iid"
+    return f"{named}{done.options['nc']:d}" if done.options["nc"] else "iid"
 
 
 FIGURES = {
@@ -212,3 +260,7 @@ FIGURES = {
     "density": draw_density,
     "linearity": draw_linearity,
 }
+
+
+if __name__ == "__main__":  # python -m study.figures, after a new run in results/gpu
+    draw_overview(reached(Path("results/gpu")), Path("docs/accuracy.png"))

@@ -16,7 +16,18 @@ from typing import NamedTuple
 
 from centralized import SCHEDULES
 from masks import RULES, needs_scores
-from study.tables import BYTES, TEST, VALIDATION, WIDENED, Experiment, Measure, Row, around, rung
+from study.tables import (
+    BYTES,
+    SECONDS,
+    TEST,
+    VALIDATION,
+    WIDENED,
+    Experiment,
+    Measure,
+    Row,
+    around,
+    rung,
+)
 
 NEAR = 3.0  # points of validation accuracy
 SHARDINGS = {
@@ -110,9 +121,6 @@ def image_size(s: Size, pixels: int) -> Experiment:
     measures = (VALIDATION, TEST, SECONDS)
     title = "Image sizes at equal rounds, N_c = 5"
     return Experiment(title, ("pixels",), rows, measures, (f"{s.image_sizes[-1]}",), decides=True)
-
-
-SECONDS = Measure("seconds", "wall_seconds", digits=0)
 
 
 def decided(s: Size, folder: Path) -> int:

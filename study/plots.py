@@ -71,6 +71,12 @@ def save(figure, path: str | Path) -> Path:
     return path
 
 
+def plain(name: str) -> str:
+    """Return a name as a label shows it: no mathematics, nothing unprintable, and not left out."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown  # such labels are not for legends
+
+
 def look(i: int) -> dict:
     """Return the colour, marker and line style of the i-th group."""
     again = i // len(PALETTE)  # a colour that comes back has another marker and line
@@ -110,7 +116,7 @@ def plot_curves(logs: dict[str, Sequence[dict]], path: str | Path) -> Path:
             x, y = _series(records, key)
             if len(x):
                 style = styles[what] | dict(color=colour, marker="o" if len(x) == 1 else None)
-                name = label.replace("$", r"\$") if unnamed else None
+                name = plain(label) if unnamed else None
                 axes.plot(x, 100 * y if key.endswith("acc") else y, label=name, **style)
                 drawn, unnamed = drawn | {what}, False
     colour = "black" if len(logs) > 1 else PALETTE[0]
@@ -173,7 +179,12 @@ def _seeds(logs: Sequence[Sequence[dict]], key: str) -> tuple[np.ndarray, np.nda
 
 def _series(records: Sequence[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
     points = [(r.get("round", r.get("epoch")), r[key]) for r in records if key in r]
-    x, y = np.array(points, dtype=float).reshape(-1, 2).T
+    try:
+        x, y = np.array(points, dtype=float).reshape(-1, 2).T
+    except (OverflowError, TypeError, ValueError):
+        raise ValueError(
+            f"nothing to plot: a record's round, epoch or {key} is no number"
+        ) from None
     return x, y
 
 

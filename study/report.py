@@ -24,7 +24,7 @@ from machine import runs, safe_files
 from study import experiments
 from study.figures import FIGURES, Done, drawn
 from study.packed import finished
-from study.tables import INSIDE, NO_DIFFERENCE, PLACE, Experiment
+from study.tables import INSIDE, NO_DIFFERENCE, PLACE, SECONDS, Experiment
 from study.tables import VALIDATION as ACCURACY
 from study.typeset import NOT_RUN, VALUE, grouping, latex_table, markdown_table, tex
 
@@ -97,6 +97,12 @@ def write(scale: str, results: Path, out: Path) -> list[str]:
     for pattern in ("*.tex", "*.md", "*.pdf"):
         for old in out.glob(pattern):
             old.unlink()
+    with safe_files.contents(results / scale):
+        return write_pieces(scale, results, out)
+
+
+def write_pieces(scale: str, results: Path, out: Path) -> list[str]:
+    """Write numbers, tables and figures; return the names of what could be made."""
     tables = at_scale(scale, results / scale)
     pieces = {f"table/{n}": False for s in experiments.SCALES for n in experiments.at_scale(s)}
     pieces |= {f"table/{table.name}": write_tables(table, out) for table in tables}
@@ -203,7 +209,7 @@ def gpu_numbers(folder: Path) -> dict[str, str | None]:
 
 def hours_of(summaries: list[dict]) -> str | None:
     """Return how long these runs took, in hours; None where there are none."""
-    seconds = sum(summary.get("wall_seconds", 0) for summary in summaries)
+    seconds = sum(SECONDS.of(summary) or 0 for summary in summaries)
     return f"{seconds / 3600:.1f}" if summaries else None
 
 

@@ -51,6 +51,9 @@ def beyond(best: float, rates: Collection[float]) -> float | None:
     return None
 
 
+LARGEST = 1e300  # figure of a run
+
+
 class Cell(NamedTuple):
     """One run: its row's name, the command and its options, a learning rate and a seed."""
 
@@ -105,7 +108,8 @@ class Measure(NamedTuple):
         """Return the figure; None where the run has none."""
         for key in self.path.split("/"):
             summary = summary.get(key) if isinstance(summary, dict) else None
-        return None if summary is None else self.factor * summary
+        number = isinstance(summary, int | float) and abs(summary) < LARGEST  # others' may be any
+        return self.factor * summary if number else None
 
     def text(self, values: list[float], sign: str = "") -> str:
         """Write a mean, with the standard deviation of two or more: 51.23 ± 0.40."""
@@ -115,6 +119,7 @@ class Measure(NamedTuple):
         return f"{np.mean(values):{sign}.{self.digits}f}{spread}"
 
 
+SECONDS = Measure("seconds", "wall_seconds", digits=0)
 VALIDATION = Measure("validation %", "final/val_acc", 100, 2)
 TEST = Measure("test %", "final/test_acc", 100, 2)
 BYTES = Measure("bytes to dense", "bytes_to_dense")

@@ -13,19 +13,31 @@ from __future__ import annotations
 import re
 
 NOT_RUN = "not run"
-NUMBER = r"[+-]?\d+(?:\.\d+)?"
+NUMBER = r"[+-]?[0-9]+(?:\.[0-9]+)?"
 VALUE = re.compile(  # 34.2, 3e-05, 34.2 ± 0.1, +1.2 [-0.3, +2.7]
-    r"(?P<sign>[+-]?)\d+(?:\.\d+)?(?:e[+-]\d+)?"
+    r"(?P<sign>[+-]?)[0-9]+(?:\.[0-9]+)?(?:e[+-][0-9]+)?"
     rf"(?: ± {NUMBER}| \[(?P<low>{NUMBER}), (?P<high>{NUMBER})\])?"
 )
+MARKUP = re.compile(r"[\\|`*<]|(?<=\])\(")  # of Markdown: cells, code, emphasis, HTML, links
+LAST = "\u0180"  # of the letters that LaTeX's Latin fonts have, the first beyond
+TEX = {
+    **{c: f"\\{c}" for c in "%&#_${}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$"},
+}
 BESIDE = 3  # groups that fit side by side
 FIT = 6  # figures that fit into a line of side-by-side groups
 LESS_TOLD = ("lr", "bytes to dense")  # what gives way first
 
 
+def printable(text: str) -> str:
+    """Return a text whose characters all print: others, line ends too, as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def markdown_table(lines: list[list[str]]) -> str:
-    """Return lines, heading first, as a table of Markdown."""
-    heading, *rows = lines
+    """Return lines, heading first, as a table of Markdown; no cell ends early, or is markup."""
+    heading, *rows = ([MARKUP.sub(r"\\\g<0>", printable(cell)) for cell in line] for line in lines)
     return "".join(f"| {' | '.join(line)} |\n" for line in [heading, ["---"] * len(heading), *rows])
 
 
@@ -152,13 +164,18 @@ def spread(cells: list[str] | None, count: int) -> list[str]:
 
 
 def tex(text: str) -> str:
-    """Write a table's text in LaTeX: numbers in mathematics, nc5 as N_c = 5, 3e-05 as a power."""
-    if sharding := re.fullmatch(r"nc(\d+)", text):
+    """Write a table's text in LaTeX: numbers in mathematics, nc5 as N_c = 5, 3e-05 as a power.
+
+    What LaTeX would act on, or its fonts may lack, is escaped.
+    """
+    if sharding := re.fullmatch(r"nc([0-9]+)", text):
         return f"\\ensuremath{{N_c = {sharding[1]}}}"
     if VALUE.fullmatch(text):
         text = re.sub(r"e([+-])0*(\d+)", lambda m: f" 10^{{{m[1].strip('+')}{m[2]}}}", text)
         text = re.sub(r"^([+-]?)1 10\^", r"\g<1>10^", text).replace(" 10^", r" \cdot 10^")
         text = text.replace("±", r"\pm").replace(", ", r",\,").replace(" [", r"\;[")
         return f"\\ensuremath{{{text}}}"
-    text = re.sub(r"(?<![\w.-])[+-]\d+\.\d+", r"\\ensuremath{\g<0>}", text)  # several differences
-    return re.sub(r"([%&#_$])", r"\\\1", text).replace("±", r"$\pm$")
+    if re.fullmatch(rf"{NUMBER}(?:, {NUMBER})+", text):  # several differences
+        return ", ".join(map(tex, text.split(", ")))
+    shown = (c if c < LAST else ascii(c)[1:-1] for c in printable(text))
+    return "".join(TEX.get(c, c) for c in "".join(shown))

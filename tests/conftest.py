@@ -27,7 +27,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, o
 def pytest_collection_modifyitems(config, items):
     """Under GPU_TESTS=1 keep the tests named on_a_gpu, and all of the kernels'."""
     if GPU_TESTS:
-        kernels = ("test_sparse_sgdm", "test_fisher")
+        kernels = ("test_sparse_sgdm", "test_fisher", "test_fused")
         chosen = [i for i in items if "on_a_gpu" in i.name or i.module.__name__ in kernels]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen

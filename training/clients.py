@@ -75,8 +75,9 @@ class Clients:
     def train_client(self, theta: Tensor, client: int, round: int) -> tuple[Tensor, Tensor]:
         """Take a client's local steps on the learner's parameters."""
         learner, entries, lr = self.learner, self.learner.entries, self.lr(round)
-        batches = self.batches(client, round).to(theta.device, non_blocking=True)
-        start = self.enter(theta, client)
+        device = entries.theta.device
+        batches = self.batches(client, round).to(device, non_blocking=True)
+        start = self.enter(theta.to(device), client)
 
         def walk(loss_scale: float) -> Tensor:
             entries.load(start)
@@ -91,7 +92,7 @@ class Clients:
             return torch.stack(losses)
 
         losses, _ = learner.loss_scale.attempt(walk, learner.overflowed)  # fp16 alone walks twice
-        return entries.gather(), losses
+        return entries.gather().to(theta.device), losses.to(theta.device)
 
     def enter(self, theta: Tensor, client: int) -> Tensor:
         """Set up what is the client's own; returns where it starts (P,)."""
@@ -156,7 +157,8 @@ class HeadsTogether(Clients):
         if not len(clients):
             return
         learner, entries, flat = self.learner, self.learner.entries, self.learner.flat
-        theta_k = theta.repeat(len(clients), 1)  # (m, P)
+        device = entries.theta.device
+        theta_k = theta.to(device).repeat(len(clients), 1)  # (m, P)
         grad, lr = torch.zeros_like(theta_k), self.lr(round)
         momentum = torch.empty_like(theta_k) if self.sgd.momentum else None
         anchor = theta_k.clone() if entries.prox else None
@@ -185,10 +187,11 @@ class HeadsTogether(Clients):
             *(flat.view(theta_k, name) for name in vit.HEAD),
             learner.inputs["train"],
             learner.labels["train"],
-            torch.stack(indices).to(theta.device),
+            torch.stack(indices).to(device),
             step,
             *(flat.view(grad, name) for name in vit.HEAD),
         )
+        theta_k, losses = theta_k.to(theta.device), losses.to(theta.device)
         for client, row, client_losses in zip(map(int, clients), theta_k, losses, strict=True):
             yield self.leave(row, theta, client, round, client_losses), client_losses
 

@@ -20,7 +20,7 @@ import data
 import head
 import model as vit
 from machine import runs, safe_files
-from machine.device import free_memory
+from machine.device import exact_place, free_memory
 from machine.status import Status
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def compute_features(
     preprocess, images = workspace.preprocess(), workspace.sets[part].images
     backbone, rows = vit.cast_copy(model, workspace.dtype), []
     count = len(images) if index is None else len(index)
-    status = Status(f"features of the {part} images", count)
+    status = Status(f"features of the {part} images", count, tenths=True)
     for chunk in data.in_chunks(count, workspace.eval_batch):
         pixels = images[chunk if index is None else index[chunk]]
         with workspace.fitting("features", len(pixels), "--eval-batch"):
@@ -137,13 +137,12 @@ def tokens(
     count = sum(map(len, images.values()))
     needed = count * math.prod(shape) * workspace.dtype.itemsize
     places = dict.fromkeys((workspace.device, torch.device("cpu")))
-    sharing = {"cuda": 1, "cpu": group.size}
-    free = {place: free_memory(place) / sharing[place.type] for place in places}
+    free = {p: free_memory(p) / (group.size if p.type == "cpu" else 1) for p in places}
     place = next((device for device in places if needed <= free[device] / 2), None)
     if not all(group.gather(place is not None)):
         return None
     backbone, result = vit.cast_copy(model, workspace.dtype), {}
-    status, done = Status("activations of the images", count), 0
+    status, done = Status("activations of the images", count, tenths=True), 0
     for part, pixels in images.items():
         result[part] = torch.empty(len(pixels), *shape, dtype=workspace.dtype, device=place)
         for chunk in data.in_chunks(len(pixels), workspace.eval_batch):
@@ -167,17 +166,18 @@ def fit_head(
         images: how many of them it sees, with an equal share of the validation images; no other
             features are computed then. None: all.
     """
-    labels = workspace.sets["train"].labels
+    labels, place = workspace.sets["train"].labels, exact_place(workspace.device)
     splits = [torch.from_numpy(i).to(workspace.device) for i in head_splits(workspace, images)]
     if images is None:
         rows = features(workspace, model, "train")
-        seen = [rows[at] for at in splits]
+        seen = [rows[at].to(place) for at in splits]
     else:
-        seen = [compute_features(workspace, model, "train", at) for at in splits]
-    (train, train_labels), held_out = zip(seen, [labels[at] for at in splits], strict=True)
+        seen = [compute_features(workspace, model, "train", at).to(place) for at in splits]
+    classes = [labels[at].to(place) for at in splits]
+    (train, train_labels), held_out = zip(seen, classes, strict=True)
     if kind == "probe":
         return head.train_probe(train, train_labels, workspace.classes, *held_out)
-    sums = head.RidgeSums(train.shape[1], workspace.classes, workspace.device)
+    sums = head.RidgeSums(train.shape[1], workspace.classes, place)
     return head.fit_ridge(sums.update(train, train_labels), *held_out)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
+import fused
 import model as vit
 from flat import Entries, FlatView, Sgd
 from machine.cuda_graph import GraphedStep
-from machine.device import LossScale, compiled
+from machine.device import LossScale, compiled, exact_place
 from training import features
 
 if TYPE_CHECKING:
@@ -41,6 +42,12 @@ class Training(NamedTuple):
         ">= 1",
         "N",
     ] = None
+    fused: Annotated[
+        str,
+        "fuse a step's passes between matrix products [auto: on a GPU, where Triton's kernels "
+        "agree with PyTorch's]",
+        ("auto", "off"),
+    ] = "auto"
     compile: Annotated[
         bool, "torch.compile what trains: other last bits, and half a minute at the start"
     ] = False
@@ -84,6 +91,7 @@ class Learner:
         self.class_weights: Tensor | None = None  # (classes,) of a sample in the training loss
         self.start: dict[str, Tensor] | None = None  # features for the first evaluation
         self.keeps_activations: bool | None = None  # None: none could be kept
+        self.fuses = False
         names = vit.trained_names(model, training.train, freeze_head)
         parameters = dict(model.named_parameters())
         self.dense_size = sum(parameters[name].numel() for name in names)
@@ -103,6 +111,7 @@ class Learner:
             for name, parameter in model.named_parameters():
                 if name not in names and name not in vit.HEAD:
                     parameter.data = parameter.data.to(workspace.dtype)
+            self.fuses = self._may_fuse()
             preprocess = workspace.preprocess()
             self._read_by(lambda images, keep: model(preprocess(images), keep))
         entries = None if mask is None else mask.flat(self.flat)
@@ -113,9 +122,32 @@ class Learner:
         self.loss_scale = LossScale(2.0**14 if self.flat.grad.dtype == torch.float16 else 1.0)
 
     def _read_by(self, logits_of: Callable[[Tensor, Tensor | None], Tensor]) -> None:
-        """Let evaluations read the inputs so, and the training steps as --compile wants it."""
-        self.logits_of = logits_of
-        self.trained_logits_of = compiled(logits_of) if self.training.compile else logits_of
+        """Let evaluations read the inputs so, training steps as --compile or --fused wants it."""
+        self.logits_of = self.trained_logits_of = logits_of
+        if self.training.compile:
+            self.trained_logits_of = compiled(logits_of)
+        elif self.fuses:
+            self.trained_logits_of = self._fused(logits_of)
+
+    def _fused(self, logits_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return the function with the model's passes between matrix products fused."""
+
+        def call(inputs: Tensor, keep: Tensor | None) -> Tensor:
+            with self.model.fused(fused):
+                return logits_of(inputs, keep)
+
+        return call
+
+    def _may_fuse(self) -> bool:
+        """Tell whether fused passes serve; on a GPU where they do not, say why."""
+        device, shape = self.workspace.device, self.model.shape
+        ours = isinstance(self.model, vit.VisionTransformer)
+        if self.training.fused == "off" or device.type != "cuda" or not ours:
+            return False
+        reason = fused.serves(device, self.workspace.dtype, shape.width, shape.heads)
+        if reason:
+            print(f"passes are not fused: {reason}")
+        return not reason
 
     def keep_activations(self) -> None:
         """Below the first block that trains, compute the tokens of all images once, where they fit.
@@ -223,33 +255,32 @@ class Learner:
         }
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Return loss and accuracy on the validation and the test set, shared out over the group.
+    def evaluate(self, sets: Collection[str] = ("val", "test")) -> dict[str, float]:
+        """Return loss and accuracy on these sets, if they have images, shared out over the group.
 
         Where `start` holds features of the model as it is, the first evaluation is of those.
         """
-        start, self.start = self.start, None
+        start, self.start = self.start or {}, None
         result = {}
         test_index = np.arange(len(self.labels["test"]))
         for name, part, index in (
             ("val", "train", self.workspace.val_index),
             ("test", "test", test_index),
         ):
-            if len(index):
+            if name in sets and len(index):
                 at = torch.from_numpy(index).to(self.labels[part].device)
                 figures = self._evaluate_part(part, at, start)
                 result |= dict(zip((f"{name}_loss", f"{name}_acc"), figures, strict=True))
         return result
 
-    def _evaluate_part(
-        self, part: str, index: Tensor, start: dict[str, Tensor] | None
-    ) -> list[float]:
+    def _evaluate_part(self, part: str, index: Tensor, start: dict[str, Tensor]) -> list[float]:
         chunks, group = list(data.in_chunks(len(index), self.workspace.eval_batch)), self.group
-        totals = torch.zeros(len(chunks), 2, dtype=torch.float64, device=index.device)
+        place = exact_place(index.device)
+        totals = torch.zeros(len(chunks), 2, dtype=torch.float64, device=place)
         for i in range(group.rank, len(chunks), group.size):
             at = index[chunks[i]]
             with self.workspace.fitting("an evaluation", len(at), "--eval-batch"):
-                if start:
+                if part in start:
                     logits = self.model.classify(start[part][at])
                 else:
                     logits = self.logits_of(self.gather(part, at), None)
@@ -263,5 +294,6 @@ class Learner:
         """Return what may change the last bits of a result."""
         return self.workspace.environment() | {
             "activations_kept": self.keeps_activations,
+            "fused": self.fuses,
             "micro_batch": self.training.micro_batch,
         }

@@ -32,9 +32,7 @@ PERSONAL = 2**40  # the round of the batches that personalise: beyond those of a
 class Best(NamedTuple):
     """Which weights."""
 
-    best: Annotated[
-        bool, "the weights that validated best, of a run with --early-stop [the last]"
-    ] = False
+    best: Annotated[bool, "the weights that validated best [the last]"] = False
 
 
 class Recipe(NamedTuple):
@@ -75,8 +73,8 @@ class Outcome:
         self.best = best
         if best:
             weights = checkpoint["state"].get("best")
-            if not weights:  # or begun without --early-stop, and never better since
-                raise ValueError(f"{folder} has kept no best weights: --early-stop keeps them")
+            if not weights:
+                raise ValueError(f"{folder} holds no best weights: it has no validation data")
             with safe_files.contents(self.run.checkpoint_path):
                 self.reached[unit], self.theta = weights["at"], weights["weights"]
 

@@ -44,9 +44,12 @@ class Rounds(NamedTuple):
     """How long a federation goes on."""
 
     rounds: Annotated[int | None, "communication rounds", ">= 1"] = None
-    eval_every: Annotated[int | None, "rounds between evaluations [a 20th of the run]", ">= 1"] = (
-        None
-    )
+    eval_every: Annotated[
+        int | None,
+        "rounds between evaluations [a 20th of the run, more where they would take a tenth of its "
+        "time]",
+        ">= 1",
+    ] = None
 
 
 class Federation(NamedTuple):

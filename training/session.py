@@ -19,19 +19,26 @@ from federated.client_states import ClientTerms
 from flat import Sgd
 from machine import runs, safe_files
 from machine.device import processor
-from machine.status import Status, duration
+from machine.status import duration
 from training.calibration import GivenMask, Masking, find_mask
 from training.features import Head, features, head_splits, set_fitted_head
 from training.learner import Learner, Training
 from training.mask_file import given_mask
+from training.mirrors import mirror
+from training.watching import Evaluated, Watching, end_advice, end_figures, headline
 
 if TYPE_CHECKING:
     from training.workspace import Workspace
 
 FREE = {  # options that may change while a run goes on
-    *("name", "runs_dir", "data_dir", "fresh", "device", "threads"),
-    *("cuda_graph", "eval_every", "eval_batch", "diagnostics", "tensorboard"),
+    *("name", "runs_dir", "data_dir", "fresh", "device", "threads", "processes"),
+    *("cuda_graph", "fused", "eval_every", "eval_test", "eval_batch", "diagnostics"),
+    *("tensorboard", "wandb"),
     *("micro_batch", "early_stop"),  # a run that stops is the beginning of one that does not
+}
+
+SEARCHES = {  # options of what went before a run
+    *("search", "search_lr", "search_weight_decay", "search_schedule", "search_length")
 }
 
 
@@ -42,21 +49,6 @@ class Running(NamedTuple):
         str | None, "the run's folder below --runs-dir [made from the options]", "--name"
     ] = None
     runs_dir: Annotated[str, "where runs go", "path"] = "runs"
-
-
-class Watching(NamedTuple):
-    """What is watched while a run goes on."""
-
-    tensorboard: Annotated[
-        bool, "mirror the log into event files, in the run's folder tensorboard/"
-    ] = False
-    early_stop: Annotated[
-        int | None,
-        "stop after N evaluations (--eval-every) without a better validation accuracy, and keep "
-        "the best weights [never]",
-        ">= 1",
-        "N",
-    ] = None
 
 
 # ---------------------------------------------------------------------------- the folder
@@ -118,7 +110,7 @@ def open_run(
     if shards:
         sizes = [len(shard) for shard in shards]
         extra["shards"] = {"clients": len(sizes), "smallest": min(sizes), "largest": max(sizes)}
-    free = set(stored) - set(defining(stored)) | same_files(run, made_from)
+    free = set(stored) - set(defining(stored)) | same_files(run, made_from) | SEARCHES & set(stored)
     run.open(stored | made_from, extra, free=free)
     if shards and run.writes and not (run.folder / "shards.npz").exists():
         ends = np.cumsum([len(shard) for shard in shards])
@@ -228,7 +220,7 @@ def prepare(
         set_fitted_head(workspace, model, head.head, head.head_images, run)
     start = None
     if not run.saved() and training.train != "head" and fitted_to_all(head):
-        start = {part: features(workspace, model, part) for part in workspace.sets}
+        start = {"train": features(workspace, model, "train")}
     learner = Learner(
         workspace,
         model,
@@ -250,60 +242,6 @@ def fitted_to_all(head: Head) -> bool:
 
 
 # ---------------------------------------------------------------------------- while it goes on
-
-
-def evaluation_due(at: float, every: float, total: int) -> bool:
-    """Tell whether an evaluation follows a record at round or epoch `at`.
-
-    Within an epoch there are records only where one is due.
-    """
-    return every < 1 or at % every == 0 or at >= total
-
-
-class Evaluated:
-    """Completes the records of a loop: evaluation every so often, and a word to whoever watches.
-
-    Args:
-        evaluate: returns val_* and test_* of the model as it is.
-        opening: figures of the first record, which stands for the start.
-        measure: returns further figures of later records that have an evaluation.
-    """
-
-    def __init__(
-        self,
-        evaluate: Callable[[], dict],
-        unit: str,
-        total: int,
-        every: float,
-        opening: dict,
-        measure: Callable[[], dict] = dict,
-    ):
-        self.evaluate, self.unit, self.total, self.every = evaluate, unit, total, every
-        self.opening, self.measure = opening, measure
-        self.status, self.note = None, ""
-
-    def __call__(self, record: dict) -> None:
-        """Evaluate where it is due, adding val_* and test_* to the record; show progress."""
-        at = record[self.unit]
-        if at:
-            self.status = self.status or Status(self.unit, self.total, at)
-            self.status.show(at, self.note)
-        else:
-            record |= self.opening
-        if evaluation_due(at, self.every, self.total):
-            record |= self.evaluate()
-            record |= self.measure() if at else {}
-            figures = ", ".join(
-                f"{label} {100 * record[key]:.2f} %"
-                for label, key in (("validation", "val_acc"), ("test", "test_acc"))
-                if key in record
-            )
-            loss = f"train loss {record['train_loss']:.4f}, " if "train_loss" in record else ""
-            figures += f", epsilon {record['epsilon']:.4g}" if "epsilon" in record else ""
-            self.note = figures
-            if self.status:
-                self.status.close()
-            print(f"{self.unit} {at}/{self.total}: {loss}{figures}", flush=True)
 
 
 def drive(
@@ -332,15 +270,17 @@ def drive(
         account: returns further figures of the summary, when the log is complete.
         measure: returns further figures of each evaluation but the first.
     """
-    print(f"{run.folder}: {learner.entries.size:,} parameters train on {learner.workspace.device}")
+    workspace, sets = learner.workspace, ("val", "test") if watching.eval_test else ("val",)
+    print(f"{run.folder}: {learner.entries.size:,} parameters train on {workspace.device}")
     if rate := learner.masked_rate():
         print(rate_line(learner, rate))
 
     def evaluate() -> dict:
         learner.entries.load(theta())
-        return learner.evaluate()
+        return learner.evaluate(sets)
 
-    evaluated = Evaluated(evaluate, unit, total, every, (opening or {}) | rate, measure)
+    opening, classes = (opening or {}) | rate, workspace.classes
+    evaluated = Evaluated(evaluate, unit, total, every, opening, measure, classes)
     watch = mirror(run, unit, watching)
 
     def complete(record: dict) -> None:
@@ -348,7 +288,7 @@ def drive(
         watch([record])
 
     try:
-        wall = runs.drive(
+        wall, best = runs.drive(
             run,
             process,
             unit,
@@ -370,8 +310,11 @@ def drive(
         print(
             f"stopped early: {watching.early_stop} evaluations without a better validation accuracy"
         )
-    summary = conclude(run, figures, account, draw_curves) if run.writes else None
+    tested = end_figures(learner, theta(), best.get("weights"))
+    summary = conclude(run, figures, tested, account, draw_curves) if run.writes else None
     summary = learner.group.gather(summary)[0]
+    if advice := run.writes and end_advice(run.records(), classes, len(workspace.val_index)):
+        print(f"warning: {advice}", file=sys.stderr)
     print(f"{unit} {reached} reached in {duration(wall)}. {headline(summary)}. See {run.folder}")
     return summary
 
@@ -393,16 +336,21 @@ def rate_line(learner: Learner, rate: dict[str, float]) -> str:
 def conclude(
     run: runs.Run,
     figures: dict,
+    tested: tuple[dict, dict],
     account: Callable[[], dict],
     draw_curves: Callable[[dict[str, Sequence[dict]], Path], None],
 ) -> dict:
-    """Write a complete run's curves, and at last its summary, by which it counts as finished."""
+    """Write a complete run's curves, and at last its summary, by which it counts as finished.
+
+    Args:
+        tested: test figures of the last weights and of the best.
+    """
     sent = account()
     try:
         draw_curves({run.folder.name: run.records()}, run.folder / "curves.png")
     except ValueError as error:
         print(f"no curves.png: {error}", file=sys.stderr)
-    summary = run.summarise(**figures, **sent)
+    summary = run.summarise(tested, **figures, **sent)
     if sent:
         first, megabytes = run.records()[0], 1e-6
         before = (first.get("bytes_up", 0) + first.get("bytes_down", 0)) * megabytes
@@ -413,65 +361,3 @@ def conclude(
             f"{sent['bytes_to_dense']:.4f} of dense FedAvg"
         )
     return summary
-
-
-def headline(summary: dict) -> str:
-    """Return the final figures in one line."""
-    final = summary.get("final", {})
-    named = (("validation", "val_acc"), ("test", "test_acc"))
-    shown = [f"{label} accuracy {100 * final[key]:.2f} %" for label, key in named if key in final]
-    return ", ".join(shown)
-
-
-# ---------------------------------------------------------------------------- TensorBoard
-
-
-def mirror(run: runs.Run, unit: str, watching: Watching) -> Callable[[Sequence[dict]], None]:
-    """Return what adds records to --tensorboard's event files, after those of the log."""
-    if not (watching.tensorboard and run.writes):
-        return lambda records: None
-    return EventFiles(run.folder, unit, run.records).add
-
-
-def check_tensorboard() -> None:
-    """Raise ValueError, with what to install, where TensorBoard's package is missing."""
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError:
-        raise ValueError("--tensorboard needs tensorboard: pip install tensorboard") from None
-
-
-class EventFiles:
-    """TensorBoard's event files as a mirror of a log: <run>/tensorboard/events.*
-
-    A step is a whole number: records within an epoch are counted, and say their epoch as a scalar.
-    What is there is replaced when the first record comes, so that no point appears twice.
-
-    Args:
-        folder: the run's.
-        unit: round or epoch, which every record but a note holds.
-        earlier: returns the records that the log holds already.
-    """
-
-    def __init__(self, folder: Path, unit: str, earlier: Callable[[], list[dict]]):
-        self.folder, self.unit, self.earlier = folder / "tensorboard", unit, earlier
-        self.writer, self.step = None, 0
-
-    def add(self, records: Sequence[dict]) -> None:
-        """Write what these records say, after all that the log said before them."""
-        if self.writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            records = [*self.earlier(), *records]
-            for old in self.folder.glob("events.*"):
-                old.unlink()
-            # a viewer that has the old files open forgets what they said from step 0 on
-            self.writer = SummaryWriter(str(self.folder), purge_step=0)
-        for record in records:
-            if self.unit not in record:  # a note
-                continue
-            for name, value in record.items():
-                if isinstance(value, (int, float)) and (name, value) != (self.unit, self.step):
-                    self.writer.add_scalar(name, value, self.step)
-            self.step += 1
-        self.writer.flush()

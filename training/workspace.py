@@ -209,7 +209,7 @@ class Workspace:
         """Return what may change the last bits of a result."""
         cuda = self.device.type == "cuda"
         return {
-            "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
+            "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,
             "threads": None if cuda else torch.get_num_threads(),
             "precision": str(self.dtype).removeprefix("torch."),
             "eval_batch": self.eval_batch,

@@ -58,7 +58,7 @@ def test_one_run_is_itself_nothing_or_unlearned(cli, two_runs):
         written[scale] = safe_files.load_checked(run.parent.parent / f"scale{scale}.pt")
         if scale:
             continue
-        assert float(figures(out)["test_loss"]) == pytest.approx(records(run)[0]["test_loss"])
+        assert float(figures(out)["val_loss"]) == pytest.approx(records(run)[0]["val_loss"])
     _, out, _ = cli("eval", run)
     _, merged, _ = cli("merge", run)
     losses = [float(figures(said)["test_loss"]) for said in (merged, out)]

@@ -10,17 +10,9 @@ import pytest
 import data
 import masks
 import model as vit
+from commands.arguments import ESSENTIAL, Command, build_parser, number
 from commands.merge import RULES as MERGING
-from commands.options import (
-    GROUPS,
-    Command,
-    build_parser,
-    grouped,
-    number,
-    parse,
-    read,
-    recipe_of,
-)
+from commands.options import GROUPS, grouped, parse, read, recipe_of
 from federated.methods import METHODS
 from federated.server import RULES as SERVERS
 from machine.device import Machine
@@ -66,6 +58,27 @@ def test_help_tells_every_default(command):
         value = option.default
         value = f"{value:g}" if isinstance(value, float) else str(value)
         assert shown == value or shown.startswith(f"{value}:"), option.dest
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_commands_help_speaks_of_its_own_options(command):
+    flags = {flag for option in ACTIONS[command] for flag in option.option_strings}
+    for option in ACTIONS[command]:
+        spoken = re.findall(r"(?<!-)--[a-zA-Z][\w-]*", option.help)
+        assert flags.issuperset(spoken), option.dest
+        assert "rounds or epochs" not in option.help
+
+
+def test_help_shows_what_most_runs_need_and_help_all_the_rest(capsys):
+    shown = {}
+    for page in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            parse(["fedavg", page], COMMANDS)
+        shown[page] = set(re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.M))
+    short, whole = shown.values()
+    assert 20 <= len(short) <= 30 and short < whole and len(whole) == len(ACTIONS["fedavg"]) - 1
+    names = {option.dest for command in COMMANDS for option in ACTIONS[command]}
+    assert names.issuperset(ESSENTIAL)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

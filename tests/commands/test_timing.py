@@ -34,7 +34,7 @@ def test_a_measurement_is_kept_in_a_file_for_this_machine(tmp_path, monkeypatch)
     path = tmp_path / "new" / "times.json"
     for _ in range(2):
         assert Times(path, []).seconds_of(cell) == 2 * 2 * 7000
-    assert measured == ["vit_demo"]
+    assert len(measured) == 1
     monkeypatch.setattr(timing, "processor", lambda device: "another")
     Times(path, []).seconds_of(cell)
     assert len(measured) == 2

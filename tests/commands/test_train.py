@@ -10,6 +10,7 @@ from built import parsed
 from conftest import SYNTHETIC_DATASET
 
 import data
+import fedavg
 from commands.options import parse
 from machine import runs, safe_files
 from study import plots
@@ -65,6 +66,23 @@ def test_the_headline_command_means_what_the_readme_says():
 )
 def test_the_default_step_follows_what_clients_hold(options, lr):
     assert parse(["fedavg", *options.split()], COMMANDS).groups.sgd.lr == lr
+
+
+@pytest.mark.parametrize(
+    ("options", "every"),
+    [
+        ("fedavg", 10),  # of 2,560 images a round, which count 7,680 passes; 5,000 are evaluated
+        ("fedavg --rounds 40", 6),
+        ("fedavg --rounds 40 --eval-test", 18),
+        ("fedavg --rounds 3 --J 1", 3),
+        ("fedavg --rounds 40 --J 1 --batch-size full --fraction 1", 2),
+        ("fedavg --rounds 2000 --eval-every 7", 7),
+        ("centralized", 1),
+        ("centralized --epochs 100", 5),
+    ],
+)
+def test_evaluations_take_a_tenth_of_the_time_at_most(options, every):
+    assert parse(options.split(), COMMANDS).stored["eval_every"] == every
 
 
 def test_a_run_leaves_its_folder_and_the_same_command_again_says_so(cli, small_data):
@@ -207,7 +225,7 @@ def test_another_seed_is_another_run(cli, small_data):
     ids=lambda o: " ".join(str(x) for x in o),
 )
 def test_the_options_of_fedavg_run_and_resume(cli, small_data, options):
-    status, _, err = cli(*TINY, "--name", "x", *options)
+    status, _, err = cli(*TINY, "--eval-test", "--name", "x", *options)
     assert status == 0, err
     folder = small_data / "runs" / "x"
     start, end = (records(folder)[i] for i in (0, -1))
@@ -261,7 +279,7 @@ def test_a_central_run_stops_within_an_epoch_and_keeps_what_was_best_there(cli, 
     assert cli(*short, "--early-stop", 9, "--eval-every", 0.5)[0] == 0
     found = records(folder)
     assert [r["epoch"] for r in found] == [0, 0.1, 0.2, 0.3, 0.5, 1]
-    assert all("val_acc" in r and "test_loss" in r for r in found)
+    assert all("val_acc" in r and "test_loss" not in r for r in found)
     x, _ = plots._series(found, "val_acc")
     assert x.tolist() == [r["epoch"] for r in found]
     assert cli("eval", "runs/s", "--best")[0] == 0
@@ -282,6 +300,41 @@ def test_a_search_goes_on_past_a_rate_that_diverges(cli, small_data):
     found = json.loads((small_data / "runs" / "s" / "search.json").read_text())
     assert status == 0 and "search: given up, round 1, client" in out
     assert found["best"]["lr"] == 0.05 and len(found["cells"]) == 2
+
+
+def test_a_searchs_winner_is_the_run_or_its_beginning(cli, small_data, monkeypatch):
+    grid = ("--search", "--search-lr", 0.01, 0.02, "--search-weight-decay", 0.0)
+    trained = []
+    advance = fedavg.FedAvg.advance
+
+    def counting(self):
+        trained.append(self.round)
+        return advance(self)
+
+    monkeypatch.setattr(fedavg.FedAvg, "advance", counting)
+    line = (*TINY, "--rounds", 2, *grid)  # three clients a round
+    status, out, err = cli(*line, "--name", "s")
+    assert status == 0 and len(trained) == 2 * 2 * 3, err
+    assert out.count("<- chosen") == 1 and "that was tried, and a" in out
+    assert "s is finished: round 2" in out and cli("eval", "runs/s")[0] == 0
+    trained.clear()
+    status, out, err = cli(*line, "--search-length", 1, "--name", "longer")
+    assert status == 0 and len(trained) == 2 * 3 + 3, err  # the second round of the winner
+    plain = json.loads((small_data / "runs" / "s" / "search.json").read_text())["best"]["lr"]
+    assert cli(*TINY, "--rounds", 2, "--lr", plain, "--name", "plain")[0] == 0
+    assert torch.equal(theta(small_data / "runs" / "s"), theta(small_data / "runs" / "plain"))
+
+
+def test_a_search_takes_schedules_and_a_shorter_one_trains_anew(cli, small_data):
+    grid = ("--search", "--search-lr", 0.01, "--search-weight-decay", 0.0, "--search-length", 2)
+    status, out, err = cli(
+        *(*TINY, "--rounds", 3, *grid, "--search-schedule", "cosine", "exponential"),
+        *("--decay", 0.1, "--name", "s"),
+    )
+    found = json.loads((small_data / "runs" / "s" / "search.json").read_text())
+    assert status == 0 and "it is trained anew" in out, err
+    assert [cell["schedule"] for cell in found["cells"]] == ["cosine", "exponential"]
+    assert "error: --decay belongs to --schedule" in cli(*TINY, "--decay", 0.1)[2]
 
 
 def test_ridge_is_the_same_from_the_clients_sums(cli, small_data):

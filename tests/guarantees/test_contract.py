@@ -29,6 +29,7 @@ from federated.cohort import Participation
 from federated.methods import METHODS
 from federated.privacy import Privacy
 from federated.server import RULES
+from training.learner import Learner
 
 ROUNDS = 2  # of three clients: two of them at least are in both
 TINY = (
@@ -123,10 +124,34 @@ def loops(tmp_path_factory):
     torch.set_num_threads(threads)
 
 
+class Whole(typing.NamedTuple):
+    """A loop that ran without anything in its way: what it came to, and from where."""
+
+    outcome: tuple
+    learner: Learner
+    start: torch.Tensor  # of the flat view
+    frozen: dict[str, torch.Tensor]  # the parameters outside of it, at the start
+
+
 @pytest.fixture(scope="module")
-def whole(loops):
-    """What a case comes to without anything in its way: theta and records, computed once."""
-    return functools.cache(lambda case, trains: outcome(loops(case, trains)[1]))
+def ran(loops):
+    """Run a case, computed once: ran(case, trains, *further options) -> Whole."""
+
+    def run(case, trains, *further):
+        learner, loop = loops(case, trains, *further)
+        parameters, shapes = learner.model.named_parameters(), learner.flat.shapes
+        frozen = {name: p.clone() for name, p in parameters if name not in shapes}
+        return Whole(
+            learner=learner, start=learner.flat.theta.clone(), frozen=frozen, outcome=outcome(loop)
+        )
+
+    return functools.cache(run)
+
+
+@pytest.fixture(scope="module")
+def whole(ran):
+    """What a case comes to without anything in its way: theta and records."""
+    return lambda case, trains: ran(case, trains).outcome
 
 
 def outcome(loop):
@@ -204,10 +229,10 @@ def test_a_case_turns_on_what_it_is_named_after(case):
 
 @pytest.mark.parametrize("trains", WHAT_TRAINS)
 @pytest.mark.parametrize("case", [case for case, neutral in DEGENERATE.items() if neutral])
-def test_at_its_neutral_setting_it_is_fedavg_to_the_bit(loops, case, trains):
+def test_at_its_neutral_setting_it_is_fedavg_to_the_bit(loops, ran, case, trains):
     neutral, plain = DEGENERATE[case]
     theta, records = outcome(loops(case, trains, *neutral)[1])
-    expected, plain_records = outcome(loops(None, trains, *plain)[1])
+    expected, plain_records = ran(None, trains, *plain).outcome
     close = 1e-4 if (case, trains) in ROUNDED else 0
     torch.testing.assert_close(theta, expected, rtol=close, atol=close)
     losses, plain_losses = ([r["train_loss"] for r in x] for x in (records, plain_records))
@@ -215,11 +240,10 @@ def test_at_its_neutral_setting_it_is_fedavg_to_the_bit(loops, case, trains):
 
 
 @pytest.mark.parametrize("trains", WHAT_TRAINS)
-def test_clipping_alone_at_a_wide_bound_is_fedavg_to_the_bit(loops, trains):
+def test_clipping_alone_at_a_wide_bound_is_fedavg_to_the_bit(loops, ran, trains):
     wide = ("--dp-noise", 0, "--dp-clip", 1e9, *EVERYONE)
-    assert torch.equal(
-        outcome(loops(None, trains, *wide)[1])[0], outcome(loops(None, trains, *EVERYONE)[1])[0]
-    )
+    expected = ran(None, trains, *EVERYONE).outcome[0]
+    assert torch.equal(outcome(loops(None, trains, *wide)[1])[0], expected)
 
 
 @every_case
@@ -320,13 +344,11 @@ def test_a_record_counts_the_bytes_that_were_sent(loops, whole, case, trains):
 
 
 @every_case
-def test_what_does_not_train_keeps_its_bits(loops, case, trains):
-    learner, loop = loops(case, trains)
+def test_what_does_not_train_keeps_its_bits(ran, case, trains):
+    (theta, _), learner, start, frozen = ran(case, trains)
     flat, index = learner.flat, learner.entries.index
-    start, parameters = flat.theta.clone(), dict(learner.model.named_parameters())
-    frozen = {name: p.clone() for name, p in parameters.items() if name not in flat.shapes}
-    outcome(loop)
-    learner.entries.load(loop.theta)
+    parameters = dict(learner.model.named_parameters())
+    learner.entries.load(theta)
     stays = ~flat.marked()
     assert torch.equal(flat.theta[stays], torch.zeros(int(stays.sum())))
     if index is not None:

@@ -64,6 +64,7 @@ THEMES = {  # what gives other options something to act on
 FEW = ("1", "2", "3")
 VALUES = {  # what costs too much at the bounds, or is a name
     **dict.fromkeys(("rounds", "epochs", "search_length", "calibration_rounds", "threads"), FEW),
+    **dict(processes=("1", "2", "auto")),
     **dict(J=FEW, batch_size=("1", "5", "full"), early_stop=FEW, search_lr=("0", "0.1", "1e30")),
     **dict(clients=("1", "3", "10", "101", "900", "901", "1e5"), nc=("1", "2", "10", "100", "101")),
     **dict(image_size=("8", "16", "32", "40", "33", "0"), eval_batch=("1000", "64"), jobs=FEW),
@@ -118,11 +119,11 @@ def command_line(seed: int) -> list[str]:
     parsers = subcommands()
     shares = np.array([6 if name == "fedavg" else 2 if "ca" in name else 1 for name in parsers])
     name = str(draw.choice(list(parsers), p=shares / shares.sum()))
-    options = [a for a in parsers[name]._actions if a.dest not in ("help", "list")]
+    options = [a for a in parsers[name]._actions if a.dest not in ("help", "help_all", "list")]
     theme = str(draw.choice(THEMES.get(name, ("",))))
     line = [name, *map(str, BASE.get(name, ())), *theme.split()]
     if name == "doctor":
-        options = [a for a in parsers["fedavg"]._actions if a.dest != "help"]
+        options = [a for a in parsers["fedavg"]._actions if a.dest[:4] != "help"]
         line = [name, *["--json", "j.json"] * draw.integers(2), *line[1:]]
     named = [a for a in options if a.option_strings]
     chosen = draw.permutation(len(named))[: draw.geometric(0.3) - 1]

@@ -1,7 +1,6 @@
 """Any number of processes gives the same bits, and none of them can leave quietly."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -86,35 +85,6 @@ def test_three_processes_give_the_bits_of_one(tmp_path, tmp_path_factory):
     )
     assert torch.equal(theta, expected[0])
     assert records == expected[1]
-
-
-@slow
-def test_a_concealed_pair_stops_and_goes_on_alone_to_the_same_bits(tmp_path, tmp_path_factory):
-    masked = ("--head", "ridge", "--mask-rule", "random", "--mask-lr", "raw", "--local-norm")
-    options = ("--J", 20, "--lr", 0.02, "--straggler-fraction", 0.5, *masked)
-    processes = launch(tmp_path, 2, "--secure-aggregation", *options)
-    until(tmp_path / "runs" / "x" / "log.jsonl", processes[0])
-    for process in processes:
-        process.send_signal(signal.SIGTERM)
-    statuses, said = finish(processes)
-    assert statuses == [143, 143], said
-    state = runs.Run(tmp_path / "runs" / "x").load()["state"]["process"]
-    assert state["round"] < 3 and "done" not in state  # saved at the end of a round
-    theta, records = alone(tmp_path, "--secure-aggregation", *options)
-    expected, plain = alone(tmp_path_factory.mktemp("alone"), *options)
-    assert torch.equal(theta, expected)
-    assert [r["train_loss"] for r in records[1:]] == [r["train_loss"] for r in plain[1:]]
-    assert [r["bytes_up"] for r in records[1:]] == [2 * r["bytes_up"] for r in plain[1:]]
-
-
-@slow
-def test_a_lost_process_ends_the_others_with_a_message(tmp_path):
-    processes = launch(tmp_path, 2, "--rounds", 500)
-    until(tmp_path / "runs" / "x" / "log.jsonl", processes[0])
-    processes[1].kill()
-    out, err = processes[0].communicate(timeout=60)
-    assert processes[0].returncode == 1
-    assert "another process of the job has gone" in err and "Traceback" not in err
 
 
 @slow

@@ -2,10 +2,12 @@
 
 import ast
 import hashlib
+import io
 import json
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ from conftest import ROOT, small_synthetic
 
 import data
 import train
-from machine import safe_files
+from machine import safe_files, streams
+from study import experiments, tables
 
 ROOMS = ("federated", "machine", "training", "study", "commands")
 FOLDERS = [ROOT, *(ROOT / room for room in ROOMS)]
@@ -256,3 +259,85 @@ def test_what_is_no_run_folder_is_named(cli, small_data, folder):
     for command in commands:
         refused(cli, *command)
     assert {p.name for p in small_data.iterdir()} == {"empty", "file", "loop"}
+
+
+# ---------------------------------------------------------------------------- names and terminals
+
+HOSTILE = "_a\x1b[2J\x9b1m\x07\u202e$x_|\\input{y}\r%"  # ESC, CSI, bell, bidi, LaTeX, Markdown
+
+
+@pytest.fixture
+def terminal(monkeypatch, tmp_path_factory):
+    """Run train.py on standard streams that go to a file; returns status and bytes."""
+    path = tmp_path_factory.mktemp("terminal") / "said"
+
+    def run(*command: object) -> tuple[int, bytes]:
+        with open(path, "w", encoding="utf-8") as file, pytest.MonkeyPatch.context() as patch:
+            for name in ("stdout", "stderr", "__stdout__", "__stderr__"):
+                patch.setattr(sys, name, file)
+            status = train.main([str(a) for a in command])
+            sys.stdout.flush(), sys.stderr.flush()
+        return status, path.read_bytes()
+
+    return run
+
+
+def assert_printable(said: bytes) -> None:
+    text = said.decode()
+    assert text and all(c.isprintable() or c in "\n\t" for c in text), text
+
+
+@pytest.mark.parametrize("option", [None, "model", "data", "weights", "head", "name", "mask_rule"])
+def test_no_strangers_run_drives_the_terminal(terminal, finished, no_curves, option):
+    evil = finished.rename(finished.with_name(HOSTILE))
+    if option is not None:
+        config = json.loads((evil / "config.json").read_text())
+        del config[safe_files.SEAL]  # which anyone can compute
+        config["options"][option] = HOSTILE
+        (evil / "config.json").write_text(json.dumps(config))
+    plain = option in (None, "name")
+    for command in (
+        *(("eval", evil), ("eval", evil, "--per-client"), ("export", evil, f"{HOSTILE}.pth")),
+        *(("merge", evil), ("plot", evil, "--out", f"{HOSTILE}.png")),
+    ):
+        status, said = terminal(*command)
+        assert status == 0 if plain or command[0] == "plot" else status in (0, 2), said
+        assert_printable(said)
+        assert status == 0 or said.count(b"\n") == 1
+
+
+def test_what_a_damaged_strangers_run_is_said_to_be_is_printable(terminal, finished):
+    evil = finished.rename(finished.with_name(HOSTILE))
+    (evil / "summary.json").write_text("{")
+    (evil / "log.jsonl").write_text("{}\n")
+    for command in (("eval", evil), ("plot", evil), ("plot", evil, evil)):
+        assert_printable(terminal(*command)[1])
+
+
+def test_strangers_results_are_listed_and_reported_or_refused_in_a_line(terminal, small_data):
+    cell = experiments.at_scale("smoke")["fedavg-iid"].rows[0]
+    cell = cell.cell(cell.rates[0], cell.seeds[0])
+    folder = small_data / "results" / "smoke" / "fedavg-iid" / cell.name
+    folder.mkdir(parents=True)
+    options = tables.given(cell) | {"schedule": HOSTILE, "nc": HOSTILE, "mask_rule": HOSTILE}
+    for figure, environment in ((HOSTILE, {"device": HOSTILE}), ([], {}), (1e308, [])):
+        config = {"format": 1, "options": options, "environment": environment}
+        final = {"val_acc": figure, "test_acc": 0.5}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "summary.json").write_text(json.dumps({"wall_seconds": figure, "final": final}))
+        (folder / "log.jsonl").write_text(json.dumps({"round": figure} | final) + "\n")
+        for command in (("sweep", "--list"), ("report", "--out", "out")):
+            status, said = terminal(*command, "--scale", "smoke")
+            last = said.splitlines()[-1]
+            assert status == 0 or status == 2 and last.startswith(b"train.py: error: "), said
+            assert_printable(said)
+        for path in Path("out").glob("*.tex"):
+            assert "\\input" not in path.read_text() and "\x1b" not in path.read_text()
+
+
+def test_a_redraw_begins_a_line_and_nothing_else_moves_the_cursor():
+    stream = streams.Printable(io.BytesIO(), "utf-8", write_through=True)
+    for text in ("\r\x1b[K1/2", "\rbar", "name\r\x1b[Kdone\n", "\r\r", "größe\tx\n", "\udcff"[:0]):
+        assert stream.write(text) == len(text)
+    said = stream.buffer.getvalue().decode()
+    assert said == "\r\x1b[K1/2\rbarname\\r\\x1b[Kdone\n\r\\rgröße\tx\n"

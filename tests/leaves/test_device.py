@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from machine.device import LossScale, choose_device, choose_precision, exact_products, processor
+from machine.device import (
+    LossScale,
+    choose_device,
+    choose_precision,
+    exact_place,
+    exact_products,
+    processor,
+)
 
 
 def needs(limit):
@@ -65,7 +72,7 @@ def test_a_device_that_is_not_here_is_refused_by_its_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
     for name in ("meta", "gpu", ""):
-        with pytest.raises(ValueError, match=f"--device {name}: choose auto, cpu, cuda or cuda:N"):
+        with pytest.raises(ValueError, match=f"--device {name}: choose auto, cpu, cuda"):
             choose_device(name)
     with pytest.raises(ValueError, match="--device cuda:0: PyTorch sees no CUDA device here"):
         choose_device("cuda:0")
@@ -77,6 +84,21 @@ def test_a_device_that_is_not_here_is_refused_by_its_name(monkeypatch):
         choose_device("cuda", local_rank=2, processes=3)
     with pytest.raises(ValueError, match="--device cuda:0: 2 processes need a device each"):
         choose_device("cuda:0", processes=2)
+
+
+def test_apples_gpu_is_taken_by_name_alone_and_sums_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device mps: PyTorch sees no Apple GPU here"):
+        choose_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("mps").type == "mps" and choose_device("auto").type == "cpu"
+    with pytest.raises(ValueError, match="--device mps: one process alone"):
+        choose_device("mps", processes=2)
+    assert choose_precision("auto", torch.device("mps")) == torch.float32
+    assert exact_place(torch.device("mps")) == torch.device("cpu")
+    for device in (torch.device("cpu"), torch.device("cuda:1")):
+        assert exact_place(device) == device
 
 
 @pytest.mark.parametrize(

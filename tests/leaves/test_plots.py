@@ -101,3 +101,16 @@ def test_values_are_written_short():
     assert [plots._short(v) for v in (0, 0.01, 0.31, 9.96, 92.4, 100)] == [
         *("0", "<0.1", "0.3", "10", "92", "100")
     ]
+
+
+def test_a_strangers_name_is_a_label_and_no_mathematics(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    log = [{"round": 0, "val_acc": 0.1}, {"round": 1, "val_acc": 0.2}]
+    plots.plot_curves({"_a\x1b$\\frac$": log, "b": log}, tmp_path / "a.png")
+    texts = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert " _a\\x1b\\$\\frac\\$" in texts
+    drawn[0].canvas.draw()
+    for value in ({}, "x", [1, 2], 10**400):
+        with pytest.raises(ValueError, match="val_acc is no number"):
+            plots.plot_curves({"a": [{"round": 1, "val_acc": value}]}, tmp_path / "a.png")

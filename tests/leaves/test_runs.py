@@ -424,9 +424,10 @@ def test_a_signal_saves_and_stops(run, signum, status):
 def test_the_summary_holds_the_last_and_the_best_evaluation(run):
     for t, accuracy in enumerate([0.1, 0.5, 0.3]):
         run.log({"round": t, "val_acc": accuracy})
-    run.log({"round": 3})
-    summary = run.summarise(round=3)
-    assert summary["final"]["round"] == 2 and summary["best_by_validation"]["round"] == 1
+    run.log({"note": "another machine"})
+    summary = run.summarise(({"test_acc": 0.2}, {"test_acc": 0.4}), round=3)
+    assert summary["final"] == {"round": 2, "val_acc": 0.3, "test_acc": 0.2}
+    assert summary["best_by_validation"] == {"round": 1, "val_acc": 0.5, "test_acc": 0.4}
 
 
 def test_a_file_that_would_run_code_does_not(tmp_path, monkeypatch):
@@ -470,8 +471,7 @@ class Judged(Walk):
 
         def judge(record):
             complete(record)
-            self.weights.copy_(self.value)
-            record["val_acc"] = self.CURVE[record["round"]]
+            self.judge(record)
 
         drive(
             run,
@@ -484,6 +484,10 @@ class Judged(Walk):
             **options,
         )
         return run
+
+    def judge(self, record):
+        self.weights.copy_(self.value)
+        record["val_acc"] = self.CURVE[record["round"]]
 
 
 def best_of(run):
@@ -542,11 +546,19 @@ def test_a_damaged_checkpoints_predecessor_has_its_best(tmp_path):
     assert best_of(run)[0] == 3
 
 
-def test_what_validated_best_before_patience_was_asked_for_is_not_there(tmp_path):
-    Judged().run(tmp_path / "run", patience=None, total=4)
-    assert "best" not in Run(tmp_path / "run").load()["state"]
-    assert not Judged().run(tmp_path / "run", patience=4, total=6).load()["state"]["best"]
-    assert best_of(Judged().run(tmp_path / "run", patience=4))[0] == 7
+def test_what_validated_best_is_there_without_patience_too(tmp_path):
+    assert best_of(Judged().run(tmp_path / "run", patience=None, total=4))[0] == 3
+    assert best_of(Judged().run(tmp_path / "run", patience=None, total=6))[0] == 3
+    assert best_of(Judged().run(tmp_path / "run", patience=None))[0] == 7
+
+
+def test_a_run_that_kept_no_best_knows_from_its_log_what_beats_it(tmp_path):
+    run = Run(tmp_path / "run")
+    run.open({})
+    drive(run, walk := Judged(), "round", 4, complete=walk.judge)  # no weights: none are kept
+    assert not run.load()["state"]["best"]
+    assert not Judged().run(tmp_path / "run", total=6).load()["state"]["best"]
+    assert best_of(Judged().run(tmp_path / "run", patience=None))[0] == 7
 
 
 def test_a_checkpoint_that_refers_to_a_damaged_file_gives_way_to_its_predecessor(run, capsys):

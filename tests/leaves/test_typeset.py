@@ -22,6 +22,16 @@ def test_numbers_are_mathematics_and_words_are_escaped():
     assert tex("least-sensitive 50% a_b & c#") == r"least-sensitive 50\% a\_b \& c\#"
 
 
+def test_no_cell_is_markup_or_ends_early():
+    text = "a|b\\c{d}~^<e>`*\n\x1b[K](f)"
+    row = markdown_table([["x"], [text]]).splitlines()[2]
+    assert row == r"| a\|b\\c{d}~^\<e>\`\*\\n\\x1b[K]\(f) |"
+    braces = r"a\textbar{}b\textbackslash{}c\{d\}\textasciitilde{}\textasciicircum{}"
+    rest = r"\textless{}e\textgreater{}`*\textbackslash{}n\textbackslash{}x1b[K](f)"
+    assert tex(text) == braces + rest
+    assert tex("\u4e2d") == r"\textbackslash{}u4e2d" and tex("\u0663") == r"\textbackslash{}u0663"
+
+
 def test_groups_lie_side_by_side_and_what_waits_says_so_once():
     text = latex_table(LINES, 2, ["validation", "to dense"], best_by="validation")
     rows = [line.removesuffix(r" \\").split(" & ") for line in text.splitlines() if " & " in line]

@@ -1,6 +1,8 @@
 """What README.md and docs/ say holds: figures, links, commands, options, snippets."""
 
+import contextlib
 import csv
+import itertools
 import json
 import re
 from statistics import median
@@ -9,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from matplotlib import image
 from test_house import ROOMS, files
 
 from commands.options import parse
+from study.figures import draw_overview, reached
 from train import COMMANDS, main
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -96,7 +100,7 @@ def test_a_rows_figures_are_those_of_its_logs(page, row, quoted):
 
 def test_the_tables_hold_figures():
     pages = [row.values[0] for row in checked_rows()]
-    assert len(pages) > 30 and pages.count(ROOT / "README.md") == 4
+    assert len(pages) > 30
     assert pages.count(ROOT / "docs" / "results.md") == 14
 
 
@@ -173,6 +177,20 @@ def test_lines_are_short_outside_tables(page):
     assert not [line for line in lines if len(line) > 100 and not line.startswith("|")]
 
 
+def test_the_first_screen_is_short_and_its_figures_have_files():
+    """The seconds are those of the test of the rounds on an H200."""
+    screen, _, _ = (ROOT / "README.md").read_text().partition("\n## ")
+    assert len(screen.splitlines()) <= 30 and screen.count("```bash") == 2 and "](docs/" in screen
+    figures = reached(ROOT / "results" / "gpu")
+    assert re.findall(r"(\d\d\.\d) %", screen) == [f"{figures[n]:.1f}" for n in ("iid", "1")]
+
+
+def test_the_first_screens_picture_has_what_the_runs_came_to(tmp_path):
+    draw_overview(reached(ROOT / "results" / "gpu"), tmp_path / "accuracy.png")
+    drawn, shown = (image.imread(f / "accuracy.png") for f in (tmp_path, ROOT / "docs"))
+    assert drawn.shape == shown.shape and abs(drawn - shown).mean() < 0.01
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
@@ -212,9 +230,9 @@ def test_the_commands_of_a_page_exist(page):
 
 
 def test_the_options_of_a_page_exist(capsys):
-    for command in COMMANDS:
-        with pytest.raises(SystemExit):
-            main([command, "--help"])
+    for command, page in itertools.product(COMMANDS, ("--help", "--help-all")):
+        with contextlib.suppress(SystemExit):
+            main([command, page])
     options = set(re.findall(r"--[a-zA-Z][\w-]*", capsys.readouterr().out))
     others = {"--index-url", "--nproc-per-node", "--max-restarts", "--help"}
     for page in (ROOT / "README.md", ROOT / "docs" / "method.md", ROOT / "docs" / "results.md"):
@@ -246,12 +264,3 @@ def test_the_page_of_files_shows_what_their_headers_say():
         header = (ROOT / path.removeprefix("# ")).read_text()
         assert "\n".join(f"    {line}" if line else "" for line in lines) in header, path
     assert {block.splitlines()[0].removeprefix("# ") for block in shown} <= paths
-
-
-def test_the_notebook_calls_commands_that_exist():
-    cells = json.loads((ROOT / "docs" / "colab.ipynb").read_text())["cells"]
-    lines = [line for c in cells if c["cell_type"] == "code" for line in c["source"]]
-    commands = [line.split()[2:] for line in lines if line.startswith("!python train.py")]
-    assert len(commands) >= 3
-    for command in commands:
-        assert parse(command, COMMANDS).command == command[0]

@@ -54,7 +54,7 @@ def test_exported_weights_are_the_runs_and_load_again_to_the_bit(
 ):
     assert cli(*TINY, *options)[0] == 0
     status, out, err = cli("export", "runs/x", "x.pth", "--with-head")
-    assert status == 0 and "--model vit_demo --weights x.pth --normalisation half" in out, err
+    assert status == 0 and "--model vit_toy --weights x.pth --normalisation half" in out, err
     (learner,), state = learners, torch.load("x.pth", weights_only=True)
     view = learner.flat
     for name in view.shapes:
@@ -108,10 +108,22 @@ def test_an_early_stop_is_told_resumed_and_its_best_weights_are_there(cli, small
     assert json.loads(path.read_text())[unit] == 3
 
 
-def test_a_run_without_early_stop_has_no_best_weights(cli):
-    assert cli(*TINY, "--rounds", 1)[0] == 0
+def test_the_best_weights_are_always_there_and_tested(cli, small_data):
+    assert cli(*TINY, "--rounds", 3, "--lr", 10)[0] == 0  # the start stays the best
+    summary = json.loads((small_data / "runs" / "x" / "summary.json").read_text())
+    best, final = summary["best_by_validation"], summary["final"]
+    status, out, _ = cli("eval", "runs/x", "--best")
+    assert status == 0 and out.split()[:2] == ["round", str(best["round"])]
+    assert f"{100 * best['test_acc']:.2f} %" in out
+    assert f"{100 * final['test_acc']:.2f} %" in cli("eval", "runs/x")[1]
+    records = map(json.loads, (small_data / "runs" / "x" / "log.jsonl").read_text().splitlines())
+    assert not any("test_acc" in record for record in records)
+
+
+def test_a_run_without_validation_data_has_no_best_weights(cli):
+    assert cli(*TINY, "--rounds", 1, "--val-fraction", 0)[0] == 0
     status, _, err = cli("eval", "runs/x", "--best")
-    assert status == 2 and "runs/x has kept no best weights: --early-stop keeps them" in err
+    assert status == 2 and "runs/x holds no best weights: it has no validation data" in err
 
 
 # ---------------------------------------------------------------------------- for each client

@@ -3,13 +3,14 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from commands import fedavg
 from machine.runs import Run
 from study import plots
-from training.session import EventFiles
+from training.mirrors import PACKAGES, EventFiles, Mirror
 
 FEDAVG = ("fedavg", "--data", "synthetic", "--rounds", 2, "--clients", 10, "--fraction", 0.2)
 FEDAVG += ("--J", 1, "--batch-size", 8, "--name", "a")
@@ -87,14 +88,48 @@ def test_records_within_an_epoch_are_counted_and_notes_left_out(tmp_path):
         {"note": "another machine"},
         {"epoch": 0.5, "val_acc": 0.2},
     ]
-    EventFiles(tmp_path, "epoch", lambda: log).add([{"epoch": 1, "val_acc": 0.3}])
+    run = SimpleNamespace(folder=tmp_path, records=lambda: log)
+    Mirror(EventFiles, run, "epoch").add([{"epoch": 1, "val_acc": 0.3}])
     mirrored = points(tmp_path)
     assert mirrored["val_acc"] == [(i, pytest.approx(0.1 * (i + 1))) for i in range(3)]
     assert mirrored["epoch"] == [(1, 0.5), (2, 1.0)]
 
 
-def test_without_the_package_it_is_refused_before_anything_is_made(cli, small_data, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    status, _, err = cli(*FEDAVG, "--tensorboard")
-    assert status == 2 and err.strip().endswith("pip install tensorboard")
+class FakeWandb:
+    """Stands in for Weights & Biases: a run by id, which goes on where it was."""
+
+    def __init__(self):
+        self.runs = {}
+
+    def init(self, *, id, name, config, **settings):
+        return self.runs.setdefault(id, self.Run(name, config))
+
+    class Run:
+        def __init__(self, name, config):
+            self.name, self.config, self.step, self.logged = name, config, 0, []
+
+        def log(self, figures, step):
+            assert step >= self.step
+            self.step = step + 1
+            self.logged.append((step, figures))
+
+
+def test_the_other_mirror_holds_every_point_once_too(cli, small_data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
+    for rounds in (1, 3, 3):
+        assert cli(*FEDAVG, "--eval-every", 1, "--rounds", rounds, "--wandb")[0] == 0
+    (mirrored,) = wandb.runs.values()
+    records = Run(small_data / "runs" / "a").records()
+    assert mirrored.name == "a" and mirrored.config["J"] == 1
+    assert [step for step, _ in mirrored.logged] == [0, 1, 2, 3]
+    assert [f["val_acc"] for _, f in mirrored.logged] == [r["val_acc"] for r in records]
+
+
+@pytest.mark.parametrize("option", PACKAGES)
+def test_without_the_package_it_is_refused_before_anything_is_made(
+    cli, small_data, monkeypatch, option
+):
+    monkeypatch.setitem(sys.modules, PACKAGES[option], None)
+    status, _, err = cli(*FEDAVG, f"--{option}")
+    assert status == 2 and err.strip().endswith(f"pip install {option}")
     assert not (small_data / "runs").exists()

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from damage import COMMAND
-from kills import TRAINING, wait_for
-from world import Child, Tally, fresh, reference, run
+from world import Child, Tally, fresh, reference, run, wait_for
 
 from machine import runs
 from training import learner
@@ -24,7 +23,7 @@ from training import learner
 
 def limited_files(tally: Tally, where: Path, tries: int) -> None:
     """No file may grow beyond a limit, as on a disk that is full at that byte."""
-    kind, expected = "no space beyond a size", reference(where / "whole", COMMAND)[0]
+    kind, expected = "no space beyond a size", reference(where / "whole", COMMAND)
     sizes = [path.stat().st_size for path in (where / "whole").rglob("*") if path.is_file()]
     for number in range(tries):
         limit = int(max(sizes) * (number + 0.5) / tries) if number else 300
@@ -54,7 +53,7 @@ def mounted(folder: Path, size: int) -> Iterator[None]:
 
 def full_disks(tally: Tally, where: Path, tries: int) -> None:
     """A file system that is full, more or less, and then has room again."""
-    kind, expected = "full file system", reference(where / "whole", COMMAND)[0]
+    kind, expected = "full file system", reference(where / "whole", COMMAND)
     used = sum(p.stat().st_size for p in (where / "whole").rglob("*") if p.is_file())
     for number in range(tries):
         folder = fresh(where / f"victim{number}")
@@ -73,7 +72,7 @@ def full_disks(tally: Tally, where: Path, tries: int) -> None:
 def read_only_disks(tally: Tally, where: Path) -> None:
     """A file system that takes nothing; it cannot become so while a run has its lock open."""
     kind, command = "read-only file system", COMMAND.replace("--rounds 8", "--rounds 9")
-    expected, folder = reference(where / "whole", command)[0], fresh(where / "victim")
+    expected, folder = reference(where / "whole", command), fresh(where / "victim")
     for before in (None, COMMAND):  # from the start, and a run that goes on
         shutil.rmtree(folder)
         with mounted(folder / "runs", 1 << 28):
@@ -107,7 +106,7 @@ def at_round(round: int, act: Callable[[runs.Run], None]) -> None:
 
 def places(tally: Tally, where: Path, tries: int) -> None:
     """A file in the folder's place; a folder that is deleted, or made anew, during the run."""
-    expected = reference(where / "whole", COMMAND)[0]
+    expected = reference(where / "whole", COMMAND)
     kind, folder = "file in place of a folder", fresh(where / "file")
     for name in ("runs/x", "runs", "data")[:tries]:
         folder = fresh(where / "file")
@@ -131,7 +130,7 @@ def places(tally: Tally, where: Path, tries: int) -> None:
 
 def two_processes(tally: Tally, where: Path) -> None:
     """A second process on a folder is refused; the lock of a dead one does not hold."""
-    kind, expected = "two processes on a folder", reference(where / "whole", COMMAND)[0]
+    kind, expected = "two processes on a folder", reference(where / "whole", COMMAND)
     folder = fresh(where / "shared")
     wait = functools.partial(at_round, 3, lambda run: time.sleep(600))
     first = Child(folder, COMMAND, wait)
@@ -146,7 +145,7 @@ def two_processes(tally: Tally, where: Path) -> None:
 
 def clocks(tally: Tally, where: Path) -> None:
     """A clock that jumps back and forth."""
-    kind, expected = "clock that jumps", reference(where / "whole", COMMAND)[0]
+    kind, expected = "clock that jumps", reference(where / "whole", COMMAND)
     jumps = random.Random(0)
     now = time.time
 
@@ -157,9 +156,9 @@ def clocks(tally: Tally, where: Path) -> None:
     tally.judge(kind, "time.time", where / "victim", ended, expected)
 
 
-def signals(tally: Tally, where: Path, evaluations: int, calibrations: int) -> None:
-    """SIGTERM within an evaluation, and at random moments of a calibration."""
-    kind, expected = "SIGTERM in an evaluation", reference(where / "whole", COMMAND)[0]
+def signals(tally: Tally, where: Path, evaluations: int) -> None:
+    """SIGTERM within an evaluation."""
+    kind, expected = "SIGTERM in an evaluation", reference(where / "whole", COMMAND)
     for number in range(evaluations):
         folder = fresh(where / "victim")
 
@@ -180,16 +179,6 @@ def signals(tally: Tally, where: Path, evaluations: int, calibrations: int) -> N
             tally.add(kind, "lost_runs", f"evaluation {number}: {ended}")
             continue
         tally.judge(kind, f"evaluation {number}", folder, run(folder, COMMAND), expected)
-    kind, command = "SIGTERM in a calibration", TRAINING["calibrate"]
-    expected, seconds = reference(where / "calibrated", command)
-    moments = random.Random(0)
-    for number in range(calibrations):
-        folder = fresh(where / "victim")
-        child = Child(folder, command)
-        time.sleep(moments.uniform(0.1, 0.9) * seconds)
-        child.kill(signal.SIGTERM)
-        if child.end().code != 0:
-            tally.judge(kind, f"moment {number}", folder, run(folder, command), expected)
 
 
 def planned(full: bool) -> list[tuple[str, Callable, tuple]]:
@@ -199,7 +188,7 @@ def planned(full: bool) -> list[tuple[str, Callable, tuple]]:
         ("file in place of a folder, run folder deleted", places, (3 if full else 1,)),
         ("two processes on a folder", two_processes, ()),
         ("clock that jumps", clocks, ()),
-        ("SIGTERM in an evaluation, in a calibration", signals, (9, 5) if full else (1, 1)),
+        ("SIGTERM in an evaluation", signals, (9 if full else 1,)),
     ]
     if full and os.geteuid() == 0 and shutil.which("mount"):
         tries.append(("full file system", full_disks, (8,)))

@@ -1,4 +1,4 @@
-"""kill -9: at random moments, and at every file operation; of one process of several."""
+"""kill -9, and a full disk, at every file operation; kill -9 of a sweep."""
 
 from __future__ import annotations
 
@@ -17,49 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from world import ROOT, Child, Ended, Tally, canonical, fresh, reference, run
+from world import ROOT, Tally, canonical, fresh, reference, run, wait_for
 
 from machine import runs, safe_files
 from training import session
 
-SMALL = "--data synthetic --clients 10 --J 2 --batch-size 8 --name x"
-FEDAVG = f"fedavg {SMALL} --rounds 40 --eval-every 8"
-TRAINING = {
-    "fedavg": FEDAVG,
-    "fedavg, SCAFFOLD": f"{FEDAVG} --scaffold --fraction 0.3",
-    "fedavg, local norm, mask": f"{FEDAVG} --local-norm --head ridge --mask-rule random "
-    "--mask-lr raw",
-    "centralized": "centralized --data synthetic --name x --epochs 2 --batch-size 8 --eval-every 1",
-    "calibrate": f"calibrate {SMALL.replace('--J 2 --batch-size 8', '')} --calibration-images 100",
-}
 WRITES_ALL = (  # every kind of file that a run writes
     "fedavg --data synthetic --clients 4 --fraction 0.5 --J 1 --batch-size 8 --name x --rounds 1 "
     "--scaffold --head ridge --mask-rule lowest-magnitude --mask-lr raw "
     "--early-stop 5 --eval-every 1"
 )
-
-
-def random_kills(tally: Tally, where: Path, kind: str, kills: int, seed: int) -> None:
-    """Kill a command again and again, until it ends, and then others like it."""
-    command, moments, number = TRAINING[kind], random.Random(f"{seed} {kind}"), 0
-    expected, seconds = reference(where / "whole", command)
-    while tally.of(f"kill -9, {kind}")["tried"] < kills:
-        number += 1
-        folder, deaths = fresh(where / f"killed{number}"), 0
-        for _ in range(min(8, kills)):
-            child = Child(folder, command)
-            time.sleep(moments.uniform(0, 0.6) * seconds)
-            died = time.time()
-            child.kill()
-            if child.end().code == -signal.SIGKILL:
-                deaths += 1
-                saved = folder / "runs" / "x" / "checkpoint.pt"
-                age = died - saved.stat().st_mtime if saved.exists() else 1e9
-                tally.lost(f"kill -9, {kind}", min(age, time.monotonic() - child.started))
-        what = f"{kind}, victim {number}"
-        if deaths:
-            ended = run(folder, command)
-            tally.judge(f"kill -9, {kind}", what, folder, ended, expected, times=deaths)
 
 
 class AtOperation:
@@ -148,7 +115,7 @@ def at_every_operation(
     tally: Tally, where: Path, kind: str, act: Callable[[], None], first: int = 1, step: int = 1
 ) -> None:
     """Let `act` happen at operation `first`, `first` + `step`, ... until the run meets none."""
-    expected, _ = reference(where / "whole", WRITES_ALL)
+    expected = reference(where / "whole", WRITES_ALL)
     met = where / "met"
 
     def acting() -> None:
@@ -170,54 +137,11 @@ def at_every_operation(
 # ---------------------------------------------------------------------------- real processes
 
 ENVIRONMENT = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-PAIR = f"{FEDAVG} --threads 1".replace("--rounds 40", "--rounds 400")
 
 
 def command_line(folder: Path, *arguments: str) -> subprocess.Popen:
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(arguments, cwd=folder, env=ENVIRONMENT, **options)
-
-
-def children(pid: int) -> list[int]:
-    """Return the processes that a process has started."""
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
-    started = time.monotonic()
-    while not condition():
-        if time.monotonic() - started > seconds:
-            raise TimeoutError
-        time.sleep(0.01)
-
-
-def lines(log: Path) -> int:
-    return log.read_bytes().count(b"\n") if log.exists() else 0
-
-
-def one_of_two(tally: Tally, where: Path, kills: int, seed: int) -> None:
-    """Kill one process of torchrun's two; the job ends, says so, and goes on when typed again."""
-    kind, moments = "kill -9 of one of two processes", random.Random(seed)
-    expected, _ = reference(where / "alone", PAIR)
-    script = str(Path(__file__).with_name("world.py"))
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", script)
-    folder, log = fresh(where / "pair"), where / "pair" / "runs" / "x" / "log.jsonl"
-    for number in range(kills):
-        before, job = lines(log), command_line(folder, *launcher, *PAIR.split())
-        wait_for(lambda b=before, job=job: lines(log) > b + 3 or job.poll() is not None)
-        time.sleep(moments.uniform(0, 0.2))
-        died = time.time()
-        os.kill(moments.choice(children(job.pid)), signal.SIGKILL)
-        saved = log.with_name("checkpoint.pt")
-        if saved.exists():
-            tally.lost(kind, died - saved.stat().st_mtime)
-        said, _ = job.communicate(timeout=120)
-        told = "another process of the job has gone" in said or "SIGKILL" in said
-        result = "survived" if job.returncode and told else "tracebacks"
-        tally.add(kind, result, f"kill {number}: {job.returncode} {said[-500:]}")
-    job = command_line(folder, *launcher, *PAIR.split())
-    said, _ = job.communicate(timeout=300)
-    tally.judge(kind, "end", folder, Ended(job.returncode, said), expected)
 
 
 def sweeps(tally: Tally, where: Path, kills: int, seed: int) -> None:
@@ -237,9 +161,8 @@ def sweeps(tally: Tally, where: Path, kills: int, seed: int) -> None:
         raise RuntimeError(said)
     folder = fresh(where / "killed")
     for _ in range(kills):
-        before = sum(lines(log) for log in folder.rglob("log.jsonl"))
-        job = command_line(folder, *command)
-        wait_for(lambda b=before: sum(lines(log) for log in folder.rglob("log.jsonl")) > b + 5)
+        before, job = logged(folder), command_line(folder, *command)
+        wait_for(lambda before=before: logged(folder) > before + 5)
         time.sleep(moments.uniform(0, 0.5))
         os.kill(job.pid, signal.SIGKILL)
         job.communicate(timeout=60)
@@ -248,6 +171,11 @@ def sweeps(tally: Tally, where: Path, kills: int, seed: int) -> None:
     same = job.returncode == 0 and found(folder) == expected
     result = "survived" if same else "wrong_results" if job.returncode == 0 else "lost_runs"
     tally.add(kind, result, said[-600:], kills)
+
+
+def logged(folder: Path) -> int:
+    """Return how many lines the logs of a sweep have."""
+    return sum(log.read_bytes().count(b"\n") for log in folder.rglob("log.jsonl"))
 
 
 def outcome_of_cells(folder: Path) -> dict:

@@ -25,14 +25,12 @@ import world  # first: it imports torch with one thread, and finds the files of 
 import damage  # isort: skip
 import environment  # isort: skip
 import kills  # isort: skip
+import matrix  # isort: skip
 
 
 def try_all(tally: world.Tally, where: Path, full: bool, only: str) -> None:
     """Try every kind of fault whose name holds `only`."""
-    planned = []
-    for kind in kills.TRAINING:
-        count = 20 if full else 2
-        planned.append((f"kill -9, {kind}", kills.random_kills, (kind, count, 0)))
+    planned = matrix.planned(full)
     name = "kill -9 at a file operation"
     steps = dict(first=1, step=1 if full else 41)
     planned.append((name, kills.at_every_operation, (name, kills.die), steps))
@@ -41,7 +39,6 @@ def try_all(tally: world.Tally, where: Path, full: bool, only: str) -> None:
     planned += damage.planned(full)
     planned += environment.planned(full)
     if full:
-        planned.append(("kill -9 of one of two processes", kills.one_of_two, (2, 0)))
         planned.append(("kill -9 of a sweep", kills.sweeps, (2, 0)))
     waiting, running = [plan for plan in planned if only in plan[0]], {}
     while waiting or running:

@@ -1,6 +1,10 @@
-"""The quick set of faults: none ends in other bits or in a traceback, none loses a run."""
+"""The quick set of faults: none ends in other bits or in a traceback, none loses a run.
+
+FAULTS=full python -m pytest -m slow tests/guarantees/faults    all, the whole matrix: minutes
+"""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +17,10 @@ SPENT = ("damaged client*.pt",)  # the file is there once: without it the run is
 
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory):
-    """Try the quick set; returns its figures by kind."""
+    """Try the quick set, or all faults; returns the figures by kind."""
     out = tmp_path_factory.mktemp("faults") / "faults.json"
     command = [sys.executable, Path(__file__).with_name("run.py"), "--out", out]
+    command += ["--full"] * (os.environ.get("FAULTS") == "full")
     done = subprocess.run(command, capture_output=True, text=True)
     assert out.exists(), done.stderr
     return json.loads(out.read_text())["faults"]

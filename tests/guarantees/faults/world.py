@@ -57,7 +57,7 @@ class Child:
 
     def __init__(self, folder: Path, command: str, prepare: Callable[[], None] = lambda: None):
         folder.mkdir(exist_ok=True)
-        self.said, self.started = tempfile.TemporaryFile("w+"), time.monotonic()
+        self.said, self.code = tempfile.TemporaryFile("w+"), None
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
@@ -77,14 +77,22 @@ class Child:
                 os._exit(status)
 
     def kill(self, signum: int = signal.SIGKILL) -> None:
-        """Send it a signal."""
-        os.kill(self.pid, signum)
+        """Send it a signal, if it is there."""
+        if not self.ended():
+            os.kill(self.pid, signum)
+
+    def ended(self, flags: int = os.WNOHANG) -> bool:
+        """Tell whether it has ended."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, flags)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code is not None
 
     def end(self) -> Ended:
         """Wait for its end."""
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.ended(flags=0)
         self.said.seek(0)
-        return Ended(code, self.said.read())
+        return Ended(self.code, self.said.read())
 
 
 def run(folder: Path, command: str, prepare: Callable[[], None] = lambda: None) -> Ended:
@@ -145,13 +153,6 @@ class Tally:
         names = ("tried", "survived", "lost_runs", "wrong_results", "tracebacks")
         return self.kinds.setdefault(kind, dict.fromkeys(names, 0) | {"failures": []})
 
-    def lost(self, kind: str, seconds: float) -> None:
-        """Note seconds of work that a fault cost."""
-        figures = self.of(kind)
-        figures["seconds_lost_max"] = max(
-            figures.get("seconds_lost_max", 0.0), float(f"{seconds:.3f}")
-        )
-
     def add(self, kind: str, result: str, what: str = "", times: int = 1) -> None:
         """Count faults whose result is "survived", "lost_runs", "wrong_results" or "tracebacks"."""
         figures = self.of(kind)
@@ -196,6 +197,21 @@ class Tally:
             self.add(kind, "survived", times=times)
 
 
+def lines(folder: Path) -> int:
+    """Return how many lines the log of a folder's run has."""
+    log = folder / "runs" / "x" / "log.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    """Wait until something holds."""
+    started = time.monotonic()
+    while not condition():
+        if time.monotonic() - started > seconds:
+            raise TimeoutError
+        time.sleep(0.01)
+
+
 def fresh(folder: Path, like: Path | None = None) -> Path:
     """Return an empty folder, or one like another."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -206,13 +222,12 @@ def fresh(folder: Path, like: Path | None = None) -> Path:
     return folder
 
 
-def reference(folder: Path, command: str) -> tuple[dict, float]:
-    """Run a command that meets no fault; returns its outcome and how long it took."""
-    started = time.monotonic()
+def reference(folder: Path, command: str) -> dict:
+    """Run a command that meets no fault; returns its outcome."""
     ended = run(fresh(folder), command)
     if ended.code:
         raise RuntimeError(f"{command}: {ended}")
-    return outcome(folder), time.monotonic() - started
+    return outcome(folder)
 
 
 if __name__ == "__main__":

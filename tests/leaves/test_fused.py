@@ -1,0 +1,227 @@
+"""Fused passes: references against finite differences, kernels against them, one whole model."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import needs_cuda
+from torch import nn
+
+import fused
+from model import build_vit
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(fused.triton is None, reason="no Triton")
+
+
+def draw(*shape, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def norm_of(width, dtype=torch.float64):
+    norm = nn.LayerNorm(width, eps=1e-6, device=DEVICE, dtype=dtype)
+    norm.load_state_dict({"weight": draw(width, dtype=dtype), "bias": draw(width, dtype=dtype)})
+    return norm
+
+
+def operations(rows, width, dtype, heads=3, backend="reference"):
+    """Return each operation as (function of its operands, operands)."""
+    norm = norm_of(width, dtype)
+
+    def add_norm(x, branch, bias, weight, shift):
+        norm.weight, norm.bias = nn.Parameter(weight), nn.Parameter(shift)
+        return fused._AddNorm.apply(
+            x, branch, bias, weight, shift, norm.eps, fused.chooses_kernels(backend, x)
+        )
+
+    def qkv(x, weight, bias):
+        return fused.qkv_heads(x, weight, bias, heads, backend=backend)
+
+    def gelu(x, bias):
+        return fused.bias_gelu(x, bias, backend=backend)
+
+    row = [draw(rows, width, dtype=dtype, seed=s) for s in range(2)]
+    vectors = [draw(width, dtype=dtype, seed=s) for s in range(3)]
+    weights = [draw(3 * width, width, dtype=dtype) / width**0.5, draw(3 * width, dtype=dtype)]
+    return {
+        "add_norm": (add_norm, [*row, *vectors]),
+        "bias_gelu": (gelu, [row[0], vectors[0]]),
+        "qkv_heads": (qkv, [row[0][None], *weights]),
+    }
+
+
+@pytest.mark.parametrize("name", ["add_norm", "bias_gelu", "qkv_heads"])
+def test_references_have_the_gradients_of_finite_differences(name):
+    function, operands = operations(5, 6, torch.float64)[name]
+    assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in operands])
+
+
+def test_references_are_pytorchs_own_operations():
+    x, branch, bias, norm = draw(2, 5, 48), draw(2, 5, 48, seed=1), draw(48), norm_of(48)
+    total, normed = fused.add_norm(x, branch, bias, norm)
+    torch.testing.assert_close(total, x + branch + bias, rtol=0, atol=1e-14)
+    torch.testing.assert_close(normed, norm(total), rtol=1e-13, atol=1e-13)
+    assert torch.equal(fused.bias_gelu(x, bias), F.gelu(x + bias))
+    linear = nn.Linear(48, 144, device=DEVICE, dtype=torch.float64)
+    q, k, v = fused.qkv_heads(x, linear.weight, linear.bias, 3)
+    parts = linear(x).view(2, 5, 3, 3, 16).permute(2, 0, 3, 1, 4)
+    assert all(map(torch.equal, (q, k, v), parts))
+
+
+def outputs_and_gradients(rows, width, dtype, backend):
+    results = []
+    for function, operands in operations(rows, width, dtype, backend=backend).values():
+        operands = [x.requires_grad_() for x in operands]
+        outputs = function(*operands)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        upstream = [draw(*y.shape, dtype=dtype, seed=i) for i, y in enumerate(outputs)]
+        results += [*outputs, *torch.autograd.grad(outputs, operands, upstream)]
+    return results
+
+
+def assert_kernels_agree(rows, width, dtype):
+    """Compare every output and gradient; a sum over rows is held to the root of their number."""
+    kernels, references = (
+        outputs_and_gradients(rows, width, dtype, backend) for backend in ("triton", "reference")
+    )
+    for a, b in zip(kernels, references, strict=True):
+        terms = rows if b.dim() == 1 else 1
+        limit = 4 * torch.finfo(dtype).eps * b.abs().max() + 1e-7 * terms
+        assert (a - b).abs().max() <= limit, (a.shape, (a - b).abs().max(), limit)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("rows", "width"), [(1, 48), (1023, 48), (1025, 48), (197, 192), (31, 384), (13, 768)]
+)
+def test_kernels_agree_with_the_references_at_odd_sizes(rows, width):
+    assert_kernels_agree(rows, width, torch.float32)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kernels_agree_in_half_precision(dtype):
+    assert_kernels_agree(67, 48, dtype)
+
+
+@needs_triton
+def test_kernels_give_the_same_bits_every_time():
+    first, second = (outputs_and_gradients(131, 48, torch.float32, "triton") for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@needs_triton
+def test_frozen_biases_cost_no_sum(monkeypatch):
+    monkeypatch.setattr(fused, "add_up", lambda partial, dtype: pytest.fail("a sum was taken"))
+    for function, operands in operations(5, 48, torch.float32, backend="triton").values():
+        operands[0].requires_grad_()
+        outputs = function(*operands)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.grad([y.sum() for y in outputs], operands[:1])
+
+
+def model_gradients(model, images, backend=None):
+    """Return a loss's gradients by name, of the model as it is or with fused passes."""
+    names = ("add_norm", "bias_gelu", "qkv_heads")
+    passes = SimpleNamespace(**{n: partial(getattr(fused, n), backend=backend) for n in names})
+    if backend is None:
+        logits = model(images)
+    else:
+        with model.fused(passes):
+            logits = model(images)
+    loss = F.cross_entropy(logits, torch.arange(len(images), device=images.device) % 10)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+def test_a_whole_models_gradient_is_that_without_fusion(backend):
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    model = build_vit("vit_demo", classes=10).to(DEVICE, dtype)
+    nn.init.normal_(model.head.weight, std=0.1)
+    images = draw(3, 3, 32, 32, dtype=dtype)
+    plain, passes = model_gradients(model, images), model_gradients(model, images, backend)
+    for name, gradient in plain.items():
+        bound = 1e3 * torch.finfo(dtype).eps * gradient.norm()
+        assert (passes[name] - gradient).norm() <= bound, name
+    assert model.passes is None
+
+
+def test_first_use_compares_kernels_with_the_reference(monkeypatch):
+    fused.serves.cache_clear()
+    device = torch.device(DEVICE)
+    if fused.triton is not None:
+        assert fused.serves(device, torch.float32, 48, 3) == ""
+    wrong = lambda x, bias: fused.bias_gelu_reference(x, bias) + 0.01  # noqa: E731
+    monkeypatch.setattr(fused, "bias_gelu_triton", wrong)
+    fused.serves.cache_clear()
+    assert "differ by" in fused.serves(device, torch.float32, 48, 3)
+
+    def broken(*operands):
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(fused, "add_norm_triton", broken)
+    fused.serves.cache_clear()
+    said = fused.serves(device, torch.float32, 48, 3)
+    assert said.endswith("RuntimeError: no compiler"), said
+    fused.serves.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("backend", "x", "said"),
+    [
+        ("cuda", torch.zeros(2, 4), "auto, triton or reference"),
+        ("triton", torch.zeros(2, 4, dtype=torch.float64), "fp16, bf16 and fp32"),
+    ],
+)
+def test_a_backend_that_cannot_run_is_refused(backend, x, said):
+    with pytest.raises(ValueError, match=said):
+        fused.bias_gelu(x, torch.zeros(4), backend=backend)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", fused.DTYPES)
+def test_vit_sizes_agree_on_a_gpu(dtype):
+    for width in (192, 384, 768):
+        assert_kernels_agree(8 * 197, width, dtype)
+
+
+COMPILE = """
+import fused, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+scalars = dict(rows="i32", width="i32", eps="fp32")
+fp32 = {"mean_ptr", "inverse_ptr", "partial_ptr"}
+constants = dict(SUMS=True, ROWS=4, STEPS=2, WIDTH=512, COLUMNS=128)
+kernels = [getattr(fused, name) for name in dir(fused) if name.endswith("_kernel")]
+for capability, half in ((75, "*fp16"), (80, "*bf16"), (90, "*bf16")):
+    for kernel in kernels:
+        types = {n: "*fp32" if n in fp32 else half for n in kernel.arg_names if n.endswith("_ptr")}
+        types |= scalars
+        signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
+        chosen = {n: constants[n] for n in kernel.arg_names if n in constants}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=chosen)
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert f".target sm_{capability}" in built.asm["ptx"], built.asm["ptx"][:400]
+        assert "atom." not in built.asm["ptx"]
+        print("built", capability, kernel.__name__)
+"""
+
+
+@pytest.mark.slow
+@needs_triton
+def test_kernels_compile_for_turing_ampere_and_hopper_without_a_gpu(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.count("built") == 3 * 6, done.stderr
