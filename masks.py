@@ -186,6 +186,7 @@ def calibrate(
     rounds: int = 4,
     damp: float = 0.1,
     group_sizes: Sequence[int] | None = None,
+    within: Tensor | None = None,
     report: Callable[[CalibrationRound], None] | None = None,
 ) -> Tensor:
     """Return the mask (P,) of the entries that stay trainable, True = trainable.
@@ -199,11 +200,12 @@ def calibrate(
         threshold: keep the entries alive whose key is at most this.
         group_sizes: sizes of consecutive groups that split theta; each keeps the same share by
             itself (a budget per tensor). None ranks all entries together.
+        within: (P,) bool, the entries that may be kept; None: all. The budget stays that of all.
         report: hears of every round.
 
     Raises:
-        ValueError: sparsity outside [0, 1), rounds below 1, a key that is not finite, or a
-            threshold that keeps nothing (NothingKept).
+        ValueError: sparsity outside [0, 1), rounds below 1, a key that is not finite, `within`
+            smaller than the budget, or a threshold that keeps nothing (NothingKept).
     """
     if rounds < 1:
         raise ValueError(f"calibration needs at least one round, not {rounds}")
@@ -212,11 +214,13 @@ def calibrate(
     sizes = [theta.numel()] if group_sizes is None else list(group_sizes)
     if sparsity is not None:
         final = split_budget(budget(theta.numel(), sparsity), sizes)
+        check_within(within, final, sizes)
     original, alive = theta.clone(), torch.ones_like(theta, dtype=torch.bool)
+    allowed = alive if within is None else within
     try:
         for r in range(1, rounds + 1):
 
-            def keep(values: Tensor, alive: Tensor = alive, r: int = r) -> Tensor:
+            def keep(values: Tensor, alive: Tensor = alive & allowed, r: int = r) -> Tensor:
                 values = values.masked_fill(~alive, math.inf)
                 if threshold is not None:
                     return values <= threshold
@@ -226,7 +230,8 @@ def calibrate(
                     for last, size in zip(final, sizes, strict=True)
                 ]
                 groups = zip(values.split(sizes), counts, strict=True)
-                return torch.cat([keep_lowest(group, count) for group, count in groups])
+                lowest = torch.cat([keep_lowest(group, count) for group, count in groups])
+                return lowest & alive
 
             theta.copy_(torch.where(alive, original, original * damp))
             values = keys(alive, keep)
@@ -241,6 +246,14 @@ def calibrate(
     finally:
         theta.copy_(original)
     return alive
+
+
+def check_within(within: Tensor | None, counts: Sequence[int], sizes: Sequence[int]) -> None:
+    """Raise ValueError where fewer entries may be kept than the budget of a group is."""
+    parts = () if within is None else within.split(list(sizes))
+    for count, part in zip(counts, parts, strict=False):
+        if count > (allowed := int(part.sum())):
+            raise ValueError(f"{count} entries are to be kept, and only {allowed} may be")
 
 
 def quantiles(values: Tensor) -> tuple[float, ...]:

@@ -94,6 +94,8 @@ def train(workspace: Workspace, shards: list[np.ndarray], line: Line, name: str)
 
     def account() -> dict:
         sent = communication(folder.records(), learner.dense_size)
+        labels = workspace.dataset.train.labels.numpy()
+        sent |= seen(folder.records(), shards, labels)
         return sent | privacy_of_run(o, process.round, learner.mask) | absent_classes(absent)
 
     def measure() -> dict:
@@ -213,6 +215,18 @@ def communication(records: list[dict], dense_size: int) -> dict[str, float]:
     dropped = [len(r.get("dropped_out", ())) for r in records]
     dense = 4 * dense_size * (2 * sum(answered) + sum(dropped))
     return {"bytes_up": up, "bytes_down": down, "bytes_to_dense": (up + down) / max(1, dense)}
+
+
+def seen(records: list[dict], shards: list[np.ndarray], labels: np.ndarray) -> dict[str, dict]:
+    """Count the clients that a run has trained on, and the classes that these hold.
+
+    Args:
+        labels: of the training images, which shards are indices into.
+    """
+    clients = sorted({k for record in records for k in record.get("clients", ())})
+    classes = {int(c) for k in clients for c in np.unique(labels[shards[k]])}
+    counts = {"clients": len(clients), "classes": len(classes)}
+    return {"seen": counts} if clients else {}  # a private run does not name them
 
 
 def privacy_spent(o: SimpleNamespace, rounds: int) -> dict[str, float]:

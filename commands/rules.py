@@ -241,7 +241,11 @@ def ignore_scoring(o: Options) -> None:
 
 
 def of_masks(o: Options) -> Iterator[tuple[Any, str]]:
-    making = [n for n in (*MASK_DEFAULTS, "threshold", "quorum") if getattr(o, n) is not None]
+    making = [
+        n
+        for n in (*MASK_DEFAULTS, "mask_within", "threshold", "quorum")
+        if getattr(o, n) is not None
+    ]
     first = flag(making[0]) if making else ""
     yield (
         not o.mask_rule and making,

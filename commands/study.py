@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import sys
 import tempfile
@@ -20,20 +21,22 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-import numpy as np
-
 from commands.options import Line
+from commands.timing import Times
 from machine import safe_files
 from machine.ranks import end_with_parent
 from machine.status import duration
 from study import blank, experiments, history, report, tables
-from study.tables import Cell
+from study.packed import FILE, Finished, add, lines, pack, read, write
+from study.tables import INSIDE, Cell
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 PRELOAD = (
     *("commands.fedavg", "commands.centralized", "commands.calibrate", "commands.ridge"),
     *("matplotlib.pyplot", "torch._dynamo", "study.warm"),
 )
+Tables = dict[str, tuple[tables.Experiment, Path]]  # by name: an experiment, the folder of its runs
+Work = tuple[Path, Cell]  # the folder of a table's runs, and one that is missing there
 
 
 class Sweep(NamedTuple):
@@ -41,17 +44,38 @@ class Sweep(NamedTuple):
 
     experiment: Annotated[
         Sequence[str] | None,  # list is a field here
-        f"{', '.join(experiments.at_scale('smoke'))} [all of them]",
+        f"{', '.join(experiments.NAMES)} [all of them]",
         "NAME",
         "positional",
     ] = None
     scale: Annotated[
         str,
-        "sizes: paper for a GPU, cpu for two cores, smoke for minutes",
+        "sizes: paper for a GPU, colab for thirty hours of a small one, gpu for questions answered "
+        "in minutes at a time, cpu for two cores, smoke to see that all works",
         experiments.SCALES,
     ] = "paper"
-    list: Annotated[bool, "say what is done and what is missing"] = False
+    list: Annotated[bool, "say what is done, what is missing, and how long that takes here"] = False
     jobs: Annotated[int, "runs at a time", ">= 1"] = 1
+    minutes: Annotated[
+        float | None, "stop after M minutes; what runs then goes on next time [never]", "> 0", "M"
+    ] = None
+    hours: Annotated[
+        float | None,
+        "start only what fits into what is left of H hours, by this machine's measure [all]",
+        "> 0",
+        "H",
+    ] = None
+    imported: Annotated[
+        str | None,
+        "take in the runs that a sweep packed elsewhere (<results>/<scale>.jsonl.xz); with "
+        "--minutes or --hours go on from them [none]",
+        "path",
+        "--import",
+        "FILE",
+    ] = None
+    keep: Annotated[
+        bool, "keep the folders of runs that are done, with weights and pictures [one line each]"
+    ] = False
     results: Annotated[str, "where runs and tables go, by scale", "path"] = "results"
 
 
@@ -77,71 +101,163 @@ SWEEP, REPORT = (Sweep,), (Report,)
 
 
 def run_sweep(line: Line) -> None:
-    """Run what is missing of the experiments, several runs at a time, and write their tables."""
-    o = line.groups.sweep
-    every = experiments.at_scale(o.scale)
-    for name in o.experiment or ():
-        if name not in every:
-            raise ValueError(f"no experiment is called {name!r}: choose from {', '.join(every)}")
-    chosen = {name: every[name] for name in o.experiment or every}
-    results = Path(o.results) / o.scale
-    folders = {name: results / (e.folder or name) for name, e in chosen.items()}
-    if o.list:
-        list_runs(chosen, folders, o.jobs)
-        return
+    """Run what is missing of the experiments, several runs at a time, and write their tables.
 
-    def missing(failed: set[str]) -> Iterator[tuple[Path, tables.Cell]]:
-        for name, experiment in chosen.items():
-            for cell in experiment.missing(folders[name], failed):
-                yield folders[name], cell
+    A table keeps its runs in one file, runs.jsonl, a line a run; a run's own folder goes when it is
+    done. With --minutes or --hours all tables' runs are packed into one file for another machine.
+    """
+    o = line.groups.sweep
+    results, start = Path(o.results) / o.scale, time.monotonic()
+    planned = chosen(o)
+    times = Times(results / "times.json", planned.values())
+    if o.list and not o.imported:
+        list_runs(planned, o.jobs, times)
+        return
+    stop = start + 60 * (o.minutes or math.inf)
+
+    def missing(failed: set[str]) -> Iterator[Work]:
+        for folder, cell in work_of(o, failed):
+            left = 3600 * (o.hours or math.inf) - (time.monotonic() - start)
+            if o.hours is None or times.seconds_of(cell) <= left:
+                yield folder, cell
 
     next(missing(set()), None)  # refuses what is not of this version before anything is made
     with contextlib.ExitStack() as folders_held:
-        for folder in sorted(set(folders.values())):
+        for folder in sorted({folder for _, folder in planned.values()}):
             folders_held.enter_context(safe_files.held(folder))
+        if o.imported:
+            take_in(Path(o.imported), o.scale, chosen(o))
+        failed: set[str] = set()
         try:
-            failed = run_cells(missing, o.jobs)
+            tidy(planned.values(), o.keep)
+            if not o.list and (not o.imported or o.minutes or o.hours):
+                failed = run_cells(missing, o.jobs, stop, lambda f, c: pack(f, c.name, o.keep))
         finally:
-            for name, experiment in chosen.items():
-                text = experiment.table(folders[name])
-                write = lambda path, text=text: path.write_text(text, encoding="utf-8")  # noqa: E731
-                (results / name).mkdir(exist_ok=True)
-                safe_files.write_atomically(results / name / "table.md", write)
+            write_tables(chosen(o), results)
+            if o.minutes or o.hours:
+                pack_together(o.scale, chosen(o), results.with_suffix(".jsonl.xz"))
     if failed:
         raise ValueError(f"{len(failed)} runs failed: {', '.join(sorted(failed))}")
-    list_runs(chosen, folders, o.jobs)
+    list_runs(chosen(o), o.jobs, times)
     print(f"tables: {results}/*/table.md")
 
 
-def list_runs(chosen: dict[str, tables.Experiment], folders: dict[str, Path], jobs: int) -> None:
-    """Say of every table how many of its runs are done, and how long the others will take.
+def work_of(o: Sweep, failed: set[str]) -> list[Work]:
+    """Return what is missing, in the order of the tables: all of a first seed, then the others."""
+    work: list[Work] = []
+    for experiment, folder in chosen(o).values():  # anew: the first tables size later ones
+        cells = experiment.missing(folder, failed)
+        work += [(folder, cell) for cell in cells]
+        if experiment.decides and cells:
+            break
+    return sorted(work, key=lambda item: item[1].seed)
+
+
+def chosen(o: Sweep) -> Tables:
+    """Return the experiments of a sweep in their order, as far as their sizes are known."""
+    results = Path(o.results) / o.scale
+    every = experiments.at_scale(o.scale, results)
+    for name in o.experiment or ():
+        if name not in every:
+            raise ValueError(f"no experiment is called {name!r}: choose from {', '.join(every)}")
+    names = o.experiment or every
+    return {name: (every[name], results / (every[name].folder or name)) for name in names}
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def tidy(planned: Iterable[tuple[tables.Experiment, Path]], keep: bool) -> None:
+    """Pack the runs that are done and still have a folder of their own."""
+    for experiment, folder in planned:
+        known = read(folder / FILE)
+        for row in experiment.rows:
+            for run in experiment.runs(folder, row):
+                if (folder / run.name).is_dir():
+                    if run.name not in known:
+                        pack(folder, run.name, keep)
+                    elif not keep:
+                        shutil.rmtree(folder / run.name)
+
+
+def write_tables(tables: Tables, results: Path) -> None:
+    """Write every experiment's table.md."""
+    for name, (experiment, folder) in tables.items():
+        text = experiment.table(folder)
+        write = lambda path, text=text: path.write_text(text, encoding="utf-8")  # noqa: E731
+        (results / name).mkdir(exist_ok=True)
+        safe_files.write_atomically(results / name / "table.md", write)
+
+
+def pack_together(scale: str, tables: Tables, path: Path) -> None:
+    """Write the runs of all these tables into one file, each line with its scale and table."""
+    folders = sorted({folder for _, folder in tables.values()})
+    runs = [(folder.name, run) for folder in folders for run in read(folder / FILE).values()]
+    write(path, ({"scale": scale, "table": name} | run._asdict() for name, run in runs))
+    print(f"{len(runs)} runs are packed in {path}; sweep --import takes them in elsewhere")
+
+
+def take_in(path: Path, scale: str, tables: Tables) -> None:
+    """Add the runs that `pack_together` wrote to the tables' files, where they are not there yet.
+
+    Raises:
+        ValueError: no such file, a damaged one, or one of other tables.
+    """
+    if not path.is_file():
+        raise ValueError(f"--import {path}: no such file")
+    new: dict[Path, list[Finished]] = {folder: [] for _, folder in tables.values()}
+    by_name = {folder.name: folder for folder in new}
+    for line in lines(path, ("scale", "table", *Finished._fields)):
+        if line["scale"] != scale or line["table"] not in by_name:
+            raise ValueError(
+                f"--import {path}: it holds runs of {line['table']!r} at the scale "
+                f"{line['scale']!r}, and this is a sweep of {', '.join(by_name)} at {scale!r}"
+            )
+        folder = by_name[line["table"]]
+        if line["name"] not in read(folder / FILE):
+            new[folder].append(Finished(*(line[field] for field in Finished._fields)))
+    for folder, runs in new.items():
+        if runs:
+            add(folder, runs)
+    print(f"{sum(map(len, new.values()))} runs are new here, of those in {path}")
+
+
+def list_runs(tables: Tables, jobs: int, times: Times) -> None:
+    """Say of every table how many of its runs are done, how many of its rows are bracketed, and how
+    long what is missing will take, by what this machine measures.
 
     What tables share counts once in the sum of all.
     """
-    estimates, counted = [], set()
-    for name, experiment in chosen.items():
-        left = experiment.left(folders[name])
-        took = [experiment.seconds(folders[name], row) for row, _ in left]
-        measured = [seconds for seconds in took if seconds is not None]
-        usual = float(np.mean(measured)) if measured else math.nan  # of a row that has not run
-        seconds = [usual if row is None else row for row in took]
-        counts = [count for _, count in left]
-        needed = sum(len(row.rates) + len(row.seeds) - 1 for row in experiment.rows)
-        takes = [n * s / jobs if n else 0 for n, s in zip(counts, seconds, strict=True)]
-        rows = [(folders[name], row.cell(row.rates[0], row.seeds[0]).name) for row, _ in left]
-        fresh = [t for row, t in zip(rows, takes, strict=True) if row not in counted]
-        counted |= set(rows)
-        estimate = sum(takes)
-        estimates.append(sum(fresh))
-        shown = "unknown: none has run" if math.isnan(estimate) else duration(estimate)
-        done = f"{needed - sum(counts)} of {needed} runs done"
-        print(f"{name:15} {done:24} time left: {shown}")
-    if len(chosen) > 1:
-        estimated = [estimate for estimate in estimates if not math.isnan(estimate)]
-        unknown = len(estimates) - len(estimated)
-        more = f", and {unknown} tables of unknown length" if unknown else ""
-        total = f"{duration(sum(estimated))}{more}" if estimated else "unknown: none has run"
-        print(f"{'all':15} {'':24} time left: {total}")
+    total, counted, waiting = 0.0, set(), set()
+    for name, (experiment, folder) in tables.items():
+        takes, fresh, done, needed = 0.0, 0.0, 0, 0
+        for row, count in experiment.left(folder):
+            cell = row.cell(row.rates[0], row.seeds[0])
+            seconds = count * times.seconds_of(cell) / jobs if count else 0.0
+            takes += seconds
+            waiting |= {(row.command, row.options)} if count else set()
+            fresh += seconds if (folder, cell.name) not in counted else 0.0
+            counted.add((folder, cell.name))
+            runs = len(experiment.runs(folder, row))
+            done, needed = done + runs, needed + runs + count
+        places = [place for row in experiment.rows if (place := experiment.place(folder, row))]
+        ends = sum(place != INSIDE for place in places)
+        marks = f", {ends} of {len(places)} rows not bracketed" if ends else ""
+        state = f"{done} of {needed} runs done"
+        print(f"{name:15} {state:24} time left: {time_left(takes)}{marks}")
+        total += fresh
+    if len(tables) > 1:
+        print(f"{'all':15} {'':24} time left: {time_left(total)}")
+    if waiting:
+        print(f"{'features':15} {'':24} once, at most: {time_left(times.features(waiting))}")
+        print(f"estimated for this machine ({times.processor}) by the parts in {times.path}")
+
+
+def time_left(seconds: float) -> str:
+    """Write an estimate, which is no number where a command cannot be timed here."""
+    if math.isnan(seconds):
+        return "unknown: a package that it needs is missing"
+    return duration(seconds) if seconds < 2 * 3600 else f"{seconds / 3600:,.1f} hours"
 
 
 def run_report(line: Line) -> None:
@@ -166,13 +282,20 @@ def run_report(line: Line) -> None:
     print(f"for Overleaf: {blank.zipped(out)}")
 
 
-def run_cells(missing: Callable[[set[str]], Iterable[tuple[Path, Cell]]], jobs: int) -> set[str]:
+def run_cells(
+    missing: Callable[[set[str]], Iterable[Work]],
+    jobs: int,
+    stop: float = math.inf,
+    done: Callable[[Path, Cell], None] = lambda folder, cell: None,
+) -> set[str]:
     """Run cells until none is missing; a stop is handed on to them, and each resumes next time.
 
     Args:
         missing: names of cells that failed -> (folder of its runs, cell) of those not done, in
             their order; asked anew whenever a process is free.
         jobs: processes at a time.
+        stop: when to stop, by time.monotonic().
+        done: called with each cell that is done.
 
     Returns:
         the names of the cells that failed; their reason is printed.
@@ -189,16 +312,21 @@ def run_cells(missing: Callable[[set[str]], Iterable[tuple[Path, Cell]]], jobs: 
         while True:
             waiting = [x for x in missing(failed) if x[1].name not in running]
             waiting = list(dict.fromkeys(waiting))  # tables share runs
+            if time.monotonic() >= stop:
+                for name in running:
+                    print(f"{name}: the time is up; it goes on next time", flush=True)
+                return failed
             for folder, cell in waiting[: jobs - len(running)]:
                 errors = tempfile.NamedTemporaryFile("r", suffix=".txt")
                 arguments = [*cell.arguments, "--name", cell.name, "--runs-dir", str(folder)]
                 process = context.Process(target=run_train, args=(arguments, errors.name))
                 process.start()
-                running[cell.name] = process, errors, folder, time.monotonic()
+                running[cell.name] = process, errors, folder, cell, time.monotonic()
             if not running:
                 return failed
-            wait([process.sentinel for process, *_ in running.values()])
-            for name, (process, errors, folder, started) in list(running.items()):
+            left = None if stop == math.inf else max(0.0, stop - time.monotonic())
+            wait([process.sentinel for process, *_ in running.values()], left)
+            for name, (process, errors, folder, cell, started) in list(running.items()):
                 if process.is_alive():
                     continue
                 process.join()
@@ -208,6 +336,8 @@ def run_cells(missing: Callable[[set[str]], Iterable[tuple[Path, Cell]]], jobs: 
                 print(f"{folder.name}/{name}: {reason if process.exitcode else took}", flush=True)
                 if process.exitcode:
                     failed.add(name)
+                else:
+                    done(folder, cell)
     finally:
         for process, *_ in running.values():
             process.terminate()

@@ -16,6 +16,7 @@ Source: Micikevicius 2018, arXiv:1710.03740, with the retry of a client in place
 from __future__ import annotations
 
 import contextlib
+import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -81,6 +82,18 @@ def choose_device(name: str, local_rank: int = 0, processes: int = 1) -> torch.d
     if processes > 1 and choice.startswith("cuda:"):
         raise ValueError(f"--device {choice}: {processes} processes need a device each: cuda")
     return device
+
+
+def processor(device: torch.device) -> str:
+    """Return what a run is computed by: the GPU's name, or the model of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 def exact_place(device: torch.device) -> torch.device:

@@ -1,19 +1,34 @@
-"""The experiments as data: which runs make which table, at three sizes.
+"""The experiments as data: which runs make which table, at several sizes.
 
     at_scale("smoke")["rules"].cells(folder)    the runs; `train.py sweep` runs what is missing
 
-paper: DINO's ViT-S/16 at 224 px, the brief's sizes, for a GPU. cpu: a ViT-Ti/16 at 64 px, at 224 px
-where the head alone trains, for two cores. smoke: the synthetic data set, to see that all works.
+paper: DINO's ViT-S/16 at 224 px, the brief's sizes, for a GPU. colab: the same in fewer rounds,
+rates and seeds: a tenth of paper's operations, 29 hours where a GPU does 15 TFLOP/s (a quarter of a
+T4's peak; no T4 was measured: `sweep --list` measures yours). cpu: a ViT-Ti/16 at 64 px, at 224 px
+where the head alone trains, for two cores. smoke: the synthetic data set and a few rows, to see
+that all works. gpu: other questions, in minutes at a time (study/gpu.py).
 """
 
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 from centralized import SCHEDULES
 from masks import CONSENSUS, needs_scores
-from study.tables import BYTES, TEST, VALIDATION, Experiment, Measure, Row
+from study.gpu import ACCURACY, LINEARITY, METHODS, SEEN, SHARDINGS, SIZES, at_size, name_of
+from study.gpu import MAKERS as GPU_MAKERS
+from study.tables import (
+    TEST,
+    VALIDATION,
+    WIDENED,
+    Experiment,
+    Measure,
+    Row,
+    around,
+    rung,
+)
 
 CPU = ("--model", "vit_ti16", "--weights", "data/vit_tiny_patch16_224.pth", "--threads", "1")
 SMOKE = ("--data", "synthetic", "--threads", "1")
@@ -40,9 +55,11 @@ class Scale(NamedTuple):
     seeds: tuple[int, ...]  # of heads, agreement
     mask_seeds: tuple[int, ...]  # of mask rules
     wide_seeds: tuple[int, ...]  # of the other runs that train a backbone
+    widened: int = WIDENED  # rates that a row may try beyond its own
+    dense_rates: bool = False  # masked rows take dense training's rates, as --mask-lr matches them
 
 
-SCALES = {
+SCALES: dict[str, Scale | None] = dict.fromkeys(SIZES) | {
     "paper": Scale(
         backbone=("--batch-size", "64"),
         features=(),
@@ -61,6 +78,27 @@ SCALES = {
         seeds=(0, 1, 2),
         mask_seeds=(0, 1, 2),
         wide_seeds=(0, 1, 2),
+    ),
+    "colab": Scale(
+        backbone=("--batch-size", "64"),
+        features=(),
+        solved=(),
+        local_steps=320,
+        mask_steps=120,
+        method_rounds=6,
+        head_steps=8000,
+        long_rounds=150,
+        epochs=3,
+        head_epochs=25,
+        images=1000,
+        agreement_images=1000,
+        tries=2,
+        mask_tries=1,
+        seeds=(0, 1, 2),
+        mask_seeds=(0,),
+        wide_seeds=(0,),
+        widened=2,
+        dense_rates=True,
     ),
     "cpu": Scale(
         backbone=(*CPU, "--image-size", "64", "--batch-size", "32"),
@@ -101,20 +139,6 @@ SCALES = {
         wide_seeds=(0,),
     ),
 }
-SHARDINGS = {
-    n: () if n == "iid" else ("--nc", n[2:]) for n in ("iid", "nc50", "nc10", "nc5", "nc1")
-}
-LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)  # of rates
-
-
-def rung(lr: float, offset: int = 0) -> float:
-    """Return the rate `offset` rungs above `lr`."""
-    return LADDER[LADDER.index(lr) + offset]
-
-
-def around(lr: float, tries: int) -> tuple[float, ...]:
-    """Return `lr`, then the rungs below and above it, as many as are tried."""
-    return (lr, rung(lr, -1), rung(lr, 1))[:tries]
 
 
 def rounds(steps: int, local_steps: int, evaluations: int = 1) -> tuple[str, ...]:
@@ -181,7 +205,7 @@ def heterogeneity(s: Scale) -> Experiment:
     drift = (Measure("update cosine", "final/update_cosine"), Measure("moved", "final/distance"))
     title = "Classes per client against local steps, at equal J x rounds"
     columns = ("trains", "sharding", "J")
-    return Experiment(title, columns, tuple(rows), (VALIDATION, TEST, *drift), ("4",))
+    return Experiment(title, columns, tuple(rows), (VALIDATION, TEST, *drift, *SEEN), ("4",))
 
 
 def heads(s: Scale) -> Experiment:
@@ -223,8 +247,14 @@ RUNGS = {  # the lower of the two rates tried, iid: the less the entries matter,
     **{("highest-magnitude", s): lr for s, lr in (("0.5", 0.003), ("0.9", 0.01), ("0.99", 0.03))},
     **{("random", s): lr for s, lr in (("0.5", 0.003), ("0.9", 0.01), ("0.99", 0.03))},
 }
+
+
 RAW = ("--mask-lr", "raw")  # the rates above are those of each rule, not of dense training
-ACCURACY = (VALIDATION, TEST, BYTES)
+
+
+def rate(s: Scale, rule: str, sparsity: str) -> float:
+    """Return the lower of the two rates that a rule tries on iid clients."""
+    return RUNGS[("dense", "0") if s.dense_rates else (rule, sparsity)]
 
 
 def masked(s: Scale, rule: str, sparsity: str, sharding: str, *more: str) -> tuple[str, ...]:
@@ -234,14 +264,14 @@ def masked(s: Scale, rule: str, sparsity: str, sharding: str, *more: str) -> tup
     options += SHARDINGS[sharding]
     if rule == "dense":
         return options
-    options += ("--mask-rule", rule, "--sparsity", sparsity, *RAW)
+    options += ("--mask-rule", rule, "--sparsity", sparsity, *(() if s.dense_rates else RAW))
     images = ("--calibration-images", f"{s.images}") if needs_scores(rule) else ()
     return (*options, *images, *more)
 
 
 def mask_rates(s: Scale, rule: str, sparsity: str, sharding: str) -> tuple[float, ...]:
     """Return the rates that a mask rule tries; N_c = 1 takes rates three rungs lower."""
-    low = rung(RUNGS[rule, sparsity], 0 if sharding == "iid" else -3)
+    low = rung(rate(s, rule, sparsity), 0 if sharding == "iid" else -3)
     return (low, rung(low, 1), rung(low, -1))[: s.mask_tries]
 
 
@@ -327,18 +357,11 @@ def linearity(s: Scale) -> Experiment:
     for sharding, (rule, share) in product(("iid", "nc1"), RUNGS):
         if share in ("0", "0.9"):
             options = (*masked(s, rule, share, sharding), "--diagnostics")
-            low = rung(RUNGS[rule, share], 0 if sharding == "iid" else -3)
-            rates = (rung(low, rule == "least-sensitive"),)
-            rows.append(Row((sharding, rule), options, rates, s.mask_seeds))
-    figures = (
-        Measure("moved", "final/distance"),
-        Measure("logits moved", "final/displacement"),
-        Measure("linearity error", "final/linearity_error"),
-        Measure("the same, matched", "final/matched_linearity_error"),
-        Measure("disentanglement error, matched", "final/matched_disentanglement_error"),
-    )
+            low = rung(rate(s, rule, share), 0 if sharding == "iid" else -3)
+            rates = (rung(low, rule == "least-sensitive" and not s.dense_rates),)
+            rows.append(Row((sharding, rule), options, rates, s.mask_seeds, widened=0))
     title = "Linearity and interference under the mask rules, sparsity 0.9"
-    return Experiment(title, ("sharding", "rule"), tuple(rows), (VALIDATION, *figures))
+    return Experiment(title, ("sharding", "rule"), tuple(rows), LINEARITY)
 
 
 def scaffold_mask(s: Scale) -> Experiment:
@@ -348,11 +371,12 @@ def scaffold_mask(s: Scale) -> Experiment:
     options = (*s.backbone, *rounds(8 * count, 8, evaluations=2), *often)
     rows = []
     for (weights, low), method in product(
-        (("dense", 3e-4), ("masked", 3e-3)), ("plain", "scaffold")
+        (("dense", 3e-4), ("masked", 3e-4 if s.dense_rates else 3e-3)), ("plain", "scaffold")
     ):
         more = ("--nc", "5", *["--scaffold"] * (method == "scaffold"))
         if weights == "masked":
-            more += ("--mask-rule", "least-sensitive", "--sparsity", "0.9", *RAW)
+            more += ("--mask-rule", "least-sensitive", "--sparsity", "0.9")
+            more += () if s.dense_rates else RAW
             more += ("--calibration-images", f"{s.images}")
         rates = (low, rung(low, 1), rung(low, -1))[: s.tries]
         rows.append(Row((weights, method), (*options, *more), rates, s.wide_seeds))
@@ -368,33 +392,15 @@ def privacy(s: Scale) -> Experiment:
         if share in ("0", "0.99"):
             private = ("--dp-noise", noise, "--dp-clip", "0.3")
             options = (*masked(s, rule, share, "iid"), *private)
-            rates = (RUNGS[rule, share],)
-            rows.append(Row((noise, rule), options, rates, s.mask_seeds, name=f"dp{noise}-{rule}"))
+            rates = (rate(s, rule, share),)
+            name = f"dp{noise}-{rule}"
+            rows.append(Row((noise, rule), options, rates, s.mask_seeds, name=name, widened=0))
     title = "Client-level privacy: noise in all weights, or in a hundredth of them"
     measures = (VALIDATION, TEST, Measure("epsilon", "final/epsilon", digits=1))
     return Experiment(title, ("noise", "rule"), tuple(rows), measures, ("dense",))
 
 
 # -------------------------------------------------------------------------------------- methods
-
-METHODS = {
-    "fedavg": (),
-    "fedprox": ("--prox", "0.01"),
-    "scaffold": ("--scaffold",),
-    "fedir": ("--fedir",),
-    "fedvc": ("--fedvc",),
-    "local-norm": ("--local-norm",),
-    "fedavgm": ("--server", "fedavgm"),
-    "fedadagrad": ("--server", "fedadagrad"),
-    "fedadam": ("--server", "fedadam"),
-    "fedyogi": ("--server", "fedyogi"),
-    "ties": ("--aggregate", "ties"),
-    "dare": ("--aggregate", "dare", "--dare-drop", "0.5"),
-    "sign": ("--aggregate", "sign"),
-    "fedavg-stragglers": ("--straggler-fraction", "0.5"),
-    "fednova-stragglers": ("--straggler-fraction", "0.5", "--aggregate", "fednova"),
-    "fedsgd": ("--J", "1", "--batch-size", "full"),
-}
 
 
 def methods(s: Scale) -> Experiment:
@@ -416,10 +422,25 @@ def methods(s: Scale) -> Experiment:
     return Experiment("Federated methods", columns, tuple(rows), ACCURACY, ("fedavg",))
 
 
-def at_scale(name: str) -> dict[str, Experiment]:
-    """Return the experiments, by name, at one of SCALES, cheapest and most telling first."""
-    makers = (
-        *(agreement, heads, heterogeneity, fedavg_iid, centralized),
-        *(rules, sparsity, consensus, linearity, privacy, scaffold_mask, methods),
-    )
-    return {make.__name__.replace("_", "-"): make(SCALES[name]) for make in makers}
+BRIEF = (  # in its order, the extension last
+    *(centralized, fedavg_iid, heads, heterogeneity, rules, sparsity),
+    *(agreement, consensus, linearity, privacy, scaffold_mask, methods),
+)
+NAMES = tuple(dict.fromkeys([*map(name_of, BRIEF), *map(name_of, GPU_MAKERS)]))
+
+
+def at_scale(name: str, results: Path = Path("nowhere")) -> dict[str, Experiment]:
+    """Return the experiments, by name, at one of SCALES, in the order in which they run.
+
+    Args:
+        results: the folder of the scale's runs, where a first table says how large others are.
+    """
+    if name in SIZES:
+        s = SIZES[name]
+        made = at_size(s, results) | {"agreement": agreement(s)}
+    else:
+        s = SCALES[name]
+        made = {name_of(make): make(s) for make in BRIEF}
+    if name.endswith("smoke"):
+        return {name: experiment.thinned() for name, experiment in made.items()}
+    return {name: experiment.limited(s.widened) for name, experiment in made.items()}

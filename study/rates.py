@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import masks
-from machine.runs import Run
-from study import figures
+from study import figures, packed
 
 SEED = 0
 FOLDER = "rules"  # which holds the runs of the tables rules and sparsity
@@ -84,14 +83,12 @@ def best(accuracy: Mapping[float, float]) -> float:
 def tried(results: Path) -> list[Tried]:
     """Return the rates of every mask whose share is there, from the runs of a scale's results."""
     accuracy: dict[Key, dict[float, float]] = {}
-    for folder in sorted((results / FOLDER).iterdir()):
-        if not folder.is_dir() or (summary := Run(folder).summary(unbound=True)) is None:
-            continue
-        options = Run(folder).config()["options"]
+    for run in packed.read(results / FOLDER / packed.FILE).values():
+        options = run.config["options"]
         scores = options["consensus"], options["calibration_fraction"]
         if options["seed"] == SEED and scores in ((None, None), ("mean", 1)):
             rates = accuracy.setdefault(key_of(options), {})
-            rates[options["lr"]] = summary["final"]["val_acc"]
+            rates[options["lr"]] = run.summary["final"]["val_acc"]
     shares = read_shares(results / "shares.csv")
     rows = []
     for key, rates in sorted(accuracy.items()):

@@ -27,13 +27,14 @@ from typing import NamedTuple
 from machine import runs, safe_files
 from study import experiments
 from study.figures import FIGURES, Done, drawn
-from study.tables import SECONDS, Experiment
+from study.packed import finished
+from study.tables import INSIDE, PLACE, SECONDS, Experiment
 from study.tables import VALIDATION as ACCURACY
 from study.typeset import NOT_RUN, grouping, latex_table, markdown_table, tex
 
 HEADING = "% written by train.py report: do not edit\n"
 VALIDATION = ACCURACY.heading
-CAPTIONED = ("seeds", "other lr")  # of a table's columns, what its caption says
+CAPTIONED = ("seeds", "other lr", PLACE)  # of a table's columns, what its caption says
 SETUP = (
     *(
         "model",
@@ -94,17 +95,17 @@ class Table(NamedTuple):
         rows = []
         for row in self.experiment.rows:
             lr, summaries = self.experiment.best(self.folder, row) or (None, {})
-            folders = {s: runs.Run(self.folder / row.cell(lr, s).name) for s in summaries}
-            parts = [(f.config()["options"], summaries[s], f.records()) for s, f in folders.items()]
-            rows += [[Done(row.key, *part) for part in parts]] if parts else []
+            names = [row.cell(lr, seed).name for seed in summaries]
+            parts = [finished(self.folder, name) for name in names]
+            done = [Done(row.key, p.config["options"], p.summary, p.records) for p in parts]
+            rows += [done] if done else []
         return rows
 
     def finished(self) -> Iterator[tuple[dict, dict]]:
         """Yield config and summary of every run that is done, those of other rates too."""
         for row in self.experiment.rows:
-            for lr, summaries in self.experiment.tried(self.folder, row).items():
-                for seed, summary in summaries.items():
-                    yield runs.Run(self.folder / row.cell(lr, seed).name).config(), summary
+            for run in self.experiment.runs(self.folder, row):
+                yield run.config, run.summary
 
 
 def write(scale: str, results: Path, out: Path) -> list[str]:
@@ -348,6 +349,7 @@ def write_tables(table: Table, out: Path) -> bool:
 def write_lines(name: str, lines: list[list[str]], width: int, out: Path) -> None:
     """Write a table as Markdown, and for two columns and for one as LaTeX."""
     (out / f"{name}.md").write_text(markdown_table(lines), encoding="utf-8")
+    lines, note = marked(lines)
     measures = [column for column in lines[0][width:] if column not in CAPTIONED]
     split = grouping(lines[0][:width], lines[1:])
     short = measures[:3]
@@ -355,5 +357,19 @@ def write_lines(name: str, lines: list[list[str]], width: int, out: Path) -> Non
         short = [VALIDATION] if split is not None else [VALIDATION, "test %"]
     for file, columns in ((name, measures), (f"{name}-short", short)):
         columns = [column for column in columns if column in lines[0]]
-        text = HEADING + latex_table(lines, width, columns, best_by=VALIDATION)
+        text = HEADING + latex_table(lines, width, columns, best_by=VALIDATION) + note
         (out / f"{file}.tex").write_text(text, encoding="utf-8")
+
+
+def marked(lines: list[list[str]]) -> tuple[list[list[str]], str]:
+    """Return a table with a star at every rate that is not bracketed, and a note that says so."""
+    if PLACE not in lines[0]:
+        return lines, ""
+    lr, place = lines[0].index("lr"), lines[0].index(PLACE)
+    rated = [line for line in lines[1:] if NOT_RUN not in line and line[place]]
+    ends = [line for line in rated if line[place] != INSIDE]
+    if not ends:
+        return lines, ""
+    starred = [[*x[:lr], f"{x[lr]}*", *x[lr + 1 :]] if x in ends else x for x in lines]
+    count = f"in {len(ends)} of {len(rated)} rows the best rate is at an end of those tried"
+    return starred, f"\\par\\smallskip{{\\footnotesize * {count}}}\n"

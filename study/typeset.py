@@ -175,5 +175,7 @@ def tex(text: str) -> str:
         text = re.sub(r"^([+-]?)1 10\^", r"\g<1>10^", text).replace(" 10^", r" \cdot 10^")
         text = text.replace("±", r"\pm").replace(", ", r",\,").replace(" [", r"\;[")
         return f"\\ensuremath{{{text}}}"
+    if re.fullmatch(rf"{NUMBER}(?:, {NUMBER})+", text):  # several differences
+        return ", ".join(map(tex, text.split(", ")))
     shown = (c if c < LAST else ascii(c)[1:-1] for c in printable(text))
     return "".join(TEX.get(c, c) for c in "".join(shown))

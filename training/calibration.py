@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import hashlib
 import itertools
 import math
@@ -72,6 +73,12 @@ class Masking(NamedTuple):
         list[str] | None,
         "names of the parameters that take part, others are frozen; 'blocks.*.weight' is one "
         "[* : the whole backbone]",
+        "PATTERN",
+    ] = None
+    mask_within: Annotated[
+        list[str] | None,
+        "kinds of the entries that a mask may keep, the budget being that of the whole scope: "
+        "query.weight key.weight, or 'query.*'; calibrate lists them [all]",
         "PATTERN",
     ] = None
     calibration_rounds: Annotated[int | None, "rounds of scoring [4]", ">= 1"] = None
@@ -158,6 +165,7 @@ class Calibration:
             sparsity=options.sparsity,
             threshold=None if options.threshold is None else self.sign * options.threshold,
             group_sizes=sizes if options.per_tensor else None,
+            within=self.within(options.mask_within),
         )
 
     def score_in(self, dtype: torch.dtype) -> None:
@@ -190,6 +198,32 @@ class Calibration:
     def replayed(self, step: Callable[..., Tensor], state: list[Tensor]) -> GraphedStep:
         """Return the scoring of a batch as a CUDA graph, where that gives its bits."""
         return GraphedStep(step, state, self.workspace.device)
+
+    def within(self, patterns: list[str] | None) -> Tensor | None:
+        """Return the entries (P,) of the kinds that match one of the patterns; None: all.
+
+        Raises:
+            ValueError: a pattern that matches no kind, or fewer entries than the mask keeps.
+        """
+        if patterns is None:
+            return None
+        everything = torch.ones(len(self.theta), dtype=torch.bool, device=self.theta.device)
+        parts = Mask(self.shapes, everything, {}).kinds()
+        kinds = dict.fromkeys(kind for kind, _ in parts)
+        for pattern in patterns:
+            if not fnmatch.filter(kinds, pattern):
+                raise ValueError(
+                    f"--mask-within {pattern}: no such kind; there are {', '.join(kinds)}"
+                )
+        chosen = {kind for p in patterns for kind in fnmatch.filter(kinds, p)}
+        pieces = [torch.full_like(part, kind in chosen).flatten() for kind, part in parts]
+        within, count = torch.cat(pieces), masks.budget(len(self.theta), self.options.sparsity or 0)
+        if self.options.sparsity is not None and count > int(within.sum()):
+            raise ValueError(
+                f"--mask-within {' '.join(patterns)}: {int(within.sum()):,} entries, and "
+                f"--sparsity {self.options.sparsity:g} keeps {count:,} of all"
+            )
+        return within.to(self.theta.device)
 
     def images(self, client: int) -> np.ndarray:
         """Draw the client's calibration images from its training shard, without replacement."""

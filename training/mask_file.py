@@ -71,6 +71,14 @@ class Mask:
         pairs = zip(self.shapes.items(), self.trains.split(sizes), strict=True)
         return {name: part.view(shape) for (name, shape), part in pairs}
 
+    def kinds(self) -> list[tuple[str, Tensor]]:
+        """Return the kind of each part of each parameter, and the part's bools, in order."""
+        pairs = []
+        for name, part in self.parts().items():
+            _, kinds = layer_and_kinds(name)
+            pairs += zip(kinds, part.chunk(len(kinds)), strict=True)
+        return pairs
+
     def trained(self, names: Iterable[str]) -> list[str]:
         """Return those of some parameters that are not frozen throughout."""
         parts = self.parts()

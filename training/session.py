@@ -19,6 +19,7 @@ import model as vit
 from federated.client_states import ClientTerms
 from flat import Sgd
 from machine import runs, safe_files
+from machine.device import processor
 from machine.status import duration
 from training.calibration import GivenMask, Masking, find_mask
 from training.features import Head, features, head_splits, set_fitted_head
@@ -162,6 +163,7 @@ def open_run(
             print(f"warning: --mask {stored['mask']} was made for other weights", file=sys.stderr)
     extra = {
         "environment": workspace.environment(),
+        "processor": processor(workspace.device),
         "python": platform.python_version(),
         "commit": git_commit(),
     }

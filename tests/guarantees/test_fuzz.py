@@ -75,6 +75,7 @@ VALUES = {  # what costs too much at the bounds, or is a name
     **dict(mask=("mask.pt", "good.pth", "occupied"), device=("cpu", "auto", "cuda", "x")),
     **dict(train=("all", "head", "blocks.0", "blocks.1", "blocks.2", "")),
     **dict(model=("vit_demo", "vit_xl"), scale=("0", "-1", "0.5", "1e30")),
+    **dict(mask_within=("query.*", "*.bias", "[!k]*", "x", "")),
     **dict(mask_scope=("*", "blocks.*", "*.weight", "norm.weight", "blocks.7", "")),
     **dict(name=("x", "a/b", "../x", "", ".", "n" * 300, "a\0b", "/tmp/x", "out/x", "a:b", "con")),
     **dict(runs_dir=("runs", "occupied", "deep/er", ""), data_dir=("data", "occupied", "")),

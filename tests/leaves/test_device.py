@@ -9,6 +9,7 @@ from machine.device import (
     choose_precision,
     exact_place,
     exact_products,
+    processor,
 )
 
 
@@ -121,3 +122,7 @@ def test_products_are_exact_inside_and_as_before_after_an_error():
         assert settings.allow_tf32
     finally:
         settings.allow_tf32 = before
+
+
+def test_a_cpu_has_a_name():
+    assert len(processor(torch.device("cpu"))) > 2

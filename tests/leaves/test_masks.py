@@ -37,6 +37,26 @@ def test_every_rule_keeps_exactly_its_budget(rule, size, sparsity):
     assert mask.sum() == budget(size, sparsity) == math.floor((1 - sparsity) * size + 0.5)
 
 
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize("groups", [None, (600, 400)])
+def test_a_mask_within_some_entries_keeps_the_whole_budget_there(rounds, groups):
+    theta, within = torch.randn(1000), torch.arange(1000) % 3 == 0  # 334 of them
+    damped = []
+
+    def keys(alive, keep):
+        damped.append(int((theta != original).sum()))
+        return theta.square()
+
+    original = theta.clone()
+    settings = dict(sparsity=0.8, rounds=rounds, group_sizes=groups, damp=0.5)
+    mask = calibrate(theta, keys, within=within, **settings)
+    assert mask.sum() == 200 and not (mask & ~within).any() and damped[0] == 0
+    if groups is None and rounds == 1:
+        assert theta.abs()[mask].max() <= theta.abs()[within & ~mask].min()
+    with pytest.raises(ValueError, match="only .* may be"):
+        calibrate(theta, keys, within=within, **(settings | {"sparsity": 0.5}))
+
+
 def test_equal_keys_fall_to_the_first():
     assert keep_lowest(torch.tensor([1.0, 0, 1, 0, 1, 1]), 4).tolist() == [1, 1, 1, 1, 0, 0]
 

@@ -19,7 +19,9 @@ LATEX = ROOT / "study" / "latex"
 SPEC = importlib.util.spec_from_file_location("check", LATEX / "check.py")
 CHECK = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(CHECK)
-ROWS = tuple(Row(("iid", rule), (), (0.1,), (0, 1)) for rule in ("dense", "random", "vote"))
+ROWS = tuple(
+    Row(("iid", rule), (), (0.1,), (0, 1), widened=0) for rule in ("dense", "random", "vote")
+)
 STUB = Experiment("Rules", ("sharding", "rule"), ROWS, baseline=("dense",))
 
 
@@ -61,9 +63,9 @@ def written(tmp_path):
 def test_numbers_have_readable_keys_and_what_did_not_run_has_no_value(tmp_path, scales):
     out, made, numbers = written(tmp_path)
     assert numbers["rules/iid/random/validation"] == "32.50 ± 2.12"
-    assert numbers["rules/iid/random/to-dense"] == "+1.50 [-4.85, +7.85]"
+    assert numbers["rules/iid/random/to-dense"] == "+1.00, +2.00"
     assert numbers["rules/best"] == "iid, random" and numbers["rules/sharding=iid/best"] == "random"
-    assert numbers["rules/sharding=iid/best/to-dense"] == "+1.50 [-4.85, +7.85]"
+    assert numbers["rules/sharding=iid/best/to-dense"] == "+1.00, +2.00"
     assert numbers["rules/iid/vote/validation"] is None
     assert numbers["heads/iid/dense/validation"] is None  # known at another scale
     assert numbers["rules/runs/done"] == "4" and numbers["rules/runs/all"] == "6"
@@ -116,6 +118,12 @@ def test_what_a_mask_keeps_is_quoted_by_its_least_and_most_layer(tmp_path):
     numbers = report.density_numbers(path)
     assert numbers == {"density/key.weight/least": "36", "density/key.weight/most": "70"}
     assert report.density_numbers(tmp_path / "none.json") == {}
+
+
+def test_a_rate_that_is_not_bracketed_has_a_star_in_latex(tmp_path, scales):
+    out, _, _ = written(tmp_path)
+    text = (out / "rules.tex").read_text()
+    assert "0.1* " in text and "in 2 of 2 rows the best rate is at an end" in text
 
 
 def test_the_macros_say_the_same(tmp_path, scales):

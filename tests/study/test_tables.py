@@ -4,19 +4,33 @@ import json
 
 import pytest
 
-from study.tables import TEST, VALIDATION, Experiment, Measure, Row, given, same, summary
+from study import packed
+from study.tables import (
+    LADDER,
+    TEST,
+    VALIDATION,
+    Experiment,
+    Measure,
+    Row,
+    beyond,
+    gain,
+    given,
+    same,
+    summary,
+)
 
 KEYS = (("iid", "dense", "0"), ("nc1", "random", "0.9"), ("iid", "random", "0.9"))
-ROWS = tuple(Row(key, ("--J", "4"), (0.01, 0.1), (0, 1)) for key in KEYS)
+ROWS = tuple(Row(key, ("--J", "4"), (0.01, 0.1), (0, 1), widened=0) for key in KEYS)
 COLUMNS = ("sharding", "rule", "sparsity")
 EXPERIMENT = Experiment("Rules", COLUMNS, ROWS, baseline=("dense", "0"))
 
 
-def finish(folder, cell, val_acc, **options):
+def finish(folder, cell, val_acc, processor=None, **options):
     (folder / cell.name).mkdir(parents=True)
     stored = {"command": cell.command, "lr": cell.lr, "seed": cell.seed, "J": 4} | options
     figures = {"final": {"val_acc": val_acc, "test_acc": 0.5}, "wall_seconds": 60.0}
-    (folder / cell.name / "config.json").write_text(json.dumps({"options": stored}))
+    config = {"options": stored, "processor": processor}
+    (folder / cell.name / "config.json").write_text(json.dumps(config))
     (folder / cell.name / "summary.json").write_text(json.dumps(figures))
 
 
@@ -59,15 +73,83 @@ def test_a_table_shows_the_best_rate_against_dense_seed_by_seed_and_what_is_miss
             finish(tmp_path, ROWS[0].cell(lr, seed), dense[seed])
             finish(tmp_path, ROWS[2].cell(lr, seed), random[seed])
     lines = EXPERIMENT.table(tmp_path).splitlines()
-    assert lines[0].startswith("| sharding | rule | sparsity | lr | validation % | test % | ")
-    # a difference of 2.5 with a deviation of 0.7071 over two seeds: 12.706 * 0.7071 / sqrt 2 = 6.35
+    columns = "lr | of the rates tried | validation % | test % | "
+    assert lines[0].startswith(f"| sharding | rule | sparsity | {columns}")
     assert lines[2:] == [
-        "| iid | dense | 0 | 0.01 | 31.00 ± 1.41 | 50.00 ± 0.00 |  | 2 | 0.1: 30.0 |",
-        "| nc1 | random | 0.9 | not run |  |  |  |  |  |",
-        "| iid | random | 0.9 | 0.1 | 33.50 ± 0.71 | 50.00 ± 0.00 | +2.50 [-3.85, +8.85] | 2 | "
-        "0.01: 29.0 |",
+        "| iid | dense | 0 | 0.01 | the lowest | 31.00 ± 1.41 | 50.00 ± 0.00 |  | 2 | 0.1: 30.0 |",
+        "| nc1 | random | 0.9 | not run |  |  |  |  |  |  |",
+        "| iid | random | 0.9 | 0.1 | the highest | 33.50 ± 0.71 | 50.00 ± 0.00 | +3.00, +2.00 | "
+        "2 | 0.01: 29.0 |",
     ]
-    assert {line.count("|") for line in lines} == {10}
+    assert {line.count("|") for line in lines} == {11}
+
+
+def seeds(*accuracies):
+    return {seed: {"final": {"val_acc": value}} for seed, value in enumerate(accuracies)}
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "said"),
+    [
+        # 2 with a deviation of 1 over three seeds: 4.303 / sqrt 3 = 2.48
+        ((0.31, 0.32, 0.33), (0.30, 0.30, 0.30), "+2.00 [-0.48, +4.48]"),
+        ((0.31, 0.32), (0.30, 0.30), "+1.00, +2.00"),
+        ((0.31,), (0.30,), "+1.00"),
+        ((0.302,), (0.30,), "none (+0.20)"),
+        ((0.302, 0.302, 0.302), (0.30, 0.30, 0.30), "none (+0.20 [+0.20, +0.20])"),
+        ((0.31,), (), ""),
+    ],
+)
+def test_a_difference_has_an_interval_from_three_seeds_and_is_none_below_the_noise(
+    here, there, said
+):
+    assert gain(VALIDATION, seeds(*here), seeds(*there)) == said
+
+
+def test_a_grid_is_widened_on_the_first_seed_until_its_best_rate_lies_inside(tmp_path):
+    row = Row(("a",), (), (0.01, 0.003, 0.03), (0, 1))
+    experiment = Experiment("One", ("which",), (row,))
+    accuracies = {0.01: 0.30, 0.003: 0.2, 0.03: 0.31, 0.1: 0.32, 0.3: 0.29}
+    for lr in (0.01, 0.003, 0.03):
+        assert experiment.grid(tmp_path, row) == row.rates
+        finish(tmp_path, row.cell(lr, 0), accuracies[lr], J=None)
+    assert experiment.place(tmp_path, row) == "the highest"
+    for lr in (0.1, 0.3):
+        assert [(c.lr, c.seed) for c in experiment.missing(tmp_path)] == [(lr, 0)]
+        assert dict(experiment.left(tmp_path)) == {row: 2}
+        finish(tmp_path, row.cell(lr, 0), accuracies[lr], J=None)
+    assert experiment.place(tmp_path, row) == "inside"
+    assert [(c.lr, c.seed) for c in experiment.missing(tmp_path)] == [(0.1, 1)]
+
+
+def test_a_grid_is_widened_by_three_rates_at_most_and_past_no_failure(tmp_path):
+    row = Row(("a",), (), (0.01,))
+    experiment = Experiment("One", ("which",), (row,))
+    for lr, val_acc in ((0.01, 0.1), (0.03, 0.2), (0.1, 0.3), (0.3, 0.4)):
+        (cell,) = experiment.missing(tmp_path)
+        assert cell.lr == lr
+        finish(tmp_path, cell, val_acc, J=None)
+    assert not experiment.missing(tmp_path) and experiment.place(tmp_path, row) == "the highest"
+    (tmp_path / "failing").mkdir()
+    finish(tmp_path / "failing", row.cell(0.01, 0), 0.1, J=None)
+    failed = {row.cell(0.03, 0).name}
+    assert not experiment.missing(tmp_path / "failing", failed)
+
+
+def test_beyond_a_grid_is_the_next_rung_on_the_best_rate_s_side():
+    assert beyond(0.03, (0.003, 0.01, 0.03)) == 0.1 and beyond(0.003, (0.003, 0.01)) == 0.001
+    assert beyond(0.01, (0.003, 0.01, 0.03)) is None
+    assert beyond(LADDER[-1], LADDER) is None and beyond(0.2, (0.2, 0.1)) == 0.3
+
+
+def test_a_table_reads_packed_runs_as_it_reads_their_folders(tmp_path):
+    for lr in (0.01, 0.1):
+        finish(tmp_path, ROWS[0].cell(lr, 0), lr)
+    before = EXPERIMENT.table(tmp_path)
+    for lr in (0.01, 0.1):
+        packed.pack(tmp_path, ROWS[0].cell(lr, 0).name)
+    assert [path.name for path in tmp_path.iterdir()] == [packed.FILE]
+    assert EXPERIMENT.table(tmp_path) == before and "0.1: " not in before
 
 
 def test_a_run_of_other_options_under_a_cell_s_name_is_refused(tmp_path):
@@ -83,6 +165,10 @@ def test_a_run_of_other_options_under_a_cell_s_name_is_refused(tmp_path):
 def test_options_are_compared_as_they_are_stored():
     row = Row(("a",), ("--J", "4", "--scaffold", "--J", "8", "--data", "x", "--fraction", "0.10"))
     assert given(row.cell(None, 3)) == {"J": "8", "data": "x", "fraction": "0.10", "seed": "3"}
+    scope = Row(("a",), ("--mask-scope", "*.bias", "norm*")).cell(None, 3)
+    assert given(scope)["mask_scope"] == "*.bias norm*" and same(
+        ["*.bias", "norm*"], "*.bias norm*"
+    )
     assert same(0.1, "0.10") and same("x", "x") and same(3, "3")
     assert not same(None, "3") and not same(0.1, "0.2")
 
@@ -94,7 +180,7 @@ def test_a_measure_that_a_run_lacks_leaves_its_place_empty(tmp_path):
     assert VALIDATION.of(found) == 25.0 and TEST.of(found) is None
     measures = (VALIDATION, Measure("moved", "final/distance"))
     experiment = Experiment("One", ("which",), (row,), measures)
-    assert experiment.lines(tmp_path)[1] == ["a", "25.00", "", "1"]
+    assert experiment.lines(tmp_path)[1] == ["a", "25.00", "", "1: no spread"]
 
 
 def test_a_run_that_was_told_to_go_on_is_not_done_before_it_gets_there(tmp_path):

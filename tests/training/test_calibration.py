@@ -52,6 +52,14 @@ def rounds(loop, total):
     return records
 
 
+def test_a_mask_within_query_and_key_weights_has_the_budget_of_the_whole(small_data):
+    within = ("--mask-within", "query.weight", "key.*", "--mask-rule", "random")
+    mask = prepare(small_data, *within, "--sparsity", 0.95).make()
+    kept = {kind: int(part.sum()) for kind, part in mask.kinds() if part.any()}
+    assert kept.keys() == {"query.weight", "key.weight", "key.bias"}
+    assert mask.trains.sum() == masks.budget(len(mask.trains), 0.95)
+
+
 def theta(folder):
     process = Run(folder).load()["state"]["process"]
     return process["theta"] if "theta" in process else process["tensors"]["theta"]
@@ -518,6 +526,9 @@ BAD = {
     "--sparsity 0.999 keeps none of the 48 entries": (
         *(*MASK, "--mask-scope", "norm.bias", "--sparsity", 0.999),
     ),
+    "--mask-within querry.*: no such kind": (*MASK, "--mask-within", "query.*", "querry.*"),
+    "and --sparsity 0.1 keeps": (*MASK, "--mask-within", "query.*", "--sparsity", 0.1),
+    "--mask-within makes a mask and needs": ("--mask-within", "query.*"),
     "--mask-scope blokcs.*": (*MASK, "--mask-scope", "norm.bias", "blokcs.*"),
     "--quorum 9: only 3 clients score": (
         *(*MASK, "--consensus", "vote", "--quorum", 9, "--calibration-fraction", 0.3),

@@ -149,7 +149,7 @@ def sweeps(tally: Tally, where: Path, kills: int, seed: int) -> None:
     kind, moments = "kill -9 of a sweep", random.Random(seed)
     script = str(Path(__file__).with_name("world.py"))
     command = (sys.executable, script, "sweep", "rules", "--scale", "smoke")
-    command += ("--jobs", "2", "--results", "runs")
+    command += ("--jobs", "2", "--results", "runs", "--keep")
 
     def found(folder: Path) -> dict:
         return {k: canonical(v) for k, v in outcome_of_cells(folder).items()}

@@ -245,6 +245,6 @@ if __name__ == "__main__":
         "--rounds",
         "60",
     )
-    ROWS = tuple(tables.Row((name,), TINY, (0.1,)) for name in ("a", "b", "c", "d"))
-    experiments.at_scale = lambda scale: {"rules": tables.Experiment("Four", ("row",), ROWS)}
+    ROWS = tuple(tables.Row((name,), TINY, (0.1,), widened=0) for name in ("a", "b", "c", "d"))
+    experiments.at_scale = lambda *scale: {"rules": tables.Experiment("Four", ("row",), ROWS)}
     sys.exit(train.main())
