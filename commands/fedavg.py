@@ -138,6 +138,7 @@ def processes(line: Line) -> int:
         operations=training_operations(vit.MODELS[o.backbone.model], o.backbone.image_size),
         cores=torch.get_num_threads(),
         memory=free_memory(torch.device("cpu")),
+        fitted=o.head.head != "linear",
     )
 
 

@@ -37,7 +37,8 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 MEETING = "RANKS_MEETING"  # names the file through which forked processes find one another
 CAN_FORK = sys.platform == "linux"  # elsewhere libraries do not survive it, or there is none
 
-LEAST_IMAGES = 50_000  # that a process trains on: seconds of training for those of a start
+LEAST_IMAGES = 5_000  # that a process trains on: seconds of training for those of a start
+LEAST_FITTED = 50_000  # the same where one process alone fits a head first
 LONGEST_ROUND = 3e12  # operations of a process, about a minute: several stop between rounds alone
 LEAST_BUSY = 0.75  # of the cores: two processes take 0.73 of the time of two threads
 MEMORY = 2e9  # bytes free for each
@@ -49,15 +50,22 @@ class Processes(NamedTuple):
     processes: Annotated[
         int | str,
         "processes of --threads 1 that share a round's clients on a CPU, to the bits of one such "
-        "[auto: one a core where the whole backbone trains, each sees 50,000 images or more, a "
-        "round takes up to about a minute, and 2 GB are free for each; one under --threads]",
+        "[auto: one a core where the whole backbone trains, each sees 5,000 images or more (50,000 "
+        "where a head is fitted first), a round takes up to about a minute, and 2 GB are free for "
+        "each; one under --threads]",
         "1 <= x <= 1024 or auto",
         "N",
     ] = "auto"
 
 
 def processes_that_pay(
-    rounds: int, clients: int, images: int, operations: float, cores: int, memory: float
+    rounds: int,
+    clients: int,
+    images: int,
+    operations: float,
+    cores: int,
+    memory: float,
+    fitted: bool,
 ) -> int:
     """Return how many processes of one thread a run is worth; 1: one, with a thread a core.
 
@@ -66,12 +74,13 @@ def processes_that_pay(
         images: that a client trains on in a round.
         operations: floating-point ones, of a training pass of an image.
         memory: bytes that are free.
+        fitted: is a head fitted first, by one thread of one process?
     """
     turns = -(-clients // cores)
     size = -(-clients // turns)  # no more than are busy in all turns
     pays = (
         clients > LEAST_BUSY * turns * cores
-        and rounds * turns * images >= LEAST_IMAGES
+        and rounds * turns * images >= (LEAST_FITTED if fitted else LEAST_IMAGES)
         and turns * images * operations <= LONGEST_ROUND
         and size * MEMORY <= memory
     )

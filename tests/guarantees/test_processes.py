@@ -96,6 +96,8 @@ def assert_same(found, expected):
     (10, dict(cores=11)),
     (1, dict(rounds=77)),  # 49,280 images a process
     (2, dict(rounds=79)),
+    (2, dict(rounds=8, fitted=False)),
+    (1, dict(rounds=7, fitted=False)),
     (1, dict(operations=4.7e9)),  # a round of more than a minute
     (2, dict(operations=4.6e9)),
     (1, dict(memory=3.9e9)),
@@ -103,12 +105,14 @@ def assert_same(found, expected):
 ])  # fmt: skip
 def test_processes_are_forked_where_that_pays(expected, changed):
     usual = dict(rounds=2000, clients=10, images=128, operations=1e8, cores=2, memory=64e9)
+    usual |= dict(fitted=True)
     assert processes_that_pay(**usual | changed) == expected
 
 
 @pytest.mark.parametrize(("expected", "line"), [
     (2, "--data synthetic"),
-    (2, "--data synthetic --mask-rule random"),
+    (1, "--data synthetic --mask-rule random"),
+    (2, "--data synthetic --mask-rule random --rounds 100"),
     (2, "--model vit_ti16 --weights x.pth --image-size 64 --batch-size 32 --rounds 79"),
     (1, "--model vit_ti16 --weights x.pth --image-size 64 --batch-size 32 --rounds 78"),
     (1, "--rounds 2000"),  # ViT-S/16 at 224 px: a round takes minutes
