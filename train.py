@@ -1,7 +1,7 @@
 """Federated learning of pre-trained vision transformers, from one command line.
 
     python train.py fedavg --nc 1 --J 4 --rounds 2000   the main job; the same command resumes it
-    python train.py fedavg --data synthetic             the same in a minute, nothing to download
+    python train.py fedavg --data synthetic             a small one, with nothing to download
 
 Every option has a default; COMMAND --help shows it. Runs go into runs/.
 """

@@ -131,15 +131,27 @@ def processes(line: Line) -> int:
     fits = o.machine.threads is None and ranks.launched() == 1 and ranks.CAN_FORK
     if not (spread and fits and choose_device(o.machine.device).type == "cpu"):
         return 1
+    begun, cores = threads_of(line), torch.get_num_threads()
+    if begun is not None:  # a run goes on to the same bits
+        return cores if begun == 1 else 1
     return ranks.processes_that_pay(
         rounds=o.rounds.rounds,
         clients=max(1, round(o.participation.fraction * o.sharding.clients)),
         images=o.local_steps.J * o.local_steps.batch_size,
         operations=training_operations(vit.MODELS[o.backbone.model], o.backbone.image_size),
-        cores=torch.get_num_threads(),
+        cores=cores,
         memory=free_memory(torch.device("cpu")),
         fitted=o.head.head != "linear",
     )
+
+
+def threads_of(line: Line) -> int | None:
+    """Return the threads that the command's run has begun with; None where it has not."""
+    run = runs.Run(Path(line.groups.running.runs_dir) / line.name)
+    try:
+        return run.config()["environment"]["threads"] if run.config_path.exists() else None
+    except (ValueError, KeyError, TypeError):
+        return None  # opening it says what is wrong
 
 
 def training_operations(shape: vit.ViTShape, image_size: int) -> float:

@@ -193,6 +193,11 @@ def of_the_device(o: Options) -> Iterator[tuple[Any, str]]:
     )
     several = isinstance(o.processes, int) and o.processes > 1
     yield (
+        several and o.threads not in (None, 1),
+        f"--processes {o.processes} are of one thread each, to the bits of --threads 1: leave "
+        f"--threads {o.threads} away",
+    )
+    yield (
         several and ranks.launched() > 1,
         f"--processes {o.processes} under torchrun, which starts processes itself: leave it away",
     )
@@ -416,6 +421,10 @@ def of_training(o: Options, total: int) -> Iterator[tuple[Any, str]]:
     yield (
         o.decay is not None and not {*(o.search_schedule or [o.schedule])} & DECAYS.keys(),
         f"--decay belongs to --schedule {'|'.join(DECAYS)}",
+    )
+    yield (
+        (o.search_length or 0) > total,
+        f"--search-length {o.search_length}: the run has {total} {unit}",
     )
     shortest = min(total, o.search_length or total)
     yield (

@@ -215,7 +215,7 @@ def forked(size: int, work: Callable[[], object]) -> Iterator[None]:
     os.environ.update(shared, RANK="0", LOCAL_RANK="0", GLOO_SOCKET_IFNAME="lo")
     try:
         for rank in range(1, size):
-            process = context.Process(target=_do_as, args=(rank, work))
+            process = context.Process(target=_do_as, args=(rank, work, os.getpid()))
             process.start()
             others.append(process)
         yield
@@ -230,14 +230,19 @@ def forked(size: int, work: Callable[[], object]) -> Iterator[None]:
         meeting.close()
 
 
-def _do_as(rank: int, work: Callable[[], object]) -> None:
-    end_with_parent()
+def _do_as(rank: int, work: Callable[[], object], parent: int) -> None:
+    end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process has it too, and says so
     os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}")
     work()
 
 
-def end_with_parent() -> None:
-    """Let this process be killed when its parent ends, so that a killed one leaves none behind."""
+def end_with_parent(parent: int | None = None) -> None:
+    """Let this process be killed when its parent ends, so that a killed one leaves none behind.
+
+    parent: its process id; where it has gone already, this process ends here.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)

@@ -429,7 +429,7 @@ def drive(
             first; all of them advance, stop and take their state together.
 
     Returns:
-        The wall time of the whole run in seconds, earlier sessions included, and the state's
+        The wall time of the whole run in seconds, earlier starts included, and the state's
         "best", which is empty where no record has a "val_acc".
 
     Raises:
@@ -488,7 +488,7 @@ def drive(
 def _begin(
     run: Run, process: Any, unit: str, note: Callable, environment: dict | None, best: dict
 ) -> float:
-    """Restore the process and `best`, or log the start; returns earlier sessions' wall time."""
+    """Restore the process and `best`, or log the start; returns earlier starts' wall time."""
 
     def take(state: dict) -> None:
         process.load_state_dict(state["process"])

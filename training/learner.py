@@ -45,7 +45,7 @@ class Training(NamedTuple):
     fused: Annotated[
         str,
         "fuse a step's passes between matrix products [auto: on a GPU, where Triton's kernels "
-        "agree with PyTorch's]",
+        "agree with PyTorch's; not with --compile]",
         ("auto", "off"),
     ] = "auto"
     compile: Annotated[
@@ -142,7 +142,8 @@ class Learner:
         """Tell whether fused passes serve; on a GPU where they do not, say why."""
         device, shape = self.workspace.device, self.model.shape
         ours = isinstance(self.model, vit.VisionTransformer)
-        if self.training.fused == "off" or device.type != "cuda" or not ours:
+        wanted = self.training.fused != "off" and not self.training.compile
+        if not wanted or device.type != "cuda" or not ours:
             return False
         reason = fused.serves(device, self.workspace.dtype, shape.width, shape.heads)
         if reason:

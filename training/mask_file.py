@@ -119,7 +119,9 @@ class Mask:
                 "made again where it is gone"
             ) from None
         if not isinstance(content, dict) or content.get("mask_format") != FORMAT:
-            raise ValueError(f"mask {path}: not a mask of format {FORMAT}")
+            raise ValueError(
+                f"mask {path}: not a mask of format {FORMAT}; `calibrate` writes mask.pt"
+            )
         try:
             shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
             size, bits, origin = (

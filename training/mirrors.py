@@ -92,6 +92,9 @@ class EventFiles:
         self.writer.flush()
 
 
+PATHS = ("data_dir", "runs_dir", "weights", "mask")  # of this machine: they stay here
+
+
 class Wandb:
     """A run of Weights & Biases with the run's name and options; WANDB_* settings apply.
 
@@ -104,7 +107,7 @@ class Wandb:
             project="fedavg",
             name=run.folder.name,
             id=f"{run.folder.name}-{run.id()[:12]}",
-            config=run.config()["options"],
+            config={k: v for k, v in run.config()["options"].items() if k not in PATHS},
             resume="allow",
             reinit=True,  # a search has several runs in a process
         )

@@ -414,7 +414,7 @@ def conclude(
     if sent:
         first, megabytes = run.records()[0], 1e-6
         before = (first.get("bytes_up", 0) + first.get("bytes_down", 0)) * megabytes
-        once = f", {before:,.1f} of them for calibration and mask" if before else ""
+        once = f", {before:,.1f} of it all for calibration and mask" if before else ""
         print(
             f"sent {sent['bytes_up'] * megabytes:,.1f} MB up, "
             f"{sent['bytes_down'] * megabytes:,.1f} MB down{once}: "

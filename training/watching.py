@@ -33,7 +33,7 @@ class Watching(NamedTuple):
     tensorboard: Annotated[
         bool, "mirror the log into event files, in the run's folder tensorboard/"
     ] = False
-    wandb: Annotated[bool, "mirror the log to Weights & Biases, as project fedavg"] = False
+    wandb: Annotated[bool, "mirror log and options to Weights & Biases, as project fedavg"] = False
 
 
 def evaluation_due(at: float, every: float, total: int) -> bool:
@@ -132,7 +132,7 @@ def headline(summary: dict) -> str:
     unit, line = "round" if "round" in best else "epoch", ", ".join(shown)
     if "test_acc" in best and best[unit] != final.get(unit):
         at = f"{unit} {best[unit]}, which validated best"
-        line += f" ({100 * best['test_acc']:.2f} % of the weights of {at})"
+        line += f" ({100 * best['test_acc']:.2f} % with the weights of {at})"
     return line
 
 
