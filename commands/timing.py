@@ -4,7 +4,7 @@ counts.
     Times(Path("times.json"), tables).seconds_of(cell)
 
 What parts cost is measured once for every model and image size, on a GPU every batch, as
-commands/costs.py says, of a dense client's few images; a file keeps it.
+commands/costs.py says, with half of the weights masked and a ridge head; a file keeps it.
 Where runs of this machine are done, their row takes what they took, and the estimates of the others
 are corrected by the median of what such rows took over what was estimated. Not counted: start-up,
 diagnostics, noise, compiling; features, which all runs share, are counted apart.
