@@ -19,9 +19,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import data
 import masks
 import model as vit
 from commands.options import Line, federation
+from data import ImageSet
 from fedavg import FedAvg
 from federated import privacy
 from federated.cohort import sample_clients
@@ -34,11 +36,10 @@ from training.rounds import client_terms, cohort_of, make_clients, method_of
 from training.session import prepare
 from training.workspace import Workspace
 
-SIZES = {"cifar100": (50_000, 10_000)}  # training images, before validation is split off, and test
 COUNTED = ("fedavg", "centralized", "ridge", "calibrate")
 CLIENTS = 1_000  # of a trial
 STEPS = 20  # of a timed client
-WHILE = 3.0  # seconds that clients are timed for
+WHILE = 1.5  # seconds that clients are timed for
 SLOW = 0.4  # seconds of an image's passes: from there on nothing but a step is timed
 FORWARD, SCORED = 1 / 3, 1.25  # what is taken of these passes then: for a feature, for a score
 
@@ -46,11 +47,11 @@ FORWARD, SCORED = 1 / 3, 1.25  # what is taken of these passes then: for a featu
 class Costs(NamedTuple):
     """Seconds of what a command does; 0 what it does not."""
 
-    images: tuple[int, int]  # in the training set, validation included, and in the test set
     feature: float = 0.0  # an image's features
     head: float = 0.0  # fitting the head
     score: float = 0.0  # scoring an image
-    step: float = 0.0  # a training step
+    step: float = 0.0  # a training step beside its images
+    image: float = 0.0  # an image of a step; 0 where the whole step was timed
     client: float = 0.0  # a client's part of a round beside its steps
     round: float = 0.0  # a round beside its clients
     evaluation: float = 0.0  # evaluating an image
@@ -64,8 +65,10 @@ class Costs(NamedTuple):
         o = line.stored
         calibrates = o.get("mask_rule") is not None and masks.needs_scores(o["mask_rule"])
         parts = {
-            "features": self.feature * featured(line, self),
-            "head": self.head * (2 if line.command == "ridge" else 1),  # and of the clients' sums
+            "features": self.feature * featured(line),
+            "head": self.head
+            * fitted(line)
+            * (2 if line.command == "ridge" else 1),  # clients' sums
             "calibration": self.score * scored(o) if calibrates else 0.0,
         }
         if line.command in ("ridge", "calibrate"):
@@ -87,25 +90,41 @@ class Costs(NamedTuple):
         """
         o = line.stored
         looks = 1 + math.ceil(length / o["eval_every"])
-        evaluations = self.evaluation * (looks * self.evaluated(line) + 2 * self.images[1])
+        evaluations = self.evaluation * (looks * evaluated(o) + 2 * images_of(o)[1])
         if "rounds" not in o:
-            steps = math.ceil(train_images(line, self) / o["batch_size"])
-            return length * steps * self.step, evaluations
+            steps = math.ceil(train_images(o) / o["batch_size"])
+            return length * steps * self.a_step(o), evaluations
         return length * self.a_round(o), evaluations
 
-    def evaluated(self, line: Line) -> int:
-        """Return how many images an evaluation is of."""
-        held_out = self.images[0] - train_images(line, self)
-        return held_out + self.images[1] * line.stored["eval_test"]
+    def a_step(self, o: dict) -> float:
+        """Return the seconds of a training step."""
+        return self.step + batch_of(o) * self.image
 
     def a_round(self, o: dict) -> float:
         """Return the seconds of a round."""
-        return cohort_size(o) * (o["J"] * self.step + self.client) + self.round
+        return cohort_size(o) * (o["J"] * self.a_step(o) + self.client) + self.round
 
 
-def train_images(line: Line, costs: Costs) -> int:
+def images_of(o: dict) -> tuple[int, int]:
+    """Return how many images train, before validation is split off, and how many test."""
+    return data.DATASETS[o["data"]].images
+
+
+def train_images(o: dict) -> int:
     """Return how many images train."""
-    return costs.images[0] - round(line.stored["val_fraction"] * costs.images[0])
+    images = images_of(o)[0]
+    return images - round(o["val_fraction"] * images)
+
+
+def evaluated(o: dict) -> int:
+    """Return how many images an evaluation is of."""
+    train, test = images_of(o)
+    return train - train_images(o) + test * o["eval_test"]
+
+
+def fitted(line: Line) -> bool:
+    """Is a head fitted to features?"""
+    return line.stored.get("head", "ridge") != "linear"
 
 
 def cohort_size(o: dict) -> int:
@@ -114,22 +133,21 @@ def cohort_size(o: dict) -> int:
 
 
 def batch_of(o: dict) -> int:
-    """Return the images of a step: of --batch-size full, a client's share of CIFAR-100."""
-    return max(1, 45_000 // o["clients"]) if o["batch_size"] == "full" else o["batch_size"]
+    """Return the images of a step: of --batch-size full, a client's share."""
+    return max(1, train_images(o) // o["clients"]) if o["batch_size"] == "full" else o["batch_size"]
 
 
-def featured(line: Line, costs: Costs) -> int:
+def featured(line: Line) -> int:
     """Return of how many images features are computed, or activations that stand still."""
-    o, (train, test) = line.stored, costs.images
+    o, (train, test) = line.stored, images_of(line.stored)
     if line.command == "ridge" or o.get("train") == "head":
         return train + test
-    fits = line.command == "calibrate" or o["head"] != "linear"
     shown = train + (line.command != "calibrate") * test
     if o["head_images"] is not None:  # and an equal share of the validation images
-        shown = round(o["head_images"] * train / max(1, train_images(line, costs)))
+        shown = round(o["head_images"] * train / max(1, train_images(o)))
     below = o.get("train", "all") not in ("all", "blocks.0") and not o["augment"]
     stand_still = below and o["keep_tokens"] == 1
-    return fits * shown + stand_still * (train + test)
+    return fitted(line) * shown + stand_still * (train + test)
 
 
 def scored(o: dict) -> int:
@@ -190,19 +208,33 @@ class Trial:
             index = np.resize(self.workspace.train_index, batch_of(line.stored))
             self.shards = [index] * len(self.shards)
         if line.command in ("fedavg", "centralized"):
-            self.learner = prepare(
-                self.workspace,
-                self.model(),
-                Run(folder),
-                self.shards,
-                o.training,
-                o.sgd,
-                o.head,
-                o.masking,
-                o.given_mask,
-                *([o.client_terms] if line.command == "fedavg" else []),
-            )
+            self.learner = self.prepared(folder)
             self.learner.keep_activations()
+
+    def prepared(self, folder: str) -> Learner:
+        """Return the command's learner; heads train on few images' features, over and over."""
+        o, sets = self.groups, self.workspace.sets
+        if o.training.train == "head":
+            few = {part: ImageSet(*(x[: probe.FEW] for x in every)) for part, every in sets.items()}
+            self.workspace.sets = few
+        learner = prepare(
+            self.workspace,
+            self.model(),
+            Run(folder),
+            self.shards,
+            o.training,
+            o.sgd,
+            o.head,
+            o.masking,
+            o.given_mask,
+            *([o.client_terms] if self.line.command == "fedavg" else []),
+        )
+        self.workspace.sets, learner.labels = sets, {p: s.labels for p, s in sets.items()}
+        if learner.on_features:
+            for part, rows in learner.inputs.items():
+                at = torch.arange(len(sets[part].labels), device=rows.device) % len(rows)
+                learner.inputs[part] = rows[at]
+        return learner
 
     @functools.cached_property
     def passes(self) -> tuple[float, float]:
@@ -220,10 +252,9 @@ class Trial:
     def batch(self) -> int:
         """Images of what is timed."""
         images = batch_of(self.line.stored) if self.learner is not None else probe.BATCH
-        heads = self.learner is not None and self.learner.on_features
-        if heads or self.workspace.device.type == "cuda":
+        if not self.image:
             return images
-        return max(1, min(images, int((probe.LONGEST - self.passes[0]) / self.passes[1])))
+        return max(1, min(images, int((probe.LONGEST - self.passes[0]) / self.image)))
 
     @functools.cached_property
     def optimiser(self) -> float:
@@ -234,13 +265,13 @@ class Trial:
         return probe.average(self.learner)
 
     @property
-    def images(self) -> tuple[int, int]:
-        sets = self.workspace.sets
-        mine = tuple(len(sets[part].labels) for part in ("train", "test"))
-        return SIZES.get(self.line.stored["data"], mine)
+    def image(self) -> float:
+        """Seconds of an image of a step; 0 where the whole step is timed."""
+        heads = self.learner is not None and self.learner.on_features
+        return 0.0 if heads or self.workspace.device.type == "cuda" else self.passes[1]
 
     def local_steps(self) -> tuple[float, float]:
-        """Return the seconds of a local step, and of a client beside its steps."""
+        """Return the seconds of a local step beside its images, of a client beside its steps."""
         o, learner = self.groups, self.learner
         J, batch = o.local_steps.J, batch_of(self.line.stored)
         steps = o.local_steps
@@ -267,12 +298,12 @@ class Trial:
         client = seconds_of(process.advance, self.workspace.device, WHILE)
         self.cuda_graph = clients.graphed.status if clients.graphed else self.cuda_graph
         if steps == o.local_steps:
-            return client / J, 0.0
+            return client / J - batch * self.image, 0.0
         step = max(0.0, client - self.average) / steps.J
-        return step + (batch - self.batch) * self.passes[1], self.average
+        return step - self.batch * self.image, self.average
 
     def epoch_step(self) -> float:
-        """Return the seconds of a step over all training data."""
+        """Return the seconds of a step over all training data, beside its images."""
         learner, entries, scale = self.learner, self.learner.entries, self.learner.loss_scale
         graphed = learner.graphed(learner.backward, self.groups.graph.cuda_graph)
         draws = probe.draws_of(learner, self.batch)
@@ -288,8 +319,7 @@ class Trial:
 
         seconds = seconds_of(work, self.workspace.device)
         self.cuda_graph = graphed.status if graphed else self.cuda_graph
-        more = batch_of(self.line.stored) - self.batch
-        return seconds + more * self.passes[1] if more else seconds
+        return seconds - self.batch * self.image
 
     def private(self) -> tuple[float, float]:
         """Return the seconds of clipping a client's change, and of a round's noise."""
@@ -305,24 +335,25 @@ class Trial:
 
     def measure(self, say: Callable[[str], object]) -> Costs:
         """Return what the command's parts cost; `say` is told what comes next."""
-        o, costs, workspace = self.line.stored, Costs(self.images), self.workspace
+        o, costs, workspace = self.line.stored, Costs(), self.workspace
         if self.line.command == "fedavg":
             say("a client's local steps")
             step, client = self.local_steps()
             clip, noise = self.private()
-            costs = costs._replace(step=step, client=client + clip, round=noise)
+            costs = costs._replace(step=step, image=self.image, client=client + clip, round=noise)
         if self.line.command == "centralized":
             say("a training step")
-            costs = costs._replace(step=self.epoch_step())
+            costs = costs._replace(step=self.epoch_step(), image=self.image)
         if self.learner is not None:
             say("an evaluation")
             costs = costs._replace(evaluation=self.evaluation())
-        if featured(self.line, costs):
+        if featured(self.line):
             say("features of images")
             costs = costs._replace(feature=self.feature())
-        if (kind := o.get("head", "ridge")) != "linear":
+        if fitted(self.line):
+            kind = o.get("head", "ridge")
             say(f"fitting a {kind} head")
-            images = o.get("head_images") or train_images(self.line, costs)
+            images = o.get("head_images") or train_images(o)
             width = vit.MODELS[self.trial.stored["model"]].width
             costs = costs._replace(head=probe.fitted_head(workspace, kind, width, images))
         if o.get("mask_rule") is not None and masks.needs_scores(o["mask_rule"]):
@@ -350,8 +381,8 @@ class Trial:
         if self.slow:
             return FORWARD * self.passes[1]
         images = self.workspace.eval_batch
-        cpu = self.workspace.device.type == "cpu"
-        images = min(images, 2 * self.batch) if cpu else images
+        if self.workspace.device.type == "cpu":
+            images = min(images, 2 * (self.batch if self.image else probe.FEW))
         return probe.feature(self.workspace, self.model(), images)
 
     def model(self) -> vit.VisionTransformer:

@@ -16,7 +16,7 @@ import torch
 
 import fisher
 import sparse_sgdm
-from commands.costs import Costs, Trial, batch_of, check, cohort_size
+from commands.costs import Costs, Trial, batch_of, check, cohort_size, evaluated
 from commands.options import GROUPS, Command, Line, parse
 from machine import safe_files
 from machine.device import free_memory
@@ -92,14 +92,14 @@ def examine(line: Line) -> dict:
 def of_training(trial: Trial, costs: Costs, rates: tuple[float, float]) -> dict:
     """Return what a step and a round cost, and an evaluation."""
     o, learner = trial.line.stored, trial.learner
-    batch, images = batch_of(o), costs.evaluated(trial.line)
+    batch, images, step = batch_of(o), evaluated(o), costs.a_step(o)
     figures = {
         "trained_parameters": learner.entries.size,
         "cuda_graph": trial.cuda_graph,
         "images_a_step": batch,
         "images_a_timed_step": trial.batch,
-        "step_seconds": rounded(costs.step),
-        "images_per_second": rounded(batch / costs.step),
+        "step_seconds": rounded(step),
+        "images_per_second": rounded(batch / step),
         "evaluation_seconds": rounded(costs.evaluation * images),
         "evaluation_images": images,
     }
@@ -109,14 +109,14 @@ def of_training(trial: Trial, costs: Costs, rates: tuple[float, float]) -> dict:
         figures |= {
             "clients_a_round": clients,
             "steps_a_client": o["J"],
-            "client_seconds": rounded(o["J"] * costs.step + costs.client),
+            "client_seconds": rounded(o["J"] * step + costs.client),
             "round_seconds": rounded(costs.a_round(o)),
             "rounds": o["rounds"],
         }
     if learner.on_features:
         return figures
     say("what a step consists of")
-    seconds = costs.a_round(o) if clients else costs.step
+    seconds = costs.a_round(o) if clients else step
     operations = steps * batch * probe.operations(learner)
     parts = {
         "products": operations / rates[0],

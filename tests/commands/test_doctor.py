@@ -53,13 +53,13 @@ def test_doctor_says_what_a_command_will_cost(cli, small_data, options):
 def test_doctor_serves_the_other_commands(cli, small_data):
     data = ("--data", "synthetic")
     central, out, _ = figures_of(cli, "--epochs", 3, command=("centralized", *data, "--B", 32))
-    steps = -(-3600 // 32)  # of an epoch of the tenth part of 4,000 images that train
+    steps = -(-18_000 // 32)  # of an epoch: nine tenths of 20,000 images train
     training = central["parts_seconds"]["training"]
     assert training == pytest.approx(3 * steps * central["step_seconds"], rel=2e-3)
     assert "the step in all" in out and "round_seconds" not in central
     ridge, *_ = figures_of(cli, command=("ridge", *data))
     assert ridge["parts_seconds"].keys() == {"features", "head"}
-    features = 1e-3 * ridge["feature_milliseconds_an_image"] * 5000
+    features = 1e-3 * ridge["feature_milliseconds_an_image"] * 25_000
     assert ridge["parts_seconds"]["features"] == pytest.approx(features, rel=2e-3)
     few = ("--calibration-images", 40, "--clients", 10)
     calibrate, *_ = figures_of(cli, command=("calibrate", *data, *few))
@@ -72,20 +72,20 @@ def test_doctor_serves_the_other_commands(cli, small_data):
 
 
 def test_the_costs_of_a_command_are_those_of_others_like_it():
-    price = Costs((50_000, 10_000), 1e-3, 2.0, 1e-2, step=0.1, client=0.05, round=1.0)
+    price = Costs(1e-3, 2.0, 1e-2, step=0.1, client=0.05, round=1.0)
     price = price._replace(evaluation=1e-4)
     line = parsed("fedavg", "--rounds", 10, "--J", 4, "--eval-every", 5)
     assert price.parts(line) == pytest.approx(
-        dict(features=0, head=2, calibration=0, search=0, training=10 * (10 * 0.45 + 1))
-        | dict(evaluations=(3 * 5_000 + 2 * 10_000) * 1e-4)
+        dict(features=0, head=0, calibration=0, search=0, training=10 * (10 * 0.45 + 1))
+        | dict(evaluations=(3 * 2_000 + 2 * 5_000) * 1e-4)
     )
     masked = ("--mask-rule", "least-sensitive", "--calibration-images", 2000)
     parts = price.parts(parsed("fedavg", "--rounds", 10, *masked))
     assert parts["calibration"] == pytest.approx(4 * 2000 * 1e-2)
-    assert parts["features"] == pytest.approx(55_000 * 1e-3 + 5_000 * 1e-3)
+    assert parts["features"] == pytest.approx(25_000 * 1e-3) and parts["head"] == 2
     search = ("--search", "--search-lr", 1, 2, 3, "--search-weight-decay", 0, "--search-length", 5)
     searched = price.parts(parsed("fedavg", "--rounds", 10, "--eval-every", 5, *search))
-    assert searched["search"] == pytest.approx(2 * (5 * 5.5 + 2 * 0.5 + 2))
+    assert searched["search"] == pytest.approx(2 * (5 * 5.5 + 2 * 0.2 + 1))
     assert price.total(line) == pytest.approx(sum(price.parts(line).values()))
 
 
@@ -137,7 +137,7 @@ def test_doctor_times_heads_as_the_command_trains_them(cli, small_data, monkeypa
         monkeypatch.setattr(kind, "__call__", record)
     figures, *_ = figures_of(cli, "--train", "head", "--batch-size", "full")
     assert set(trained) == {Clients}
-    assert figures["images_a_step"] == 4500
+    assert figures["images_a_step"] == 1800
     assert figures["parts_seconds"]["features"] > 0
     trained.clear()
     figures, *_ = figures_of(cli, "--train", "head")

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 from commands import study, timing
+from commands.costs import Costs
 from commands.fedavg import seen
 from study import experiments
 from study.tables import Experiment, Row
@@ -79,9 +80,7 @@ def long_and_short(monkeypatch):
     first = Experiment("First", ("which",), (short,), decides=True)
     made = {"rules": first, "more": Experiment("Then", ("which",), (long, short), folder="rules")}
     monkeypatch.setattr(experiments, "at_scale", lambda *scale: made)
-    monkeypatch.setattr(
-        timing, "measure", lambda o: dict.fromkeys(timing.PARTS, 0.0) | {"step": 1.0}
-    )
+    monkeypatch.setattr(timing, "costs", lambda line: Costs(step=4.0))
 
 
 def listed(cli, *options):

@@ -12,6 +12,7 @@ from conftest import ROOT
 from test_tables import finish
 
 from commands import timing
+from commands.costs import Costs
 from commands.options import parse
 from machine.status import duration
 from masks import RULES
@@ -148,10 +149,10 @@ def test_runs_that_tables_share_count_once_in_the_time_of_all(cli, small_data, m
     made = {"rules": Experiment("One", ("which",), (shared,))}
     made["more"] = Experiment("Two", ("which",), (shared, own), folder="rules")
     monkeypatch.setattr(experiments, "at_scale", lambda *scale: made)
-    parts = dict.fromkeys(timing.PARTS, 0.0) | {"step": 1e-4}
-    monkeypatch.setattr(timing, "measure", lambda o: parts)
+    price = Costs(step=1e-2)
+    monkeypatch.setattr(timing, "costs", lambda line: price)
     folder = small_data / "results" / "smoke" / "rules"
-    seconds = timing.counts("fedavg", timing.parsed("fedavg", ()).stored)["step"] * 1e-4
+    seconds = price.total(timing.parsed("fedavg", ()))
 
     def left():
         status, out, err = cli("sweep", "--scale", "smoke", "--list")
