@@ -223,8 +223,8 @@ DATASETS = {
             rounds=20,
             epochs=5,
         ),
-        lr=lambda train, head, classes: 0.2 if head == "linear" else 0.01,
-        lr_help="0.2, with a fitted head 0.01",
+        lr=lambda train, head, classes: 0.1 if head == "linear" else 0.01,
+        lr_help="0.1, with a fitted head 0.01",
         images=(20_000, 5_000),
     ),
 }

@@ -136,6 +136,22 @@ def test_auto_asks_what_a_command_is(monkeypatch, expected, line):
                 assert fedavg.processes(parse(f"fedavg {line}".split(), train.COMMANDS)) == 1
 
 
+@pytest.mark.parametrize(("began", "expected"), [(2, 1), (1, 2), (None, 2)])
+def test_a_run_goes_on_in_as_many_threads_as_it_began_with(
+    monkeypatch, small_data, began, expected
+):
+    line = parse(["fedavg", "--data", "synthetic"], train.COMMANDS)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(fedavg, "free_memory", lambda device: 8e9 if began is None else 0)
+    if began:
+        folder = small_data / "runs" / line.name
+        folder.mkdir(parents=True)
+        (folder / "config.json").touch()
+    config = {"environment": {"threads": began}}
+    monkeypatch.setattr(fedavg.runs.Run, "config", lambda run: config)
+    assert fedavg.processes(line) == expected
+
+
 def test_processes_are_refused_where_they_cannot_be(cli, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ranks, "CAN_FORK", False)
