@@ -23,7 +23,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import data
@@ -55,15 +55,26 @@ class Parser(argparse.ArgumentParser):
         """Refuse what a command does not know by that command's own name."""
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            close = difflib.get_close_matches(
-                unknown[0], self._option_string_actions, n=1, cutoff=0.75
-            )
-            meant = f"; is {close[0]} meant?" if close else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+            hint = meant(unknown[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return namespace, unknown
+
+    def _check_value(self, action, value):
+        """Say of a value that is no choice which one is meant."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            hint = meant(str(value), map(str, action.choices))
+            raise argparse.ArgumentError(action, error.message + hint) from None
 
     def error(self, message: str):
         raise ValueError(f"{message} ({self.prog} --help lists the options)")
+
+
+def meant(word: str, choices: Iterable[str]) -> str:
+    """Return a question after the choice that is closest to a word; "" where none is close."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.75)
+    return f"; is {close[0]} meant?" if close else ""
 
 
 class Command(NamedTuple):

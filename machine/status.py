@@ -6,7 +6,7 @@ the first alone speaks.
     from status import Status, duration
     status = Status("images", total=500)
     status.show(20); status.close()  # images 20/500, the rate, the time left
-    duration(3725)  # 1:02:05
+    duration(3725)  # 1 h 2 min
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ class Status:
 
 
 def duration(seconds: float) -> str:
-    """Write a duration as 42 s, 3:05 or 1:02:03."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+    """Write a duration as 42 s, 3 min 5 s, 1 h 2 min or 3 days 4 h."""
+    rest, parts = round(seconds), []
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
+        count, rest = divmod(rest, size)
+        if parts or count or unit == "s":
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2])
 
 
 def print_figures(figures: dict) -> None:

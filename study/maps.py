@@ -35,7 +35,9 @@ def plot_shards(counts: Mapping[str, np.ndarray], path: str | Path) -> Path:
         axes.set(xlabel="class", title=f"{title}\n{_range(table.sum(axis=1))} a client")
         axes.locator_params(integer=True)
     panels[0][0].set_ylabel("client")
-    figure.colorbar(image, ax=list(panels[0]), label="samples of a class")
+    bar = figure.colorbar(image, ax=list(panels[0]), label="samples of a class")
+    bar.ax.yaxis.set_major_formatter(lambda value, at: f"{value:g}")  # no powers of ten
+    bar.ax.yaxis.set_minor_formatter(lambda value, at: f"{value:g}" if top < 10 else "")
     return save(figure, path)
 
 

@@ -136,6 +136,11 @@ BAD = {
         *(*FEDAVG, "--diagnostics", "--secure-aggregation"),
     ),
     "invalid choice: 'vit_xl'": (*FEDAVG, "--model", "vit_xl"),
+    "); is vit_demo meant? (train.py": (*FEDAVG, "--model", "vit_dmeo"),
+    "--search-length 9: the run has 2 rounds": (
+        *(*FEDAVG, "--rounds", 2, "--search", "--search-length", 9),
+    ),
+    "--processes 2 are of one thread each": (*FEDAVG, "--processes", 2, "--threads", 2),
     "unrecognized arguments: --round 5; is --rounds meant? (train.py fedavg --help": (
         *(*FEDAVG, "--round", 5),
     ),

@@ -35,4 +35,6 @@ def test_a_long_job_writes_a_line_every_tenth_into_a_pipe(clock, capsys):
 
 
 def test_durations_are_read_by_people():
-    assert [duration(s) for s in (42, 185, 3725)] == ["42 s", "3:05", "1:02:05"]
+    times = (0.2, 42, 59.7, 185, 3725, 10 * 86_400 + 3600)
+    expected = ["0 s", "42 s", "1 min 0 s", "3 min 5 s", "1 h 2 min", "10 days 1 h"]
+    assert [duration(s) for s in times] == expected
