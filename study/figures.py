@@ -16,6 +16,7 @@ import numpy as np
 
 import data
 from study import maps, plots
+from study.history import rule_of
 
 if TYPE_CHECKING:
     from study.rates import Tried
@@ -102,7 +103,7 @@ def draw_bytes(ran: Ran, path: Path) -> None:
     for done in ran.get("rules", []):
         values = [accuracy(run) for run in done]
         sent = [run.summary["bytes_up"] + run.summary["bytes_down"] for run in done]
-        panel, rule = sharding(done[0]), done[0].options["mask_rule"] or "dense"
+        panel, rule = sharding(done[0]), rule_of(done[0].options)
         if rule == "dense":
             reference[panel] = "dense", float(np.mean(values))
         else:
@@ -117,7 +118,7 @@ def draw_linearity(ran: Ran, path: Path) -> None:
     for done, (key, what) in itertools.product(ran.get("linearity", []), DIAGNOSED.items()):
         figures = [run.summary["final"].get(key) for run in done]
         if all(figures):
-            rule = done[0].options["mask_rule"] or "dense"
+            rule = rule_of(done[0].options)
             point = float(np.mean(figures)), [accuracy(run) for run in done]
             panels.setdefault(f"{sharding(done[0])}: {what}", {})[plots.plain(rule)] = [point]
     plots.plot_against(panels, path, None)
@@ -198,8 +199,8 @@ def draw_shards(ran: Ran, path: Path) -> None:
         labels = data.DATASETS[options["data"]].load(options["data_dir"]).train.labels.numpy()
         seed = options["seed"]
         train, _ = data.split_validation(labels, options["val_fraction"], seed)
-        nc, alpha = options["nc"], options["dirichlet"]
-        parts = data.shard(labels[train], options["clients"], nc=nc, dirichlet=alpha, seed=seed)
+        nc, cover = options["nc"], options.get("cover", "all") == "all"
+        parts = data.shard(labels[train], options["clients"], nc=nc, seed=seed, cover=cover)
         counts[f"$N_c$ = {nc}" if nc else "iid"] = np.stack(
             [np.bincount(labels[train[part]], minlength=labels.max() + 1) for part in parts]
         )
