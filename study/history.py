@@ -227,6 +227,11 @@ def rank(value: str) -> tuple:
 
 def label(names: Sequence[str], values: Sequence[str], plain: bool = False) -> str:
     """Return a row's name in a figure: N_c = 5, J = 4; plain: as a terminal has it."""
+    return worded(names, values, plain) or ("all runs" if not names else "default")
+
+
+def worded(names: Sequence[str], values: Sequence[str], plain: bool = False) -> str:
+    """Return the same; nothing where no value is set."""
     parts = []
     for name, value in zip(names, values, strict=True):
         if value == ABSENT:
@@ -236,7 +241,7 @@ def label(names: Sequence[str], values: Sequence[str], plain: bool = False) -> s
         else:
             said = name.replace("_", " ")
             parts.append(value if name in WORDY else said if value == "yes" else f"{said} {value}")
-    return ", ".join(filter(None, parts)) or ("all runs" if not names else "default")
+    return ", ".join(filter(None, parts))
 
 
 def best_rates(runs: Sequence[History], names: Sequence[str]) -> list[History]:
