@@ -103,7 +103,7 @@ def write(runs: Sequence[History], out: Path) -> tuple[list[str], list[str]]:
     for name in ROWS:
         if mingled(ran[name]):
             notes.append(
-                f"no figure of {name}: runs of the same options and seed, or alike in a label; leave some out"
+                f"no figure of {name}: some runs have the same label and seed: leave some out"
             )
             ran[name] = []
     for name, sources in SOURCES.items():
