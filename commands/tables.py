@@ -44,9 +44,9 @@ class Plotted(NamedTuple):
     run_folders: Annotated[
         list[str], "run folders, or folders of them", "path", "RUN", "positional"
     ]
-    out: Annotated[str | None, "where the picture goes [curves.png in the first run]", "path"] = (
-        None
-    )
+    out: Annotated[
+        str | None, "where the picture goes [curves.png, of one run in its folder]", "path"
+    ] = None
     by: Annotated[str | None, "options that make a curve, as mask-rule [all that differ]"] = None
     metric: Annotated[str, "what is drawn", METRICS] = "both"
     split: Annotated[
@@ -128,7 +128,7 @@ def run_plot(line: Line) -> None:
         if past.fault:
             raise ValueError(past.fault)
     pasts = [past._replace(records=runs.Run(past.folder).vouched_records()) for past in pasts]
-    out = o.out or str(pasts[0].folder / "curves.png")
+    out = o.out or str((pasts[0].folder if len(pasts) == 1 else Path()) / "curves.png")
     if len(pasts) == 1 and o.by is None and o.split is None and o.metric == "both":
         name = (o.labels or [pasts[0].folder.name])[0]
         print(f"written to {plots.plot_curves({name: pasts[0].records}, out)}")
@@ -136,6 +136,10 @@ def run_plot(line: Line) -> None:
     pasts, names, tuned = history.arranged(pasts, o.by)
     labels = labels_of(pasts, names, o.labels)
     keys = [f"{o.split or 'val'}_{what}" for what in METRICS[o.metric]]
+    if o.split == "test" and not any(
+        key in r for past in pasts for r in past.records for key in keys
+    ):
+        raise ValueError("--split test: no log holds it, but of runs with --eval-test; take val")
     curves = panels(pasts, names, labels, o.by is not None)
     print(f"written to {plots.plot_bands(curves, out, keys)}")
     for key, group in history.rows(pasts, names).items() if tuned else ():

@@ -45,7 +45,7 @@ PARTS = (
     Part("masks", lambda o: masked(o) and (plain(o) or o["command"] == "centralized")),
     Part("methods", lambda o: o["command"] == "fedavg" and not plain(o)),
 )
-ROWS = {  # of a figure, what tells its rows apart; the rate of each is the best by validation
+ROWS = {  # of a figure, what its axes and panels show; all else that differs is in the labels
     "heterogeneity": ("train", "sharding", "J"),
     "rules": ("sharding", "mask_rule", "sparsity"),
 }
@@ -100,6 +100,12 @@ def write(runs: Sequence[History], out: Path) -> tuple[list[str], list[str]]:
             numbers |= write_part(part.name, chosen, generated)
             pieces[f"table/{part.name}"] = True
     ran = experiments(good, done)
+    for name in ROWS:
+        if mingled(ran[name]):
+            notes.append(
+                f"no figure of {name}: some runs have the same label and seed: leave some out"
+            )
+            ran[name] = []
     for name, sources in SOURCES.items():
         if any(ran[source] for source in sources.split()):
             drawn(FIGURES[name], ran, generated / f"{name}.png")
@@ -138,15 +144,13 @@ def experiments(runs: list[History], calibrated: list[History]) -> dict[str, lis
     masks = [run for run in federated if masked(run.options)]
     alike = {trained(run) for run in masks}
     like_masks = [run for run in dense if trained(run) in alike]
-    by_rule = history.best_rates(masks + like_masks, ROWS["rules"])
     several = len({run.options["sharding"] for run in dense}) > 1
-    by_shards = history.best_rates(dense, ROWS["heterogeneity"]) if several else []
     measured = [[done(("",), run)] for run in calibrated if run.summary.get("density")]
     return {
         "centralized": curves(central),
         "fedavg-iid": curves(iid),
-        "heterogeneity": grouped(by_shards, ROWS["heterogeneity"]),
-        "rules": grouped(by_rule, ROWS["rules"]),
+        "heterogeneity": configurations(dense if several else [], ROWS["heterogeneity"]),
+        "rules": configurations(masks + like_masks, ROWS["rules"]),
         "agreement": measured,
         "compared": [row for row in measured if row[0].summary.get("overlap", {}).get("iou")],
     }
@@ -167,14 +171,30 @@ def curves(runs: list[History]) -> list[list[Done]]:
     return rows
 
 
-def grouped(runs: list[History], names: Sequence[str]) -> list[list[Done]]:
-    """Return rows by the values of these options."""
-    return [[done(k, run) for run in group] for k, group in history.rows(runs, names).items()]
+def configurations(runs: list[History], shown: Sequence[str]) -> list[list[Done]]:
+    """Return a row of each configuration, at the rate that is best by validation.
+
+    Args:
+        shown: options that the figure's axes and panels show.
+    """
+    names = [*shown, *(n for n in history.columns(runs) if n not in (*shown, *TUNED, "command"))]
+    rows, size = [], len(shown)
+    for key, group in history.rows(history.best_rates(runs, names), names).items():
+        also = history.worded(names[size:], key[size:])
+        rows.append([done(key[:size], run, also) for run in group])
+    return rows
 
 
-def done(key: tuple[str, ...], run: History) -> Done:
+def mingled(rows: list[list[Done]]) -> bool:
+    """Tell whether rows have the same place in a figure, or runs of a row the same seed."""
+    places = [(row[0].key, row[0].also) for row in rows]
+    seeds = [[run.options["seed"] for run in row] for row in rows]
+    return len(set(places)) < len(rows) or any(len(set(some)) < len(some) for some in seeds)
+
+
+def done(key: tuple[str, ...], run: History, also: str = "") -> Done:
     """Return a run as the figures take it."""
-    return Done(key, run.options, run.summary, run.records)
+    return Done(key, run.options, run.summary, run.records, also)
 
 
 def zipped(out: Path) -> Path:

@@ -16,18 +16,20 @@ import numpy as np
 
 import data
 from study import maps, plots
+from study.history import rule_of
 
 if TYPE_CHECKING:
     from study.rates import Tried
 
 
 class Done(NamedTuple):
-    """A run that is done: the key of its row, its options, summary and log."""
+    """A run that is done: the key of its row, its options, summary and log; what else tells it."""
 
     key: tuple[str, ...]
     options: dict
     summary: dict
     records: list[dict]
+    also: str = ""
 
 
 PUBLISHED = {"iid": 83.9, "50": 83.8, "10": 82.6, "5": 81.3, "1": 70.4}  # test %, DINO's ViT-S/16:
@@ -80,7 +82,7 @@ def draw_heterogeneity(ran: Ran, path: Path) -> None:
     rows = sorted(ran.get("heterogeneity", []), key=classes_held, reverse=True)
     for done in rows:
         group = panels.setdefault(part_of(done[0].key[0]), {})
-        values = group.setdefault(f"$J$ = {done[0].options['J']:d}", {})
+        values = group.setdefault(f"$J$ = {done[0].options['J']:d}{also(done)}", {})
         values[sharding(done[0], "")] = [accuracy(run) for run in done]
     plots.plot_grouped(
         panels,
@@ -90,23 +92,33 @@ def draw_heterogeneity(ran: Ran, path: Path) -> None:
     )
 
 
+def also(done: list[Done]) -> str:
+    """Return what a label adds of a row that other options tell apart, too."""
+    return f", {plots.plain(done[0].also)}" if done[0].also else ""
+
+
 def classes_held(done: list[Done]) -> float:
     """Return how many classes a client of a row holds: any, where they are not fixed."""
     return done[0].options["nc"] or np.inf
 
 
 def draw_bytes(ran: Ran, path: Path) -> None:
-    """Draw accuracy against all that a run sent, calibration and mask included, by mask rule."""
+    """Draw accuracy against all that a run sent, calibration and mask included, by mask rule.
+
+    Dense training is a line; of several configurations each is a point.
+    """
     panels: dict[str, dict] = {}
     reference = {}
-    for done in ran.get("rules", []):
+    rows = ran.get("rules", [])
+    dense = [sharding(done[0]) for done in rows if rule_of(done[0].options) == "dense"]
+    for done in rows:
         values = [accuracy(run) for run in done]
         sent = [run.summary["bytes_up"] + run.summary["bytes_down"] for run in done]
-        panel, rule = sharding(done[0]), done[0].options["mask_rule"] or "dense"
-        if rule == "dense":
-            reference[panel] = "dense", float(np.mean(values))
+        panel, rule = sharding(done[0]), rule_of(done[0].options)
+        if rule == "dense" and dense.count(panel) == 1:
+            reference[panel] = f"dense{also(done)}", float(np.mean(values))
         else:
-            points = panels.setdefault(panel, {}).setdefault(plots.plain(rule), [])
+            points = panels.setdefault(panel, {}).setdefault(plots.plain(rule) + also(done), [])
             points.append((float(np.mean(sent)) / 1e6, values))
     plots.plot_against(panels, path, "sent in the whole run (MB)", reference=reference)
 
@@ -117,7 +129,7 @@ def draw_linearity(ran: Ran, path: Path) -> None:
     for done, (key, what) in itertools.product(ran.get("linearity", []), DIAGNOSED.items()):
         figures = [run.summary["final"].get(key) for run in done]
         if all(figures):
-            rule = done[0].options["mask_rule"] or "dense"
+            rule = rule_of(done[0].options)
             point = float(np.mean(figures)), [accuracy(run) for run in done]
             panels.setdefault(f"{sharding(done[0])}: {what}", {})[plots.plain(rule)] = [point]
     plots.plot_against(panels, path, None)
@@ -198,8 +210,8 @@ def draw_shards(ran: Ran, path: Path) -> None:
         labels = data.DATASETS[options["data"]].load(options["data_dir"]).train.labels.numpy()
         seed = options["seed"]
         train, _ = data.split_validation(labels, options["val_fraction"], seed)
-        nc, alpha = options["nc"], options["dirichlet"]
-        parts = data.shard(labels[train], options["clients"], nc=nc, dirichlet=alpha, seed=seed)
+        nc, cover = options["nc"], options.get("cover", "all") == "all"
+        parts = data.shard(labels[train], options["clients"], nc=nc, seed=seed, cover=cover)
         counts[f"$N_c$ = {nc}" if nc else "iid"] = np.stack(
             [np.bincount(labels[train[part]], minlength=labels.max() + 1) for part in parts]
         )

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+import masks
+from machine import safe_files
 from machine.runs import Run, folders_below
 from study.tables import TEST, VALIDATION, Measure
 
@@ -31,9 +33,14 @@ LEADING = (  # of the columns; the others follow in the order of the command lin
 )
 UNCOMPARED = {  # what no row is told by
     *("seed", "name", "runs_dir", "data_dir", "device", "threads", "pixels", "nc", "dirichlet"),
-    *("search", "search_lr", "search_weight_decay", "search_length", "eval_every", "eval_batch"),
-    *("cuda_graph", "diagnostics", "tensorboard", "micro_batch", "early_stop"),
+    *("search", "search_lr", "search_weight_decay", "search_schedule", "search_length", "fresh"),
+    *("eval_every", "eval_test", "eval_batch", "cuda_graph", "fused", "processes", "diagnostics"),
+    *("tensorboard", "wandb", "micro_batch", "early_stop"),
 }
+SCORING = (  # options of how clients score for a mask
+    *("calibration_rounds", "calibration_images", "calibration_fraction", "damp"),
+    *("fisher_labels", "fisher_score", "consensus", "quorum", "score_precision"),
+)
 TUNED = ("weight_decay", "lr")  # chosen by validation where they are no column
 WORDY = {"command", "sharding", "mask_rule", "schedule", "aggregate", "server", "consensus"}
 
@@ -81,8 +88,9 @@ class History(NamedTuple):
         return max((path.stat().st_mtime for path in files), default=0.0)
 
     def accuracy(self, key: str) -> float | None:
-        """Return the last logged value of val_acc or test_acc."""
-        return next((r[key] for r in reversed(self.records) if key in r), None)
+        """Return val_acc or test_acc: the last logged, of a finished run that of its summary."""
+        final = (self.summary or {}).get("final", {}) if self.finished else {}
+        return next((r[key] for r in (final, *reversed(self.records)) if key in r), None)
 
 
 def read(folder: str | Path) -> History:
@@ -90,7 +98,8 @@ def read(folder: str | Path) -> History:
     run = Run(folder)
     try:
         options = run.config()["options"]
-        past = History(run.folder, options | sharding(options), run.records(), None)
+        options |= sharding(options) | masked(options, run.folder)
+        past = History(run.folder, options, run.records(), None)
         return past._replace(summary=run.sound_summary(unbound=True))
     except (ValueError, OSError) as error:
         return History(run.folder, {}, [], None, str(error))
@@ -110,6 +119,31 @@ def sharding(options: Mapping) -> dict[str, str]:
         return {"sharding": f"nc{options['nc']}"}
     alpha = options.get("dirichlet")
     return {"sharding": "iid" if alpha is None else f"dir{alpha:g}"}
+
+
+def masked(options: Mapping, folder: Path) -> dict[str, object]:
+    """Return what says which mask a run trains under; no way of scoring, of a rule without scores.
+
+    Of a given mask the run's own copy says its rule and sparsity, else its file's name is told.
+    """
+    if options.get("mask") is not None:
+        try:
+            origin = safe_files.load_checked(folder / "mask.pt")["made"]
+            return {name: origin[name] for name in ("mask_rule", "sparsity", "threshold")}
+        except (OSError, ValueError, LookupError, TypeError):
+            return {"mask_rule": rule_of(options)}
+    rule = options.get("mask_rule")
+    if rule not in masks.RULES or masks.needs_scores(rule):
+        return {}
+    return {name: None for name in SCORING if name in options}
+
+
+def rule_of(options: Mapping) -> str:
+    """Return the mask rule, of a given mask the name of its file or its folder, or dense."""
+    if options.get("mask_rule") is not None or options.get("mask") is None:
+        return options.get("mask_rule") or "dense"
+    path = Path(options["mask"])
+    return f"mask {path.parent.name if path.name == 'mask.pt' and path.parent.name else path.name}"
 
 
 # ---------------------------------------------------------------------------- what differs
@@ -193,6 +227,11 @@ def rank(value: str) -> tuple:
 
 def label(names: Sequence[str], values: Sequence[str], plain: bool = False) -> str:
     """Return a row's name in a figure: N_c = 5, J = 4; plain: as a terminal has it."""
+    return worded(names, values, plain) or ("all runs" if not names else "default")
+
+
+def worded(names: Sequence[str], values: Sequence[str], plain: bool = False) -> str:
+    """Return the same; nothing where no value is set."""
     parts = []
     for name, value in zip(names, values, strict=True):
         if value == ABSENT:
@@ -202,7 +241,7 @@ def label(names: Sequence[str], values: Sequence[str], plain: bool = False) -> s
         else:
             said = name.replace("_", " ")
             parts.append(value if name in WORDY else said if value == "yes" else f"{said} {value}")
-    return ", ".join(filter(None, parts)) or ("all runs" if not names else "default")
+    return ", ".join(filter(None, parts))
 
 
 def best_rates(runs: Sequence[History], names: Sequence[str]) -> list[History]:
@@ -290,11 +329,23 @@ def apart(values: Sequence[float]) -> tuple[str, str]:
     return mean, f"{np.std(values, ddof=1):.6g}" if len(values) > 1 else ""
 
 
+def options_by_command(runs: Iterable[History]) -> dict[str, set[str]]:
+    """Return the names of the options that each command's runs have."""
+    names: dict[str, set[str]] = {}
+    for run in runs:
+        names.setdefault(text(run.options.get("command")), set()).update(run.options)
+    return names
+
+
 def mixed(runs: Sequence[History], names: Collection[str]) -> list[str]:
-    """Return a line on what else differs: along with the columns, or within a row."""
+    """Return a line on what else differs: along with the columns, or within a row.
+
+    Of runs of several commands the options that all of these have.
+    """
     groups = rows(runs, list(names)).values()
     within = list(dict.fromkeys(name for group in groups for name in differing(group)))
-    along = [name for name in differing(runs) if name not in (*names, *within)]
+    shared = set.intersection(*options_by_command(runs).values()) if runs else set()
+    along = [n for n in differing(runs) if n not in (*names, *within) and n in shared]
     notes = []
     if within:
         notes.append(f"a row holds runs that differ in {', '.join(within)}: --by takes these too")

@@ -25,6 +25,8 @@ def test_runs_are_listed_with_what_differs(cli, folders):
     assert status == 0, err
     line = next(line for line in out.splitlines() if line.startswith("stopped"))
     assert "iid, seed 0" in line and "round 1 of 3" in line and "s ago" in line
+    line = next(line for line in out.splitlines() if line.startswith("nc5-0"))
+    assert "50.00" in line and "25.00" in line
     assert cli("runs", "nowhere")[0] == 2
 
 
@@ -43,7 +45,7 @@ def test_seeds_are_bands_under_the_names_that_are_given(cli, folders, monkeypatc
     drawn = {}
 
     def note(curves, path, keys):
-        drawn.update(curves=curves, keys=keys)
+        drawn.update(curves=curves, path=path, keys=keys)
         return path
 
     monkeypatch.setattr(plots, "plot_bands", note)
@@ -52,6 +54,9 @@ def test_seeds_are_bands_under_the_names_that_are_given(cli, folders, monkeypatc
     assert drawn["keys"] == ["val_loss"] and list(drawn["curves"][""]) == ["one", "five"]
     assert [len(seeds) for seeds in drawn["curves"][""].values()] == [2, 2]
     assert cli("plot", *runs)[0] == 0 and drawn["keys"] == ["val_loss", "val_acc"]
+    assert drawn["path"] == "curves.png"
+    status, _, err = cli("plot", *runs, "--split", "test")
+    assert status == 2 and "--eval-test" in err
     assert "2 curves, which are nc1; nc5" in cli("plot", *runs, "--labels", "one")[2]
 
 

@@ -58,3 +58,18 @@ def test_latex_takes_it_as_it_is(tmp_path, runs):
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "report.tex"]
     done = subprocess.run(command, cwd=tmp_path / "mine", capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_a_point_of_a_figure_is_a_configuration(tmp_path):
+    for rounds in (3, 6):
+        leave(tmp_path / f"dense-{rounds}", 0.4, rounds=rounds)
+        leave(tmp_path / f"nc-{rounds}", 0.3, rounds=rounds, nc=5)
+        for scoring in (2, 4):
+            rule = {"mask_rule": "least-sensitive", "sparsity": 0.5, "calibration_rounds": scoring}
+            leave(tmp_path / f"{rounds}-{scoring}", 0.2, rounds=rounds, **rule)
+    ran = blank.experiments(history.read_all([tmp_path]), [])
+    assert [len(row) for row in ran["heterogeneity"]] == [1] * 4
+    assert {row[0].also for row in ran["heterogeneity"]} == {"rounds 3", "rounds 6"}
+    masks = [row[0].also for row in ran["rules"] if row[0].key[1] == "least-sensitive"]
+    assert len(set(masks)) == 4 and not blank.mingled(ran["rules"])
+    assert blank.mingled([ran["rules"][0] * 2])

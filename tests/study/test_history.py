@@ -3,7 +3,9 @@
 import pytest
 from past import leave
 
+from machine import safe_files
 from study import history
+from training import session
 
 
 @pytest.fixture
@@ -66,3 +68,45 @@ def test_rows_have_names_that_a_reader_knows():
     assert history.label(["sharding", "J"], ["nc5", "4"]) == "$N_c$ = 5, J 4"
     assert history.label(["sharding", "mask_rule"], ["nc5", "-"], plain=True) == "nc5, dense"
     assert history.label(["scaffold", "lr"], ["yes", "0.1"]) == "scaffold, lr 0.1"
+
+
+def test_what_may_change_while_a_run_goes_on_tells_no_row_apart():
+    assert history.UNCOMPARED | {"rounds", "epochs"} >= session.FREE | session.SEARCHES
+
+
+def test_a_finished_run_has_the_accuracy_of_its_summary(tmp_path):
+    leave(tmp_path / "a", 0.3)
+    leave(tmp_path / "b", 0.3, reached=1)
+    a, b = history.read_all([tmp_path])
+    assert [a.accuracy("test_acc"), b.accuracy("test_acc"), b.accuracy("val_acc")] == [
+        0.15,
+        None,
+        0.3,
+    ]
+    ridge = history.History(tmp_path, {"command": "ridge"}, [], {"final": {"val_acc": 0.4}})
+    assert ridge.accuracy("val_acc") == 0.4
+
+
+def test_a_given_mask_is_told_by_its_rule_or_its_file_and_is_never_dense(tmp_path):
+    given = {"mask": "masks/calibrated/mask.pt", "sparsity": None}
+    for name in ("a", "b"):
+        leave(tmp_path / name, 0.3, **given)
+    origin = {"mask_rule": "least-sensitive", "sparsity": 0.5, "threshold": None}
+    safe_files.save_checked(tmp_path / "a" / "mask.pt", {"made": origin})
+    whole, absent = (run.options for run in history.read_all([tmp_path]))
+    assert (whole["mask_rule"], whole["sparsity"]) == ("least-sensitive", 0.5)
+    assert absent["mask_rule"] == history.rule_of(given) == "mask calibrated"
+
+
+def test_a_rule_without_scores_has_no_calibration(tmp_path):
+    for rule in ("random", "least-sensitive"):
+        leave(tmp_path / rule, 0.3, mask_rule=rule, calibration_rounds=4)
+    least, drawn = history.read_all([tmp_path])
+    assert (least.options["calibration_rounds"], drawn.options["calibration_rounds"]) == (4, None)
+
+
+def test_options_of_a_single_command_are_not_told_along(tmp_path):
+    leave(tmp_path / "a", 0.3)
+    leave(tmp_path / "b", 0.3, command="centralized", epochs=3, nesterov=True, lr=0.3)
+    runs = history.read_all([tmp_path])
+    assert history.mixed(runs, ["command"]) == ["along with these columns differ: lr"]
