@@ -124,7 +124,8 @@ def test_processes_are_forked_where_that_pays(expected, changed):
     (1, "--data synthetic --processes 1"),
     (3, "--data synthetic --processes 3 --rounds 1 --train head --threads 1"),
 ])  # fmt: skip
-def test_auto_asks_what_a_command_is(monkeypatch, expected, line):
+def test_auto_asks_what_a_command_is(monkeypatch, tmp_path, expected, line):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(fedavg, "free_memory", lambda device: 8e9)
     monkeypatch.setattr(ranks, "CAN_FORK", True)
