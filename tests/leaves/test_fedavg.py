@@ -318,7 +318,7 @@ def test_a_method_scales_sends_keeps_apart_combines_and_looks_on():
 
 
 def test_parts_lie_by_place_in_the_cohort_whichever_process_trained_them():
-    seen = {}
+    seen = []  # threads append at once
 
     def combine(parts, cohort, round):
         seen.setdefault(len(seen), parts.clone())
