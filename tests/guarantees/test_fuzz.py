@@ -81,7 +81,7 @@ VALUES = {  # what costs too much at the bounds, or is a name
     **dict(runs_dir=("runs", "occupied", "deep/er", ""), data_dir=("data", "occupied", "")),
     **dict(out=("out.png", "away/x.png", "occupied", ""), json=("j.json", "away/j.json", "")),
     **dict(file=("x.pth", "away/x.pth", "occupied", ""), results=("results", "occupied")),
-    **dict(examined=("",)),
+    **dict(examined=("",), mask_within=("query.weight", "*", "none")),
 }  # fmt: skip
 RUNS = ("runs/done", "runs/early", "runs/masked", "runs/central", "runs/none", "occupied", "")
 ODD = ("", "x", "nan", "inf", "-1", "1e400", "9" * 30, "0x10", "½")
@@ -104,7 +104,9 @@ def values(action: argparse.Action, draw: np.random.Generator) -> str:
         return str(draw.choice(VALUES[action.dest]))
     if action.choices:
         return str(draw.choice(list(action.choices)))
-    bounds = inspect.getclosurevars(action.type).nonlocals
+    bounds = inspect.getclosurevars(action.type).nonlocals if action.type else {}
+    if "low" not in bounds:  # a word of some kind
+        return str(draw.choice(ODD))
     low, high = bounds["low"], bounds["high"]
     inside = [0, 1, 2, 10] if bounds["kind"] is int else [0, 1e-30, 1e-3, 0.1, 0.5, 1, 3, 1e30]
     edges = [b for b in (low, high) if math.isfinite(b)]
@@ -197,7 +199,9 @@ def complaint(line: list[str], home: Path, capsys) -> str | None:
         for folder in list(safe_files._locks):
             safe_files._locks.pop(folder).close()
     said = capsys.readouterr().err.splitlines()
-    errors = [text for text in said if not text.startswith(("warning: ", "no curves.png"))]
+    errors = [
+        text for text in said if not text.startswith(("warning: ", "no curves.png", "measuring "))
+    ]
     if status not in (0, 2):
         return f"exit {status}"
     if len(errors) != (status == 2):
