@@ -165,11 +165,11 @@ def signals(tally: Tally, where: Path, evaluations: int) -> None:
         def prepare(number=number):
             evaluate, calls = learner.Learner.evaluate, []
 
-            def stopped(self):
+            def stopped(self, *sets):
                 calls.append(self)
                 if len(calls) == number + 1:
                     signal.raise_signal(signal.SIGTERM)
-                return evaluate(self)
+                return evaluate(self, *sets)
 
             learner.Learner.evaluate = stopped
 
