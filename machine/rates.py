@@ -1,8 +1,10 @@
 """What a machine can do at most: the rate of a large matrix product, the bandwidth of a large copy.
 
-import torch; from rates import copy_bandwidth, product_rate
-product_rate(torch.float32, torch.device("cpu"))  # operations a second
-copy_bandwidth(torch.device("cpu"))  # bytes a second, read and written
+Both are medians, measured in fractions of a second.
+
+    import torch; from rates import copy_bandwidth, product_rate
+    product_rate(torch.float32, torch.device("cpu"))  # operations a second
+    copy_bandwidth(torch.device("cpu"))  # bytes a second, read and written
 """
 
 from __future__ import annotations
