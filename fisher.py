@@ -331,14 +331,14 @@ class Scorer:
     ) -> None:
         """Add a batch's squares to `total` (P,), which `sums` are views of, by replay if it can."""
         ways, kind = self._ways_of(inputs), (inputs.shape, inputs.dtype, given.dtype)
-        known = inputs.shape in self._sizes and not ways.one_by_one
-        if self.replay and known and kind not in self._replays and len(self._replays) < REPLAYED:
+        repeats = inputs.shape in self._sizes and not ways.one_by_one
+        if self.replay and repeats and kind not in self._replays and len(self._replays) < REPLAYED:
 
             def step(inputs: Tensor, given: Tensor) -> Tensor:
                 return self._add(sums, ways, inputs, given)
 
             self._replays[kind] = self.replay(step, [total])
-        if known and kind in self._replays:
+        if repeats and kind in self._replays:
             self._replays[kind](inputs=inputs, given=given.to(inputs.device))
         else:
             self._check_size(inputs, self._add(sums, ways, inputs, given))

@@ -39,7 +39,7 @@ BOUND = re.compile(
 ESSENTIAL = (  # options that most runs are told of, by name
     *("rounds", "epochs", "eval_every", "J", "batch_size", "fraction", "clients", "nc", "prox"),
     *("train", "head", "lr", "weight_decay", "schedule", "search"),
-    *("mask", "mask_rule", "sparsity", "calibration_rounds"),
+    *("mask", "mask_rule", "sparsity", "calibration_rounds", "dp_noise", "dp_clip"),
     *("data", "data_dir", "model", "weights", "image_size", "seed", "device", "name"),
 )
 MANY = 25  # options: beyond, --help shows the essential ones

@@ -107,8 +107,8 @@ class Line(NamedTuple):
 
     def usual(self) -> dict:
         """Return the options that a line with this data set and mask rule, and no other, has."""
-        given = {key: self.stored[key] for key in ("data", "mask_rule") if key in self.stored}
-        options = rules.Options(**self.defaults | given, command=self.command)
+        entries = {key: self.stored[key] for key in ("data", "mask_rule") if key in self.stored}
+        options = rules.Options(**self.defaults | entries, command=self.command)
         try:
             return vars(rules.resolve(options))
         except ValueError:  # it needs further options

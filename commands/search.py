@@ -60,8 +60,8 @@ def search_then_train(line: Line, group: OneProcess, train: Callable[[Line, str]
         raise ValueError("--search: every try diverged; give lower rates by --search-lr")
     if group.rank == 0:
         cells = [tried._asdict() | {"val_acc": acc} for tried, acc in accuracies.items()]
-        found = {"cells": cells, "best": best._asdict() | {"val_acc": accuracies[best]}}
-        safe_files.write_json(folder / "search.json", found)
+        result = {"cells": cells, "best": best._asdict() | {"val_acc": accuracies[best]}}
+        safe_files.write_json(folder / "search.json", result)
     print_table(accuracies, best)
     final, short = line.replaced(**best._asdict()), search.search_length
     whole = short in (None, line.stored["rounds" if "rounds" in line.stored else "epochs"])

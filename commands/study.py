@@ -170,11 +170,11 @@ def chosen(o: Sweep) -> Tables:
 def tidy(planned: Iterable[tuple[tables.Experiment, Path]], keep: bool) -> None:
     """Pack the runs that are done and still have a folder of their own."""
     for experiment, folder in planned:
-        known = read(folder / FILE)
+        packed = read(folder / FILE)
         for row in experiment.rows:
             for run in experiment.runs(folder, row):
                 if (folder / run.name).is_dir():
-                    if run.name not in known:
+                    if run.name not in packed:
                         pack(folder, run.name, keep)
                     elif not keep:
                         shutil.rmtree(folder / run.name)

@@ -1,6 +1,6 @@
 """What a machine can do at most: the rate of a large matrix product, the bandwidth of a large copy.
 
-Both are medians, measured in fractions of a second.
+Both are medians, each measured in a second or two.
 
     import torch; from rates import copy_bandwidth, product_rate
     product_rate(torch.float32, torch.device("cpu"))  # operations a second

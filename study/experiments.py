@@ -437,10 +437,10 @@ def at_scale(name: str, results: Path = Path("nowhere")) -> dict[str, Experiment
     """
     if name in SIZES:
         s = SIZES[name]
-        made = at_size(s, results) | {"agreement": agreement(s)}
+        tables = at_size(s, results) | {"agreement": agreement(s)}
     else:
         s = SCALES[name]
-        made = {name_of(make): make(s) for make in BRIEF}
+        tables = {name_of(make): make(s) for make in BRIEF}
     if name.endswith("smoke"):
-        return {name: experiment.thinned() for name, experiment in made.items()}
-    return {name: experiment.limited(s.widened) for name, experiment in made.items()}
+        return {name: experiment.thinned() for name, experiment in tables.items()}
+    return {name: experiment.limited(s.widened) for name, experiment in tables.items()}

@@ -93,8 +93,8 @@ def write(path: Path, objects: Iterable[dict]) -> None:
 
 def add(folder: Path, runs: Iterable[Finished]) -> None:
     """Put runs into a table's file, those of the same name in the place of what it has."""
-    known = read(folder / FILE) | {run.name: run._replace(records=short(run)) for run in runs}
-    write(folder / FILE, (known[name]._asdict() for name in sorted(known)))
+    stored = read(folder / FILE) | {run.name: run._replace(records=short(run)) for run in runs}
+    write(folder / FILE, (stored[name]._asdict() for name in sorted(stored)))
 
 
 def short(run: Finished) -> list[dict]:

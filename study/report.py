@@ -330,8 +330,8 @@ def key_of(*parts: str) -> str:
 
 def numbers_tex(numbers: dict[str, str | None]) -> str:
     """Return the macros of what has a value: \\defresult{key}{text}."""
-    known = {key: text for key, text in numbers.items() if text is not None}
-    return HEADING + "".join(f"\\defresult{{{k}}}{{{tex(text)}}}\n" for k, text in known.items())
+    figures = {key: text for key, text in numbers.items() if text is not None}
+    return HEADING + "".join(f"\\defresult{{{k}}}{{{tex(text)}}}\n" for k, text in figures.items())
 
 
 # ---------------------------------------------------------------------------- tables

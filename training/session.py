@@ -115,8 +115,8 @@ def default_name(
     words = ""
     for name in WORDS:
         value = stored.get(name)
-        given = value is not None and value is not False
-        if given and (name in ALWAYS or value != usual.get(name)):
+        chosen = value is not None and value is not False
+        if chosen and (name in ALWAYS or value != usual.get(name)):
             word = f"-{word_of(name, value)}"
             words += word if len(start + words + word + end) < LONGEST else ""
     return f"{start}{words}-{end}", f"{start}-*{end}"
@@ -267,14 +267,14 @@ def prepare(
     sgd: Sgd,
     head: Head,
     masking: Masking,
-    given: GivenMask = GivenMask(),  # noqa: B008  (immutable)
+    mask_options: GivenMask = GivenMask(),  # noqa: B008  (immutable)
     terms: ClientTerms = ClientTerms(),  # noqa: B008  (immutable)
 ) -> Learner:
     """Return the learner of a run as it began: its head fitted, its mask found or made.
 
     Args:
         shards: whose data a mask is calibrated on.
-        given: the mask of --mask, and the rate under a mask.
+        mask_options: the mask of --mask, and the rate under a mask.
     """
     if head.head != "linear":
         set_fitted_head(workspace, model, head.head, head.head_images, run)
@@ -287,8 +287,8 @@ def prepare(
         training,
         sgd,
         freeze_head=head.freeze_head,
-        mask=find_mask(workspace, model, given.mask, masking, shards, run),
-        mask_lr=given.mask_lr,
+        mask=find_mask(workspace, model, mask_options.mask, masking, shards, run),
+        mask_lr=mask_options.mask_lr,
         prox=terms.prox,
         corrected=terms.scaffold,
     )
