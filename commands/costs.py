@@ -10,7 +10,9 @@ of a mask that the command makes stands a random one of the same sparsity; of on
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import math
 import tempfile
 from collections.abc import Callable
@@ -208,7 +210,8 @@ class Trial:
             index = np.resize(self.workspace.train_index, batch_of(line.stored))
             self.shards = [index] * len(self.shards)
         if line.command in ("fedavg", "centralized"):
-            self.learner = self.prepared(folder)
+            with contextlib.redirect_stdout(io.StringIO()):  # what it says of its random mask
+                self.learner = self.prepared(folder)
             self.learner.keep_activations()
 
     def prepared(self, folder: str) -> Learner:

@@ -51,7 +51,8 @@ class Sweep(NamedTuple):
     scale: Annotated[
         str,
         "sizes: paper for a GPU, colab for thirty hours of a small one, gpu for questions answered "
-        "in minutes at a time, cpu for two cores, smoke to see that all works",
+        "in minutes at a time, gpu-64px the same on two cores, cpu for two cores, smoke to see "
+        "that all works",
         experiments.SCALES,
     ] = "paper"
     list: Annotated[bool, "say what is done, what is missing, and how long that takes here"] = False

@@ -91,15 +91,15 @@ class Times:
             for name in NAMES
             if o.get(name) not in (None, 1.0)
         ]
-        if (
-            heads or choose_device(o["device"]).type == "cuda"
-        ):  # else an image takes the same in any
+        gpu = choose_device(o["device"]).type == "cuda"
+        if heads or gpu:  # else an image takes the same in a batch of any size
             words.append(f"--batch-size={o.get('batch_size') or 64}")
         words += ["--train=head"] if heads else ["--mask-rule=least-sensitive", "--sparsity=0.5"]
+        words += ["--weights=none", "--head=ridge"]
         key = " ".join(words)
         if key not in self.parts:
             print(f"timing {o['model']} at {o['image_size']} px ...", flush=True)
-            self.parts[key] = costs(parsed("fedavg", (*words, "--head=ridge")))._asdict()
+            self.parts[key] = costs(parsed("fedavg", tuple(words)))._asdict()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             content = {"processor": self.processor, "parts": self.parts}
             safe_files.write_json(self.path, content)

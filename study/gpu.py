@@ -79,6 +79,10 @@ GPU = Size(TI, (112, 128, 160, 224), 400, 10, "blocks.8", 1000, 2000, 200, 3, (0
 SIZES = {
     "gpu": GPU,
     "gpu-dino": GPU._replace(backbone=("--batch-size", "64")),  # where a user has its weights
+    "gpu-64px": Size(  # the same on two cores, forty short rounds
+        (*TI[:-2], "--threads", "1", "--batch-size", "16"),
+        *((64,), 160, 1, "blocks.8", 500, 2000, 40, 3, (0, 1, 2)),
+    ),
     "gpu-smoke": Size(
         ("--data", "synthetic", "--threads", "1", "--batch-size", "8"),
         *((16, 32), 80, 1, "blocks.1", 100, 400, 1, 1, (0,)),

@@ -46,3 +46,11 @@ def test_a_setting_is_measured_once_whatever_a_run_counts(tmp_path, monkeypatch)
     assert [line.stored["train"] for line in lines] == ["all", "head"]
     rows = {("ridge", DATA), ("fedavg", (*DATA, "--head", "ridge")), ("fedavg", DATA)}
     assert times.features(rows) == 25_000
+
+
+def test_a_model_of_other_weights_than_the_default_s_is_timed_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "costs", lambda line: Costs(step=float(line.stored["batch_size"])))
+    monkeypatch.setattr(timing, "parsed", timing.parsed.__wrapped__)
+    times = Times(tmp_path / "times.json", [])
+    options = ("--model", "vit_ti16", "--weights", "none", "--rounds", "1", "--C", "0.01")
+    assert times.estimate("fedavg", (*options, "--J", "1")) > 0
