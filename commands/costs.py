@@ -164,7 +164,8 @@ def scored(o: dict) -> int:
 def check(command: str) -> None:
     """Raise ValueError where it is not known what a command does."""
     if command not in COUNTED:
-        raise ValueError(f"what is examined is {', '.join(COUNTED)}, not {command!r}")
+        hint = "; sweep --list times every table" * (command == "sweep")
+        raise ValueError(f"what is examined is {', '.join(COUNTED)}, not {command!r}{hint}")
 
 
 # ---------------------------------------------------------------------------- measuring
