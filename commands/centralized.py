@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 import data
@@ -22,11 +24,12 @@ def run(line: Line) -> None:
     """Train on all training data; with --search choose learning rate and weight decay first."""
     o = line.groups
     workspace = Workspace(o.source, o.machine, o.backbone)
-    search_then_train(line, workspace.group, lambda line, name: train(workspace, line, name))
+    search_then_train(line, workspace.group, partial(train, workspace))
 
 
-def train(workspace: Workspace, line: Line, name: str) -> dict:
-    """Run one centralised training in its folder; returns its summary."""
+def train(workspace: Workspace, line: Line, name: str, test: bool) -> dict:
+    """Run one centralised training in its folder, perhaps looking at the test set; returns its
+    summary."""
     o, epochs = line.groups, line.groups.epochs.epochs
     model = workspace.build_model()
     folder = session.open_run(workspace, model, name, line.stored)
@@ -59,6 +62,7 @@ def train(workspace: Workspace, line: Line, name: str) -> dict:
         o.watching,
         draw_curves=plot_curves,
         theta=lambda: learner.entries.theta,
+        test=test,
     )
 
 

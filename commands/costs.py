@@ -78,21 +78,19 @@ class Costs(NamedTuple):
         tried = ("search_lr", "search_weight_decay", "search_schedule")
         tries = math.prod(len(o[name] or (1,)) for name in tried) * o["search"]
         length = o.get("rounds") or o["epochs"]
-        short = self.training(line, o["search_length"] or length)
+        short = self.training(line.replaced(eval_test=False), o["search_length"] or length)
         full = self.training(line, length)
+        tested = 2 * self.evaluation * images_of(o)[1]  # at the end, the last and the best weights
         goes_on = o["search_length"] in (None, length) or o["schedule"] == "constant"
         parts["head"] *= 1 + tries
         parts["search"] = max(0, tries - goes_on) * sum(short)  # the winner goes on as the run
-        return parts | {"training": full[0], "evaluations": full[1]}
+        return parts | {"training": full[0], "evaluations": full[1] + tested}
 
     def training(self, line: Line, length: int) -> tuple[float, float]:
-        """Return the seconds of so many rounds or epochs, and those of their evaluations.
-
-        At the end the test set is seen for the last and for the best weights.
-        """
+        """Return the seconds of so many rounds or epochs, and those of their evaluations."""
         o = line.stored
         looks = 1 + math.ceil(length / o["eval_every"])
-        evaluations = self.evaluation * (looks * evaluated(o) + 2 * images_of(o)[1])
+        evaluations = self.evaluation * looks * evaluated(o)
         if "rounds" not in o:
             steps = math.ceil(train_images(o) / o["batch_size"])
             return length * steps * self.a_step(o), evaluations

@@ -318,6 +318,7 @@ def drive(
     opening: dict | None = None,
     account: Callable[[], dict] = dict,
     measure: Callable[[], dict] = dict,
+    test: bool = True,
 ) -> dict:
     """Drive the process to `total` rounds or epochs, then write summary and curves.
 
@@ -329,8 +330,10 @@ def drive(
         opening: what the log's first record says beside its evaluation.
         account: returns further figures of the summary, when the log is complete.
         measure: returns further figures of each evaluation but the first.
+        test: False: the test set is not looked at, whatever --eval-test says.
     """
-    workspace, sets = learner.workspace, ("val", "test") if watching.eval_test else ("val",)
+    workspace = learner.workspace
+    sets = ("val", "test") if test and watching.eval_test else ("val",)
     print(f"{run.folder}: {learner.entries.size:,} parameters train on {workspace.device}")
     if rate := learner.masked_rate():
         print(rate_line(learner, rate))
@@ -370,7 +373,7 @@ def drive(
         print(
             f"stopped early: {watching.early_stop} evaluations without a better validation accuracy"
         )
-    tested = end_figures(learner, theta(), best.get("weights"))
+    tested = end_figures(learner, theta(), best.get("weights")) if test else ({}, {})
     summary = conclude(run, figures, tested, account, draw_curves) if run.writes else None
     summary = learner.group.gather(summary)[0]
     if advice := run.writes and end_advice(run.records(), classes, len(workspace.val_index)):
