@@ -8,7 +8,7 @@ import torch
 
 import data
 from centralized import Centralized
-from commands.options import GROUPS, Line
+from commands.options import GROUPS, Line, learner_options
 from commands.search import search_then_train
 from study.plots import plot_curves
 from training import session
@@ -37,17 +37,8 @@ def train(workspace: Workspace, line: Line, name: str, test: bool) -> dict:
         mirror(folder, "epoch", o.watching)([])
         return summary
     with folder.opening():
-        learner = session.prepare(
-            workspace,
-            model,
-            folder,
-            [workspace.train_index],
-            o.training,
-            o.sgd,
-            o.head,
-            o.masking,
-            o.given_mask,
-        )
+        options, everyone = learner_options(o), [workspace.train_index]
+        learner = session.prepare(workspace, model, folder, everyone, options)
         learner.keep_activations()
         process = loop(learner, line)
     if note := head_note(o.head.head, o.head.freeze_head, learner.mask is not None):

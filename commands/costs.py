@@ -24,7 +24,7 @@ import torch
 import data
 import masks
 import model as vit
-from commands.options import Line, federation
+from commands.options import Line, federation, learner_options
 from data import ImageSet
 from fedavg import FedAvg
 from federated import privacy
@@ -219,18 +219,8 @@ class Trial:
         if o.training.train == "head":
             few = {part: ImageSet(*(x[: probe.FEW] for x in every)) for part, every in sets.items()}
             self.workspace.sets = few
-        learner = prepare(
-            self.workspace,
-            self.model(),
-            Run(folder),
-            self.shards,
-            o.training,
-            o.sgd,
-            o.head,
-            o.masking,
-            o.given_mask,
-            *([o.client_terms] if self.line.command == "fedavg" else []),
-        )
+        run, options = Run(folder), learner_options(o)
+        learner = prepare(self.workspace, self.model(), run, self.shards, options)
         self.workspace.sets, learner.labels = sets, {p: s.labels for p, s in sets.items()}
         if learner.on_features:
             for part, rows in learner.inputs.items():
@@ -368,7 +358,8 @@ class Trial:
         if self.slow:
             return SCORED * self.passes[1]
         options, model = self.line.groups.masking._replace(quorum=None), self.model()
-        return probe.score(self.workspace, model, options, self.shards, self.batch)
+        graph = self.groups.graph.cuda_graph
+        return probe.score(self.workspace, model, options, self.shards, self.batch, graph)
 
     def evaluation(self) -> float:
         """Return the seconds of evaluating an image."""

@@ -12,7 +12,7 @@ import torch
 
 import masks
 import model as vit
-from commands.options import GROUPS, Line, federation
+from commands.options import GROUPS, Line, federation, learner_options
 from commands.search import search_then_train
 from fedavg import FedAvg
 from federated.privacy import Privacy, epsilon
@@ -77,18 +77,7 @@ def train(
             mirror(folder, "round", o.watching)([])
             return summary
         with folder.opening():
-            learner = session.prepare(
-                workspace,
-                model,
-                folder,
-                shards,
-                o.training,
-                o.sgd,
-                o.head,
-                o.masking,
-                o.given_mask,
-                o.client_terms,
-            )
+            learner = session.prepare(workspace, model, folder, shards, learner_options(o))
     with folder.opening():
         learner.keep_activations()
         diagnostics = watching(learner, shards, o)
