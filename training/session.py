@@ -378,7 +378,9 @@ def drive(
     tested = end_figures(learner, theta(), best.get("weights")) if test else ({}, {})
     summary = conclude(run, figures, tested, account, draw_curves) if run.writes else None
     summary = learner.group.gather(summary)[0]
-    if advice := run.writes and end_advice(run.records(), classes, len(workspace.val_index)):
+    if advice := run.writes and end_advice(
+        run.records(), classes, len(workspace.val_index), learner.dense_lr
+    ):
         print(f"warning: {advice}", file=sys.stderr)
     print(f"{unit} {reached} reached in {duration(wall)}. {headline(summary)}. See {run.folder}")
     return summary

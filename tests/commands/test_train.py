@@ -61,7 +61,10 @@ def test_the_headline_command_means_what_the_readme_says():
         ("--nc 1 --train head", 0.0003),
         ("--nc 10 --train head", 0.003),
         ("--nc 1 --lr 0.5", 0.5),
-        ("--data synthetic --nc 1", 0.1),
+        ("--data synthetic", 0.1),
+        ("--data synthetic --nc 1", 0.003),
+        ("--data synthetic --nc 5", 0.01),
+        ("--data synthetic --nc 1 --head linear", 0.1),
         ("--data synthetic --head ridge", 0.01),
     ],
 )
