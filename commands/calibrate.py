@@ -28,7 +28,7 @@ def run(line: Line) -> None:
     folder = session.open_run(workspace, model, line.name, line.stored, shards)
     with folder.opening():
         set_fitted_head(workspace, model, o.fitted_head.head, o.fitted_head.head_images)
-        calibration = Calibration(workspace, model, o.masking, shards)
+        calibration = Calibration(workspace, model, o.masking, shards, o.graph.cuda_graph)
         mask = cached_mask(calibration)
     mask.save(folder.folder / "mask.pt")
     kinds, layers, density = density_table(mask)

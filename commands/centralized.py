@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 import data
 from centralized import Centralized
-from commands.options import GROUPS, Line
+from commands.options import GROUPS, Line, learner_options
 from commands.search import search_then_train
 from study.plots import plot_curves
 from training import session
@@ -22,11 +24,12 @@ def run(line: Line) -> None:
     """Train on all training data; with --search choose learning rate and weight decay first."""
     o = line.groups
     workspace = Workspace(o.source, o.machine, o.backbone)
-    search_then_train(line, workspace.group, lambda line, name: train(workspace, line, name))
+    search_then_train(line, workspace.group, partial(train, workspace))
 
 
-def train(workspace: Workspace, line: Line, name: str) -> dict:
-    """Run one centralised training in its folder; returns its summary."""
+def train(workspace: Workspace, line: Line, name: str, test: bool) -> dict:
+    """Run one centralised training in its folder, perhaps looking at the test set; returns its
+    summary."""
     o, epochs = line.groups, line.groups.epochs.epochs
     model = workspace.build_model()
     folder = session.open_run(workspace, model, name, line.stored)
@@ -34,17 +37,8 @@ def train(workspace: Workspace, line: Line, name: str) -> dict:
         mirror(folder, "epoch", o.watching)([])
         return summary
     with folder.opening():
-        learner = session.prepare(
-            workspace,
-            model,
-            folder,
-            [workspace.train_index],
-            o.training,
-            o.sgd,
-            o.head,
-            o.masking,
-            o.given_mask,
-        )
+        options, everyone = learner_options(o), [workspace.train_index]
+        learner = session.prepare(workspace, model, folder, everyone, options)
         learner.keep_activations()
         process = loop(learner, line)
     if note := head_note(o.head.head, o.head.freeze_head, learner.mask is not None):
@@ -59,6 +53,7 @@ def train(workspace: Workspace, line: Line, name: str) -> dict:
         o.watching,
         draw_curves=plot_curves,
         theta=lambda: learner.entries.theta,
+        test=test,
     )
 
 

@@ -24,7 +24,7 @@ import torch
 import data
 import masks
 import model as vit
-from commands.options import Line, federation
+from commands.options import Line, federation, learner_options
 from data import ImageSet
 from fedavg import FedAvg
 from federated import privacy
@@ -78,21 +78,19 @@ class Costs(NamedTuple):
         tried = ("search_lr", "search_weight_decay", "search_schedule")
         tries = math.prod(len(o[name] or (1,)) for name in tried) * o["search"]
         length = o.get("rounds") or o["epochs"]
-        short = self.training(line, o["search_length"] or length)
+        short = self.training(line.replaced(eval_test=False), o["search_length"] or length)
         full = self.training(line, length)
+        tested = 2 * self.evaluation * images_of(o)[1]  # at the end, the last and the best weights
         goes_on = o["search_length"] in (None, length) or o["schedule"] == "constant"
         parts["head"] *= 1 + tries
         parts["search"] = max(0, tries - goes_on) * sum(short)  # the winner goes on as the run
-        return parts | {"training": full[0], "evaluations": full[1]}
+        return parts | {"training": full[0], "evaluations": full[1] + tested}
 
     def training(self, line: Line, length: int) -> tuple[float, float]:
-        """Return the seconds of so many rounds or epochs, and those of their evaluations.
-
-        At the end the test set is seen for the last and for the best weights.
-        """
+        """Return the seconds of so many rounds or epochs, and those of their evaluations."""
         o = line.stored
         looks = 1 + math.ceil(length / o["eval_every"])
-        evaluations = self.evaluation * (looks * evaluated(o) + 2 * images_of(o)[1])
+        evaluations = self.evaluation * looks * evaluated(o)
         if "rounds" not in o:
             steps = math.ceil(train_images(o) / o["batch_size"])
             return length * steps * self.a_step(o), evaluations
@@ -164,7 +162,8 @@ def scored(o: dict) -> int:
 def check(command: str) -> None:
     """Raise ValueError where it is not known what a command does."""
     if command not in COUNTED:
-        raise ValueError(f"what is examined is {', '.join(COUNTED)}, not {command!r}")
+        hint = "; sweep --list times every table" * (command == "sweep")
+        raise ValueError(f"what is examined is {', '.join(COUNTED)}, not {command!r}{hint}")
 
 
 # ---------------------------------------------------------------------------- measuring
@@ -220,18 +219,8 @@ class Trial:
         if o.training.train == "head":
             few = {part: ImageSet(*(x[: probe.FEW] for x in every)) for part, every in sets.items()}
             self.workspace.sets = few
-        learner = prepare(
-            self.workspace,
-            self.model(),
-            Run(folder),
-            self.shards,
-            o.training,
-            o.sgd,
-            o.head,
-            o.masking,
-            o.given_mask,
-            *([o.client_terms] if self.line.command == "fedavg" else []),
-        )
+        run, options = Run(folder), learner_options(o)
+        learner = prepare(self.workspace, self.model(), run, self.shards, options)
         self.workspace.sets, learner.labels = sets, {p: s.labels for p, s in sets.items()}
         if learner.on_features:
             for part, rows in learner.inputs.items():
@@ -369,7 +358,8 @@ class Trial:
         if self.slow:
             return SCORED * self.passes[1]
         options, model = self.line.groups.masking._replace(quorum=None), self.model()
-        return probe.score(self.workspace, model, options, self.shards, self.batch)
+        graph = self.groups.graph.cuda_graph
+        return probe.score(self.workspace, model, options, self.shards, self.batch, graph)
 
     def evaluation(self) -> float:
         """Return the seconds of evaluating an image."""

@@ -1,7 +1,8 @@
 """train.py doctor: what a command will cost on this machine, and where its time goes.
 
 Measured as commands/costs.py says. The products' part of a round is its matrix operations at the
-rate of a large product measured here; the passes are what is left of the round.
+rate of a large product measured here; the passes are what is left of the round. The optimiser and
+the average are compared with plain passes over as much memory, as fast as caches make them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from commands.costs import Costs, Trial, batch_of, check, cohort_size, evaluated
 from commands.options import GROUPS, Command, Line, parse
 from machine import safe_files
 from machine.device import free_memory
-from machine.rates import copy_bandwidth, product_rate, synchronise
+from machine.rates import copy_bandwidth, pass_seconds, product_rate, synchronise
 from machine.status import duration
 from training import probe
 from training.learner import Learner
@@ -76,7 +77,7 @@ def examine(line: Line) -> dict:
             "copy_bandwidth_gb_per_second": rounded(rates[1] / 1e9),
         }
         if trial.learner is not None:
-            figures |= of_training(trial, costs, rates)
+            figures |= of_training(trial, costs, rates[0])
         if costs.feature:
             figures["feature_milliseconds_an_image"] = rounded(1e3 * costs.feature)
         if costs.score:
@@ -89,8 +90,12 @@ def examine(line: Line) -> dict:
     return figures
 
 
-def of_training(trial: Trial, costs: Costs, rates: tuple[float, float]) -> dict:
-    """Return what a step and a round cost, and an evaluation."""
+def of_training(trial: Trial, costs: Costs, rate: float) -> dict:
+    """Return what a step and a round cost, and an evaluation.
+
+    Args:
+        rate: operations a second of a large product.
+    """
     o, learner = trial.line.stored, trial.learner
     batch, images, step = batch_of(o), evaluated(o), costs.a_step(o)
     figures = {
@@ -119,26 +124,34 @@ def of_training(trial: Trial, costs: Costs, rates: tuple[float, float]) -> dict:
     seconds = costs.a_round(o) if clients else step
     operations = steps * batch * probe.operations(learner)
     parts = {
-        "products": operations / rates[0],
+        "products": operations / rate,
         "pixels": steps * batch * probe.pixels(learner, trial.batch),
         "optimiser": steps * trial.optimiser,
-        "average": clients * trial.average,
     }
+    if clients:
+        parts["average"] = clients * trial.average
     parts["passes"] = max(0.0, seconds - sum(parts.values()))
-    moved = {"optimiser": steps * probe.optimiser_bytes(learner)}
-    moved["average"] = clients * probe.average_bytes(learner)
-    shares = {
-        f"{name}_share_of_copy_bandwidth": rounded(count / parts[name] / rates[1])
-        for name, count in moved.items()
-        if count
-    }
     unit = "round" if clients else "step"
     return figures | {
         f"{unit}_parts_seconds": {name: rounded(value) for name, value in parts.items()},
         f"{unit}_tflop": rounded(operations / 1e12),
-        "share_of_product_rate": rounded(operations / seconds / rates[0]),
-        **shares,
+        "share_of_product_rate": rounded(operations / seconds / rate),
+        **memory_shares(trial, clients > 0),
     }
+
+
+def memory_shares(trial: Trial, averages: bool) -> dict[str, float]:
+    """Return what plain passes over as much memory take, as a share of optimiser and average.
+
+    Under a mask there are none: its entries lie scattered.
+    """
+    learner, device = trial.learner, trial.workspace.device
+    if learner.mask is not None:
+        return {}
+    shares = {"optimiser": pass_seconds(probe.optimiser_bytes(learner), device) / trial.optimiser}
+    if averages:
+        shares["average"] = pass_seconds(probe.average_bytes(learner), device) / trial.average
+    return {f"{name}_share_of_memory_rate": rounded(share) for name, share in shares.items()}
 
 
 def rounded(value: float) -> float:
@@ -214,6 +227,18 @@ def largest_batch(learner: Learner) -> int | None:
 
 # ---------------------------------------------------------------------------- what is printed
 
+PARTS = {  # of a round or a step: how they are called, and what they are
+    "products": ("matrix products", "if they ran at the measured rate"),
+    "pixels": ("preparing images", "crop, resize, normalise"),
+    "optimiser": ("optimiser", "the update of the weights"),
+    "average": ("averaging clients", "each one's start, and its part of the mean"),
+    "passes": ("everything else", "normalisation, activations, softmax, overhead"),
+}
+TAKEN = (
+    "this machine is slow, so only a training step was timed: evaluating an image is taken to last "
+    "a third of training on it, scoring it 1.25 times as long"
+)
+
 
 def print_report(figures: dict) -> None:
     """Print the figures in words and units, the conclusion last."""
@@ -223,47 +248,49 @@ def print_report(figures: dict) -> None:
 
 def described(f: dict) -> list[tuple[str, str]]:
     """Return what is printed, line by line: what it is about, and the figures."""
-    where = f["device"] + (f", {f['threads']} threads" if f["threads"] else "")
+    threads = f["threads"] and f", {f['threads']} thread{'s' * (f['threads'] > 1)}"
     rate, bandwidth = f["product_rate_tflop_per_second"], f["copy_bandwidth_gb_per_second"]
+    limits = f"{1e3 * rate:,.3g} GFLOP/s in matrix products, {bandwidth:.3g} GB/s in copying memory"
+    kernels = {name: kernel for name, kernel in f["kernels"].items() if kernel != NO_KERNEL}
     lines = [
-        ("machine", f"{where}, {f['precision']}, {f['free_memory_gb']} GB free"),
-        ("versions", f"torch {f['torch']}, Python {f['python']}"),
-        ("kernels", ", ".join(f"{name}: {kernel}" for name, kernel in f["kernels"].items())),
-        ("measured here", f"products {rate:.3g} TFLOP/s, copies {bandwidth:.3g} GB/s"),
+        ("this machine", f"{f['device']}{threads or ''}, {f['free_memory_gb']} GB of memory free"),
+        ("software", f"torch {f['torch']}, Python {f['python']}, computing in {f['precision']}"),
+        *((f"{name} kernel", kernel) for name, kernel in kernels.items()),
+        ("what it can do", f"{limits}, measured just now"),
     ]
     if "step_seconds" in f:
-        images = f"{f['images_a_step']} images, {f['images_per_second']:,.0f} a second"
-        lines.append(("a training step", f"{timed(f['step_seconds'])}, {images}"))
-        lines.append(("CUDA graph", f["cuda_graph"]))
+        speed = f"{f['images_a_step']} images, so {f['images_per_second']:,.0f} images/s"
+        lines.append(("a training step", f"{timed(f['step_seconds'])} for {speed}"))
+        if kernels:
+            lines.append(("CUDA graph", f["cuda_graph"]))
     if "round_seconds" in f:
-        cohort = f"{f['clients_a_round']} clients of {f['steps_a_client']} steps"
-        lines.append(("a round", f"{timed(f['round_seconds'])}, {cohort}"))
+        cohort = f"{f['clients_a_round']} clients, {f['steps_a_client']} steps each"
+        lines.append(("a round", f"{timed(f['round_seconds'])} for {cohort}"))
     for unit in ("round", "step"):
         if parts := f.get(f"{unit}_parts_seconds"):
-            lines += [(f"  {name}", part_of(name, parts, f)) for name in parts]
-            share = f"{100 * f['share_of_product_rate']:.0f} % of the rate of products"
-            lines.append((f"  the {unit} in all", share))
+            lines += [(f"  {PARTS[name][0]}", part_of(name, parts, f)) for name in parts]
+            share = f"{100 * f['share_of_product_rate']:.0f} % of what this machine's matrix"
+            lines.append(("speed", f"the {unit} reaches {share} products reach, measured just now"))
     if "evaluation_seconds" in f:
         counted = f"{f['evaluation_images']:,} images"
-        lines.append(("an evaluation", f"{timed(f['evaluation_seconds'])}, {counted}"))
-    for name in ("feature", "scoring"):
+        lines.append(("an evaluation", f"{timed(f['evaluation_seconds'])} for {counted}"))
+    for name, what in (("feature", "features"), ("scoring", "scoring for a mask")):
         if (value := f.get(f"{name}_milliseconds_an_image")) is not None:
-            lines.append((name, f"{value:.3g} ms an image"))
+            lines.append((what, f"{timed(1e-3 * value)} for an image"))
     if "largest_batch_images" in f:
-        lines.append(("largest batch", f"{f['largest_batch_images']} images a step"))
-    counted = ", ".join(f"{name} {timed(seconds)}" for name, seconds in f["parts_seconds"].items())
+        lines.append(("largest batch", f"{f['largest_batch_images']:,} images in a training step"))
     if f["only_a_step_was_timed"]:
-        why = "a third of an image's training passes for its evaluation, 1.25 of them for scoring"
-        lines.append(("taken, not measured", why))
-    return [*lines, ("of the time", counted), ("time in all", timed(f["total_seconds"]))]
+        lines.append(("not measured", TAKEN))
+    lines += [(f"time for {name}", timed(s)) for name, s in f["parts_seconds"].items()]
+    return [*lines, ("time in all", f"{timed(f['total_seconds'])} for {f['command']}, as typed")]
 
 
 def part_of(name: str, parts: dict[str, float], f: dict) -> str:
     """Return what is said of a part of a round or a step."""
-    share = 100 * parts[name] / max(sum(parts.values()), 1e-12)
-    bandwidth = f.get(f"{name}_share_of_copy_bandwidth")
-    at = f", at {100 * bandwidth:.0f} % of the bandwidth of copies" if bandwidth else ""
-    return f"{timed(parts[name])}, {share:.0f} %{at}"
+    share, why = 100 * parts[name] / max(sum(parts.values()), 1e-12), PARTS[name][1]
+    if (of_memory := f.get(f"{name}_share_of_memory_rate")) is not None:
+        why += f"; {100 * of_memory:.0f} % as fast as reading and writing as much memory"
+    return f"{timed(parts[name])}, {share:.1f} % of it: {why}"
 
 
 def timed(seconds: float) -> str:

@@ -12,7 +12,7 @@ import torch
 
 import masks
 import model as vit
-from commands.options import GROUPS, Line, federation
+from commands.options import GROUPS, Line, federation, learner_options
 from commands.search import search_then_train
 from fedavg import FedAvg
 from federated.privacy import Privacy, epsilon
@@ -60,11 +60,14 @@ def run(line: Line) -> None:
         workspace = Workspace(o.source, o.machine, o.backbone, group)
         with group.first_then_others():
             shards = workspace.shards(o.sharding)
-        search_then_train(line, group, lambda line, name: train(workspace, shards, line, name))
+        search_then_train(line, group, partial(train, workspace, shards))
 
 
-def train(workspace: Workspace, shards: list[np.ndarray], line: Line, name: str) -> dict:
-    """Run one federated training in its folder; returns its summary."""
+def train(
+    workspace: Workspace, shards: list[np.ndarray], line: Line, name: str, test: bool
+) -> dict:
+    """Run one federated training in its folder, perhaps looking at the test set; returns its
+    summary."""
     o, rounds = line.groups, line.groups.rounds.rounds
     with workspace.group.first_then_others():
         model = workspace.build_model()
@@ -74,18 +77,7 @@ def train(workspace: Workspace, shards: list[np.ndarray], line: Line, name: str)
             mirror(folder, "round", o.watching)([])
             return summary
         with folder.opening():
-            learner = session.prepare(
-                workspace,
-                model,
-                folder,
-                shards,
-                o.training,
-                o.sgd,
-                o.head,
-                o.masking,
-                o.given_mask,
-                o.client_terms,
-            )
+            learner = session.prepare(workspace, model, folder, shards, learner_options(o))
     with folder.opening():
         learner.keep_activations()
         diagnostics = watching(learner, shards, o)
@@ -120,6 +112,7 @@ def train(workspace: Workspace, shards: list[np.ndarray], line: Line, name: str)
         opening=opening_bytes(learner, len(shards)) | privacy_spent(o, 0) | absent_classes(absent),
         account=account,
         measure=measure,
+        test=test,
     )
 
 

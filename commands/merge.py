@@ -121,7 +121,7 @@ class Merger:
         self.workspace = Workspace(recipe.source, machine, recipe.backbone)
         model = self.workspace.build_model()
         whole = Training(augment=False)
-        self.learner = Learner(self.workspace, model, whole, recipe.sgd, freeze_head=False)
+        self.learner = Learner(self.workspace, model, whole, recipe.learner.sgd, freeze_head=False)
         self.flat, self.names = self.learner.flat, list(starts[0])
         self.start = self.flatten(starts[0])
         self.vectors = torch.stack([self.flatten(end) for end in ends]) - self.start  # (m, P)

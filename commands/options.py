@@ -37,7 +37,7 @@ from training.features import FittedHead, Head
 from training.learner import Training
 from training.outcome import Recipe
 from training.rounds import Federation, Rounds
-from training.session import Running, default_name
+from training.session import LearnerOptions, Running, default_name
 from training.watching import Watching
 from training.workspace import Backbone, Sharding, Source
 
@@ -80,7 +80,7 @@ GROUPS = {  # of the commands that make runs
     ),
     "centralized": (Epochs, *TRAINED, *BASE),
     "ridge": (Sharding, *BASE),
-    "calibrate": (Masking, FittedHead, Sharding, *BASE),
+    "calibrate": (Masking, FittedHead, Graph, Sharding, *BASE),
 }
 
 
@@ -208,6 +208,19 @@ def federation(o: types.SimpleNamespace) -> Federation:
     )
 
 
+def learner_options(o: types.SimpleNamespace) -> LearnerOptions:
+    """Return what a learner is made by, of the groups of a command that trains."""
+    return LearnerOptions(
+        training=o.training,
+        sgd=o.sgd,
+        head=o.head,
+        masking=o.masking,
+        given_mask=o.given_mask,
+        terms=getattr(o, "client_terms", ClientTerms()),
+        cuda_graph=o.graph.cuda_graph,
+    )
+
+
 def recipe_of(folder: str, data_dir: str, machine: Machine, weights: str | None = None) -> Recipe:
     """Return the options of the run in a folder, on this machine.
 
@@ -243,11 +256,7 @@ def recipe_of(folder: str, data_dir: str, machine: Machine, weights: str | None 
         source=o.source,
         backbone=o.backbone,
         machine=o.machine,
-        training=o.training,
-        sgd=o.sgd,
-        head=o.head,
-        masking=o.masking,
-        given_mask=o.given_mask,
+        learner=learner_options(o),
         weights_sha256=stored["weights_sha256"],
         sharding=o.sharding if federated else None,
         federation=federation(o) if federated else None,

@@ -34,6 +34,7 @@ LEAST_NOISE = 1e-6  # below, epsilon is no number
 EVALUATIONS = 20  # of a run at most, where --eval-every does not say otherwise
 EVALUATION_SHARE = 0.1  # of a run's time at most, by the same
 TRAINING_COST = 3  # forward passes that training on an image takes as long as
+FEW_CLASSES = 10  # of a client: with fewer the head is fitted first
 SERVER_LR = 0.01  # of the adaptive rules; of the others 1
 
 
@@ -139,8 +140,9 @@ def fill_by_data(o: Options) -> None:
     """Fill in what follows the data set; a mask and what trains go first."""
     if "augment" in o and o.augment is None and o.train not in ("all", "blocks.0"):
         o.augment = False
-    if "head" in o and o.head is None and (o.mask or o.mask_rule):
-        o.head = "ridge"  # under a mask the head is fitted
+    if "head" in o and o.head is None:
+        few = o.nc is not None and o.nc < FEW_CLASSES
+        o.head = "ridge" if o.mask or o.mask_rule or few else None
     for name, value in data.DATASETS[o.data].defaults.items() if o.data else ():
         if name in o and getattr(o, name) is None:
             setattr(o, name, value)

@@ -1,15 +1,15 @@
 """--search: short runs over a grid of rates, weight decays and schedules, then the best of it.
 
-The choice is that of a table's row (study/tables.py): the best mean validation accuracy.
+The choice is that of a table's row (study/tables.py): the best mean validation accuracy. No try is
+evaluated on the test set; the run that follows is, at its end.
 """
 
 from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import centralized
 import fedavg
@@ -19,7 +19,8 @@ from machine.ranks import OneProcess
 from study.tables import best_of
 
 EDGES = ("highest", "higher", 3.0), ("lowest", "lower", 1 / 3)
-LAST = ("log.jsonl", "checkpoint.pt", "summary.json")  # of a run's files, in this order
+LAST = ("log.jsonl", "checkpoint.pt")  # of a run's files, in this order
+LEFT = ("lock", "summary.json")  # of a try's: the run writes its own, with test figures
 
 
 class Try(NamedTuple):
@@ -35,21 +36,29 @@ class Try(NamedTuple):
         return f"lr {self.lr:g}, weight decay {self.weight_decay:g}, {self.schedule} schedule"
 
 
-def search_then_train(line: Line, group: OneProcess, train: Callable[[Line, str], dict]) -> None:
+class Train(Protocol):
+    """Trains a command line's run in a folder; returns its summary."""
+
+    def __call__(self, line: Line, name: str, test: bool) -> dict: ...
+
+
+def search_then_train(line: Line, group: OneProcess, train: Train) -> None:
     """Train once; with --search, first short runs over the grid, the best by validation chosen.
 
     The best of them is the beginning of the run, or all of it, where its length does not change
     what it does.
 
     Args:
-        train: (command line, name of its folder) -> summary.
+        train: test: is the run evaluated on the test set?
     """
     name, search = line.name, line.groups.search
     if not search.search:
-        train(line, name)
+        train(line, name, test=True)
         return
     folder = Path(line.stored["runs_dir"]) / name
     runs.Run(folder).check()  # before search.json goes there
+    if line.stored["eval_test"]:
+        print("search: tries look at validation alone, --eval-test is of the run that follows")
     schedules = search.search_schedule or [line.stored["schedule"]]
     grid = itertools.starmap(
         Try, itertools.product(search.search_lr, search.search_weight_decay, schedules)
@@ -71,17 +80,17 @@ def search_then_train(line: Line, group: OneProcess, train: Callable[[Line, str]
                 take_over(folder / "search" / place(best), folder)
     else:
         print(f"search: a {best.schedule} schedule is of the run's length: it is trained anew")
-    train(final, name)
+    train(final, name, test=True)
 
 
-def accuracy_of(tried: Try, line: Line, train: Callable[[Line, str], dict]) -> float:
+def accuracy_of(tried: Try, line: Line, train: Train) -> float:
     """Return the validation accuracy of a try; 0 where it diverges."""
     print(f"search: {tried.text}")
     cell = line.replaced(search=False, **tried._asdict())
     if length := line.groups.search.search_length:
         cell = cell.replaced(**{"rounds" if "rounds" in line.stored else "epochs": length})
     try:
-        summary = train(cell, f"{line.name}/search/{place(tried)}")
+        summary = train(cell, f"{line.name}/search/{place(tried)}", test=False)
     except (fedavg.ClientError, centralized.Diverged) as error:
         print(f"search: given up, {error}")
         return 0.0
@@ -121,7 +130,7 @@ def take_over(source: Path, folder: Path) -> None:
     """Copy a try's files to where the run goes, in an order that a kill may end anywhere."""
     if (folder / "config.json").exists():
         return
-    files = [path for path in source.rglob("*") if path.is_file() and path.name != "lock"]
+    files = [path for path in source.rglob("*") if path.is_file() and path.name not in LEFT]
     files.sort(key=lambda path: LAST.index(path.name) if path.name in LAST else -1)
     files.sort(key=lambda path: path.name != "config.json")
     for path in files:

@@ -44,12 +44,12 @@ class Machine(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """How a GPU launches a step's kernels."""
+    """How a GPU launches kernels."""
 
     cuda_graph: Annotated[
         str,
-        "launch a step's kernels all at once, to the same bits [auto: on a GPU, where a first step "
-        "shows that it works]",
+        "launch the kernels of a step, or of a batch that is scored, all at once, to the same bits "
+        "[auto: on a GPU, where a first one shows that it works]",
         ("auto", "on", "off"),
     ] = "auto"
 

@@ -1,6 +1,7 @@
-"""What a machine can do at most: the rate of a large matrix product, the bandwidth of a large copy.
+"""What a machine can do at most: the rate of a large matrix product, the bandwidth of a large copy,
+a plain pass over some memory.
 
-Both are medians, each measured in a second or two.
+Each is the fastest of several, measured in a second or two.
 
     import torch; from rates import copy_bandwidth, product_rate
     product_rate(torch.float32, torch.device("cpu"))  # operations a second
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -28,7 +29,11 @@ def synchronise(device: torch.device) -> None:
 
 
 def seconds_of(
-    work: Callable[[], object], device: torch.device, budget: float = BUDGET, warm: bool = False
+    work: Callable[[], object],
+    device: torch.device,
+    budget: float = BUDGET,
+    warm: bool = False,
+    choose: Callable[[Sequence[float]], float] = statistics.median,
 ) -> float:
     """Return the median seconds of a call, in all about `budget`; if not warm, the first is left
     out."""
@@ -40,18 +45,27 @@ def seconds_of(
         work()
         synchronise(device)
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[first:])
+    return choose(seconds[first:])
 
 
 def product_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Return the floating-point operations a second of a product of two large square matrices."""
     side = SIDES[device.type]
     a, b = torch.randn(2, side, side, device=device).to(dtype).unbind()
-    return 2 * side**3 / seconds_of(lambda: a @ b, device)
+    return 2 * side**3 / seconds_of(lambda: a @ b, device, choose=min)
 
 
 def copy_bandwidth(device: torch.device) -> float:
     """Return the bytes a second, read and written, of a large copy."""
     source = torch.ones(COPIED[device.type] // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device, choose=min)
+
+
+def pass_seconds(moved: int, device: torch.device) -> float:
+    """Return the seconds of a pass that reads and writes a vector, `moved` bytes in all.
+
+    Where so many fit a cache they come from there, as in any other work of this size.
+    """
+    vector = torch.ones(max(1, moved // 8), device=device)
+    return seconds_of(lambda: vector.mul_(1.0), device, BUDGET / 5, choose=min)

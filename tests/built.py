@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from commands.fedavg import federate
-from commands.options import Line, federation, parse
+from commands.options import Line, federation, learner_options, parse
 from fedavg import FedAvg
 from machine.runs import Run
 from train import COMMANDS
@@ -26,18 +26,8 @@ def build_learner(folder: Path, *arguments: object) -> tuple[Learner, list, Line
     o = line.groups
     workspace = Workspace(o.source, o.machine, o.backbone)
     shards = workspace.shards(o.sharding)
-    learner = prepare(
-        workspace,
-        workspace.build_model(),
-        Run(folder),
-        shards,
-        o.training,
-        o.sgd,
-        o.head,
-        o.masking,
-        o.given_mask,
-        o.client_terms,
-    )
+    model, run = workspace.build_model(), Run(folder)
+    learner = prepare(workspace, model, run, shards, learner_options(o))
     return learner, shards, line
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import functools
 import hashlib
 import itertools
 import math
@@ -122,12 +123,21 @@ def score_dtype(name: str, training: torch.dtype, device: torch.device) -> torch
     return training if name == "auto" and device.type == "cuda" else torch.float32
 
 
+def replay_on(device: torch.device, mode: str) -> fisher.Replay | None:
+    """Return what replays the scoring of a batch as --cuda-graph says; None: launched kernel by
+    kernel."""
+    if device.type != "cuda" or mode == "off":
+        return None
+    return functools.partial(GraphedStep, device=device, mode=mode)
+
+
 class Calibration:
     """Scores a model on the clients' own images; its head is fitted and frozen.
 
     Args:
         model: in fp32, restored to the bit when `make` returns or fails.
         shards: each client's indices into the training images.
+        cuda_graph: of --cuda-graph: how a GPU launches the scoring of a batch.
     """
 
     def __init__(
@@ -136,8 +146,10 @@ class Calibration:
         model: vit.VisionTransformer,
         options: Masking,
         shards: list[np.ndarray],
+        cuda_graph: str = "auto",
     ):
         self.workspace, self.model, self.options, self.shards = workspace, model, options, shards
+        self.cuda_graph = cuda_graph
         self.seed = workspace.source.seed
         self.names = vit.scoped_names(model, options.mask_scope)
         parameters = dict(model.named_parameters())
@@ -187,17 +199,13 @@ class Calibration:
             labels=self.options.fisher_labels,
             score=self.options.fisher_score,
             scale=self.scales.pop(0),
-            replay=self.replayed if self.workspace.device.type == "cuda" else None,
+            replay=replay_on(self.workspace.device, self.cuda_graph),
         )
 
     @property
     def score_precision(self) -> str:
         """The type of the passes that score, by its name."""
         return str(self.dtype).removeprefix("torch.")
-
-    def replayed(self, step: Callable[..., Tensor], state: list[Tensor]) -> GraphedStep:
-        """Return the scoring of a batch as a CUDA graph, where that gives its bits."""
-        return GraphedStep(step, state, self.workspace.device)
 
     def within(self, patterns: list[str] | None) -> Tensor | None:
         """Return the entries (P,) of the kinds that match one of the patterns; None: all.
@@ -424,11 +432,12 @@ def find_mask(
     options: Masking,
     shards: list[np.ndarray],
     run: Run,
+    cuda_graph: str = "auto",
 ) -> Mask | None:
     """Return the run's mask, kept as its mask.pt: --mask's, or one made by --mask-rule; else None.
 
     Args:
-        file: of --mask.
+        file: of --mask; cuda_graph: of --cuda-graph.
     """
     path: Path = run.folder / "mask.pt"
     if file is not None:
@@ -438,7 +447,7 @@ def find_mask(
     elif path.exists():
         return Mask.load(path, model, run.purpose("mask.pt"))
     else:
-        mask = cached_mask(Calibration(workspace, model, options, shards))
+        mask = cached_mask(Calibration(workspace, model, options, shards, cuda_graph))
     if not path.exists():
         mask.save(path, run.purpose("mask.pt"))
     return mask

@@ -32,7 +32,7 @@ class Head(NamedTuple):
 
     head: Annotated[
         str | None,
-        "zero-initialised, trained first, or closed form",
+        "zero-initialised, trained first, or closed form (under a mask always fitted)",
         ("linear", "probe", "ridge"),
     ] = None
     freeze_head: Annotated[

@@ -13,17 +13,17 @@ import torch
 
 import data
 import model as vit
-from flat import Entries, FlatView, Sgd
+from flat import Entries, FlatView
 from machine import runs, safe_files
 from machine.device import Machine
 from machine.safe_files import DamagedFile
 from machine.status import Status
-from training.calibration import GivenMask, Masking, find_mask
+from training.calibration import find_mask
 from training.clients import Clients
-from training.features import Head, set_fitted_head
-from training.learner import Learner, Training
+from training.features import set_fitted_head
+from training.learner import Learner
 from training.rounds import Federation, client_terms
-from training.session import prepare
+from training.session import LearnerOptions, prepare
 from training.workspace import Backbone, Sharding, Source, Workspace
 
 PERSONAL = 2**40  # the round of the batches that personalise: beyond those of any run
@@ -41,11 +41,7 @@ class Recipe(NamedTuple):
     source: Source
     backbone: Backbone
     machine: Machine
-    training: Training
-    sgd: Sgd
-    head: Head
-    masking: Masking
-    given_mask: GivenMask
+    learner: LearnerOptions
     weights_sha256: str
     sharding: Sharding | None  # of a federated run
     federation: Federation | None
@@ -93,10 +89,10 @@ class Outcome:
     @property
     def suffices(self) -> bool:
         """Whether the checkpoint holds the whole backbone, so that its start is not needed."""
-        recipe = self.recipe
-        masked = recipe.given_mask.mask is not None or recipe.masking.mask_rule is not None
-        headed = recipe.head.head == "linear" or (self.run.folder / "head.pt").exists()
-        return recipe.training.train == "all" and headed and not masked
+        o = self.recipe.learner
+        masked = o.given_mask.mask is not None or o.masking.mask_rule is not None
+        headed = o.head.head == "linear" or (self.run.folder / "head.pt").exists()
+        return o.training.train == "all" and headed and not masked
 
     def start(self) -> vit.VisionTransformer:
         """Return the model with the backbone weights that the run began with.
@@ -124,19 +120,8 @@ class Outcome:
 
     def untrained_learner(self, model: vit.VisionTransformer | None = None) -> Learner:
         """Return the learner that the run had, as it began, or of another model."""
-        recipe = self.recipe
-        return prepare(
-            self.workspace,
-            self.start() if model is None else model,
-            self.run,
-            self.shards,
-            recipe.training,
-            recipe.sgd,
-            recipe.head,
-            recipe.masking,
-            recipe.given_mask,
-            *([recipe.federation.terms] if recipe.federation else ()),
-        )
+        model = self.start() if model is None else model
+        return prepare(self.workspace, model, self.run, self.shards, self.recipe.learner)
 
     def learner(self) -> Learner:
         """Return the learner that the run had, holding the checkpoint's parameters."""
@@ -153,16 +138,15 @@ class Outcome:
 
     def model(self) -> vit.VisionTransformer:
         """Return the model in fp32, from the checkpoint alone: what does not train is as it was."""
-        model, recipe = self.frame(), self.recipe
-        if recipe.head.head != "linear":
-            head, images = recipe.head.head, recipe.head.head_images
-            set_fitted_head(self.workspace, model, head, images, self.run)
-        names = vit.trained_names(model, recipe.training.train, recipe.head.freeze_head)
-        file, masking = recipe.given_mask.mask, recipe.masking
+        model, o = self.frame(), self.recipe.learner
+        if o.head.head != "linear":
+            set_fitted_head(self.workspace, model, o.head.head, o.head.head_images, self.run)
+        names = vit.trained_names(model, o.training.train, o.head.freeze_head)
+        file, masking = o.given_mask.mask, o.masking
         mask = find_mask(self.workspace, model, file, masking, self.shards, self.run)
         parameters = dict(model.named_parameters())
         flat = FlatView((n, parameters[n]) for n in (mask.trained(names) if mask else names))
-        self.load_into(Entries(flat, mask.flat(flat) if mask else None, recipe.sgd))
+        self.load_into(Entries(flat, mask.flat(flat) if mask else None, o.sgd))
         return model
 
 

@@ -125,6 +125,7 @@ def score(
     options: Masking,
     shards: list[np.ndarray],
     images: int,
+    cuda_graph: str,
 ) -> float:
     """Return the seconds of scoring an image, in calls of as many as a client has.
 
@@ -134,7 +135,7 @@ def score(
     """
     with torch.no_grad():
         model.head.weight.normal_(std=0.1)
-    calibration = Calibration(workspace, model, options, shards)
+    calibration = Calibration(workspace, model, options, shards, cuda_graph)
     index = calibration.images(calibration.clients[0])[:images]
     with exact_products():
         work = lambda: calibration.sensitivity(index)  # noqa: E731

@@ -43,6 +43,18 @@ SEARCHES = {  # options of what went before a run
 }
 
 
+class LearnerOptions(NamedTuple):
+    """What trains, how a step is taken, with which head and under which mask."""
+
+    training: Training
+    sgd: Sgd
+    head: Head
+    masking: Masking
+    given_mask: GivenMask = GivenMask()
+    terms: ClientTerms = ClientTerms()
+    cuda_graph: str = "auto"
+
+
 class Running(NamedTuple):
     """Run."""
 
@@ -263,42 +275,32 @@ def prepare(
     model: vit.VisionTransformer,
     run: runs.Run,
     shards: list[np.ndarray],
-    training: Training,
-    sgd: Sgd,
-    head: Head,
-    masking: Masking,
-    mask_options: GivenMask = GivenMask(),  # noqa: B008  (immutable)
-    terms: ClientTerms = ClientTerms(),  # noqa: B008  (immutable)
+    o: LearnerOptions,
 ) -> Learner:
     """Return the learner of a run as it began: its head fitted, its mask found or made.
 
     Args:
         shards: whose data a mask is calibrated on.
-        mask_options: the mask of --mask, and the rate under a mask.
     """
+    head = o.head
     if head.head != "linear":
         set_fitted_head(workspace, model, head.head, head.head_images, run)
-    start = None
-    if not run.saved() and training.train != "head" and fitted_to_all(head):
+    start, to_all = None, head.head != "linear" and head.head_images is None
+    if to_all and not run.saved() and o.training.train != "head":
         start = {"train": features(workspace, model, "train")}
     learner = Learner(
         workspace,
         model,
-        training,
-        sgd,
+        o.training,
+        o.sgd,
         freeze_head=head.freeze_head,
-        mask=find_mask(workspace, model, mask_options.mask, masking, shards, run),
-        mask_lr=mask_options.mask_lr,
-        prox=terms.prox,
-        corrected=terms.scaffold,
+        mask=find_mask(workspace, model, o.given_mask.mask, o.masking, shards, run, o.cuda_graph),
+        mask_lr=o.given_mask.mask_lr,
+        prox=o.terms.prox,
+        corrected=o.terms.scaffold,
     )
     learner.start = start  # of the untrained backbone, for the first evaluation
     return learner
-
-
-def fitted_to_all(head: Head) -> bool:
-    """Tell whether a head is fitted to the features of all images, which are there then."""
-    return head.head != "linear" and head.head_images is None
 
 
 # ---------------------------------------------------------------------------- while it goes on
@@ -318,6 +320,7 @@ def drive(
     opening: dict | None = None,
     account: Callable[[], dict] = dict,
     measure: Callable[[], dict] = dict,
+    test: bool = True,
 ) -> dict:
     """Drive the process to `total` rounds or epochs, then write summary and curves.
 
@@ -329,8 +332,10 @@ def drive(
         opening: what the log's first record says beside its evaluation.
         account: returns further figures of the summary, when the log is complete.
         measure: returns further figures of each evaluation but the first.
+        test: False: the test set is not looked at, whatever --eval-test says.
     """
-    workspace, sets = learner.workspace, ("val", "test") if watching.eval_test else ("val",)
+    workspace = learner.workspace
+    sets = ("val", "test") if test and watching.eval_test else ("val",)
     print(f"{run.folder}: {learner.entries.size:,} parameters train on {workspace.device}")
     if rate := learner.masked_rate():
         print(rate_line(learner, rate))
@@ -370,10 +375,12 @@ def drive(
         print(
             f"stopped early: {watching.early_stop} evaluations without a better validation accuracy"
         )
-    tested = end_figures(learner, theta(), best.get("weights"))
+    tested = end_figures(learner, theta(), best.get("weights")) if test else ({}, {})
     summary = conclude(run, figures, tested, account, draw_curves) if run.writes else None
     summary = learner.group.gather(summary)[0]
-    if advice := run.writes and end_advice(run.records(), classes, len(workspace.val_index)):
+    if advice := run.writes and end_advice(
+        run.records(), classes, len(workspace.val_index), learner.dense_lr
+    ):
         print(f"warning: {advice}", file=sys.stderr)
     print(f"{unit} {reached} reached in {duration(wall)}. {headline(summary)}. See {run.folder}")
     return summary

@@ -168,23 +168,26 @@ def chance_advice(losses: Sequence[float], classes: int) -> str:
     )
 
 
-def end_advice(records: Sequence[dict], classes: int, images: int) -> str:
+def end_advice(records: Sequence[dict], classes: int, images: int, lr: float) -> str:
     """Return what to do about a run that ends at chance or below its start; "" where it does not.
 
     Args:
         records: of its log, from the start on.
         images: that its validation accuracy is of.
+        lr: that was typed.
     """
     accuracies = [record["val_acc"] for record in records if "val_acc" in record]
     if len(accuracies) < 2 or not images:
         return ""
     start, end, chance = accuracies[0], accuracies[-1], 1 / classes
-    rates = "try another --lr (--search tries several on validation)"
-    if end <= chance + 2 * math.sqrt(chance / images):  # two standard errors of a guess
-        return f"the run ends at chance, {100 * end:.2f} % on validation: {rates}, or --head ridge"
     if end < start:
         return (
             f"the run ends at {100 * end:.2f} % on validation, below the {100 * start:.2f} % that "
-            f"it started from: try a lower --lr, or --schedule cosine"
+            f"it started from: its steps are too long, try --lr {lr / 10:g}"
+        )
+    if end <= chance + 2 * math.sqrt(chance / images):  # two standard errors of a guess
+        return (
+            f"the run ends at chance, {100 * end:.2f} % on validation: try --head ridge without "
+            "--lr, or --search, which tries several rates"
         )
     return ""

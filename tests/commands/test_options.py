@@ -243,4 +243,4 @@ def test_the_options_of_an_older_run_are_read_as_it_was_made(monkeypatch, tmp_pa
     for options, rate in ((older, None), (older | stored, "matched")):
         monkeypatch.setattr(Run, "config", lambda run, options=options: {"options": options})
         recipe = recipe_of(str(tmp_path), "data", Machine())
-        assert recipe.given_mask.mask_lr == rate and recipe.source.fresh is False
+        assert recipe.learner.given_mask.mask_lr == rate and recipe.source.fresh is False

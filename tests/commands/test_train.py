@@ -16,6 +16,7 @@ from machine import runs, safe_files
 from study import plots
 from train import COMMANDS
 from training import features
+from training.learner import Learner
 
 FEDAVG = ("fedavg", "--data", "synthetic")
 TINY = (*FEDAVG, "--rounds", 2, "--clients", 10, "--fraction", 0.3, "--batch-size", 8)
@@ -60,7 +61,10 @@ def test_the_headline_command_means_what_the_readme_says():
         ("--nc 1 --train head", 0.0003),
         ("--nc 10 --train head", 0.003),
         ("--nc 1 --lr 0.5", 0.5),
-        ("--data synthetic --nc 1", 0.1),
+        ("--data synthetic", 0.1),
+        ("--data synthetic --nc 1", 0.003),
+        ("--data synthetic --nc 5", 0.01),
+        ("--data synthetic --nc 1 --head linear", 0.1),
         ("--data synthetic --head ridge", 0.01),
     ],
 )
@@ -313,10 +317,24 @@ def test_a_searchs_winner_is_the_run_or_its_beginning(cli, small_data, monkeypat
 
     monkeypatch.setattr(fedavg.FedAvg, "advance", counting)
     line = (*TINY, "--rounds", 2, *grid)  # three clients a round
-    status, out, err = cli(*line, "--name", "s")
+    tested, evaluate = [], Learner.evaluate
+
+    def watched(self, sets=("val", "test")):
+        tested.append("test" in sets)
+        return evaluate(self, sets)
+
+    monkeypatch.setattr(Learner, "evaluate", watched)
+    status, out, err = cli(*line, "--eval-test", "--name", "s")
+    tries = list((small_data / "runs" / "s" / "search").rglob("*.json*"))
+    assert len(tries) == 6 and not any("test_acc" in path.read_text() for path in tries)
+    assert tested[-1] and sum(tested) <= 2 and out.count("test accuracy") == 1
+    final = json.loads((small_data / "runs" / "s" / "summary.json").read_text())
+    assert "test_acc" in final["final"] and "test_acc" in final["best_by_validation"]
     assert status == 0 and len(trained) == 2 * 2 * 3, err
     assert out.count("<- chosen") == 1 and "that was tried, and a" in out
-    assert "s is finished: round 2" in out and cli("eval", "runs/s")[0] == 0
+    assert cli("eval", "runs/s")[0] == 0
+    status, out, _ = cli(*line, "--eval-test", "--name", "s")
+    assert status == 0 and "s is finished: round 2" in out
     trained.clear()
     status, out, err = cli(*line, "--search-length", 1, "--name", "longer")
     assert status == 0 and len(trained) == 2 * 3 + 3, err  # the second round of the winner

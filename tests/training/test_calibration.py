@@ -17,7 +17,7 @@ from fisher import fisher_diagonal
 from machine import safe_files
 from machine.runs import Run
 from training import calibration
-from training.calibration import Calibration, cached_mask, score_dtype
+from training.calibration import Calibration, cached_mask, replay_on, score_dtype
 from training.features import set_fitted_head
 from training.mask_file import Mask, density_table
 from training.workspace import Workspace
@@ -151,6 +151,19 @@ def test_half_precision_makes_nearly_the_mask_of_fp32(small_data, monkeypatch, r
     assert {p.dtype for p in half.model.parameters()} == {torch.float32}
     assert half.scored.head.weight.dtype == torch.float32
     assert half.scored.blocks[0].attn.qkv.weight.dtype == dtype
+
+
+def test_the_graph_option_reaches_the_scoring_on_a_gpu(cli, small_data, monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert replay_on(gpu, "off") is None is replay_on(cpu, "auto")
+    for mode in ("auto", "on"):
+        step = replay_on(gpu, mode)(step=torch.add, state=[])
+        assert (step.mode, step.device) == (mode, gpu)
+    modes = []
+    monkeypatch.setattr(calibration, "replay_on", lambda device, mode: modes.append(mode))
+    assert cli(*CALIBRATE, *QUICK, "--cuda-graph", "off", "--name", "c")[0] == 0
+    assert cli(*SPARSE, *QUICK, "--fresh", "--cuda-graph", "off", "--name", "f")[0] == 0
+    assert modes == ["off", "off"]
 
 
 def overlap_of(first, second):

@@ -34,7 +34,7 @@ def test_a_loss_at_chance_for_a_tenth_of_the_run_is_told_once(capsys):
     ("accuracies", "said"),
     [
         ((0.01, 0.012), "ends at chance, 1.20 %"),
-        ((0.30, 0.01), "ends at chance, 1.00 %"),
+        ((0.30, 0.01), "30.00 % that it started from: its steps are too long, try --lr 0.01"),
         ((0.30, 0.29), "ends at 29.00 % on validation, below the 30.00 %"),
         ((0.30, 0.31), ""),
         ((0.01,), ""),
@@ -42,7 +42,7 @@ def test_a_loss_at_chance_for_a_tenth_of_the_run_is_told_once(capsys):
 )
 def test_an_end_at_chance_or_below_the_start_is_told(accuracies, said):
     records = [{"round": t, "val_acc": acc} for t, acc in enumerate(accuracies)]
-    advice = end_advice([*records[:1], {"note": ""}, *records[1:]], 100, 5000)
+    advice = end_advice([*records[:1], {"note": ""}, *records[1:]], 100, 5000, 0.1)
     assert said in advice and bool(said) == bool(advice)
 
 
