@@ -1,6 +1,6 @@
 """--search: short runs over a grid of rates, weight decays and schedules, then the best of it.
 
-The choice is that of a table's row (study/tables.py): the best mean validation accuracy.
+The choice is that of a table's row (study/measures.py): the best mean validation accuracy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import fedavg
 from commands.options import Line
 from machine import runs, safe_files
 from machine.ranks import OneProcess
-from study.tables import best_of
+from study.measures import best_of
 
 EDGES = ("highest", "higher", 3.0), ("lowest", "lower", 1 / 3)
 LAST = ("log.jsonl", "checkpoint.pt", "summary.json")  # of a run's files, in this order
@@ -96,8 +96,7 @@ def place(tried: Try) -> str:
 
 def chosen(accuracies: dict[Try, float]) -> Try:
     """Return the try of the best validation accuracy, the first of equals."""
-    best, _ = best_of({t: {0: {"final": {"val_acc": acc}}} for t, acc in accuracies.items()})
-    return best
+    return best_of({tried: [(0, accuracy)] for tried, accuracy in accuracies.items()})
 
 
 def print_table(accuracies: dict[Try, float], best: Try) -> None:

@@ -19,16 +19,8 @@ from centralized import SCHEDULES
 from masks import CONSENSUS, needs_scores
 from study.gpu import ACCURACY, LINEARITY, METHODS, SEEN, SHARDINGS, SIZES, at_size, name_of
 from study.gpu import MAKERS as GPU_MAKERS
-from study.tables import (
-    TEST,
-    VALIDATION,
-    WIDENED,
-    Experiment,
-    Measure,
-    Row,
-    around,
-    rung,
-)
+from study.measures import TEST, VALIDATION, Measure
+from study.tables import WIDENED, Experiment, Row, around, rung
 
 CPU = ("--model", "vit_ti16", "--weights", "data/vit_tiny_patch16_224.pth", "--threads", "1")
 SMOKE = ("--data", "synthetic", "--threads", "1")

@@ -16,18 +16,8 @@ from typing import NamedTuple
 
 from centralized import SCHEDULES
 from masks import RULES, needs_scores
-from study.tables import (
-    BYTES,
-    SECONDS,
-    TEST,
-    VALIDATION,
-    WIDENED,
-    Experiment,
-    Measure,
-    Row,
-    around,
-    rung,
-)
+from study.measures import BYTES, SECONDS, TEST, VALIDATION, Measure
+from study.tables import WIDENED, Experiment, Row, around, rung
 
 NEAR = 3.0  # points of validation accuracy
 SHARDINGS = {
@@ -133,7 +123,7 @@ def decided(s: Size, folder: Path) -> int:
     best = [experiment.best(folder, row) for row in experiment.rows]
     if None in best:
         return s.image_sizes[-1]
-    accuracies = [VALIDATION.of(summaries[s.seeds[0]]) for _, summaries in best]
+    accuracies = [VALIDATION.of(runs[s.seeds[0]]) for _, runs in best]
     pairs = zip(reversed(s.image_sizes), accuracies, strict=True)
     return min(size for size, accuracy in pairs if accuracy >= accuracies[0] - NEAR)
 

@@ -26,28 +26,19 @@ from typing import NamedTuple
 
 from machine import runs, safe_files
 from study import experiments
-from study.figures import FIGURES, Done, drawn
-from study.packed import finished
-from study.tables import INSIDE, PLACE, SECONDS, Experiment
-from study.tables import VALIDATION as ACCURACY
+from study.figures import FIGURES, Series, drawn
+from study.measures import SECONDS
+from study.measures import VALIDATION as ACCURACY
+from study.past import Past
+from study.tables import INSIDE, PLACE, Experiment
 from study.typeset import NOT_RUN, grouping, latex_table, markdown_table, tex
 
 HEADING = "% written by train.py report: do not edit\n"
 VALIDATION = ACCURACY.heading
 CAPTIONED = ("seeds", "other lr", PLACE)  # of a table's columns, what its caption says
 SETUP = (
-    *(
-        "model",
-        "image_size",
-        "data",
-        "val_fraction",
-        "clients",
-        "fraction",
-        "rounds",
-        "epochs",
-        "J",
-    ),
-    *("batch_size", "momentum", "weight_decay", "schedule", "head", "eval_every", "nc"),
+    *("model", "image_size", "data", "val_fraction", "clients", "fraction", "rounds", "epochs"),
+    *("J", "batch_size", "momentum", "weight_decay", "schedule", "head", "eval_every", "nc"),
     *("calibration_rounds", "calibration_images", "calibration_fraction", "damp", "sparsity"),
     *("prox", "dp_clip", "dare_drop", "ties_keep", "straggler_fraction", "server_lr", "threads"),
 )
@@ -90,22 +81,20 @@ class Table(NamedTuple):
     experiment: Experiment
     folder: Path
 
-    def rows(self) -> list[list[Done]]:
-        """Return the runs of each row's chosen learning rate, one a seed, of rows that ran."""
-        rows = []
-        for row in self.experiment.rows:
-            lr, summaries = self.experiment.best(self.folder, row) or (None, {})
-            names = [row.cell(lr, seed).name for seed in summaries]
-            parts = [finished(self.folder, name) for name in names]
-            done = [Done(row.key, p.config["options"], p.summary, p.records) for p in parts]
-            rows += [done] if done else []
-        return rows
+    def rows(self) -> list[Series]:
+        """Return the runs of each row's chosen learning rate, of rows that ran."""
+        best = [(row, self.experiment.best(self.folder, row)) for row in self.experiment.rows]
+        columns = self.experiment.columns
+        return [Series(row.key, columns, list(runs[1].values())) for row, runs in best if runs]
 
-    def finished(self) -> Iterator[tuple[dict, dict]]:
-        """Yield config and summary of every run that is done, those of other rates too."""
-        for row in self.experiment.rows:
-            for run in self.experiment.runs(self.folder, row):
-                yield run.config, run.summary
+    def finished(self) -> list[Past]:
+        """Return every run that is done, those of other rates too."""
+        rows = self.experiment.rows
+        return [run for row in rows for run in self.experiment.runs(self.folder, row)]
+
+    def lines(self) -> list[list[str]]:
+        """Return the table's lines, heading first."""
+        return self.experiment.lines(self.folder)
 
 
 def write(scale: str, results: Path, out: Path) -> list[str]:
@@ -188,17 +177,12 @@ def quotable(tables: list[Table]) -> dict[str, str | None]:
     """Return what can be quoted: key -> text, None where it did not run."""
     numbers: dict[str, str | None] = {}
     for table in tables:
-        numbers |= table_numbers(table) | run_numbers(table)
+        numbers |= line_numbers(table.name, table.lines(), len(table.experiment.columns))
+        numbers |= run_numbers(table)
     finished = [run for table in tables for run in table.finished()]
-    took = {(c["options"].get("runs_dir"), c["options"].get("name")): s for c, s in finished}
+    took = {(run.options.get("runs_dir"), run.options.get("name")): run for run in finished}
     hours = hours_of(list(took.values()))  # of each run once, though tables share some
-    return numbers | setup_numbers("setup", [c for c, _ in finished]) | {"hours": hours}
-
-
-def table_numbers(table: Table) -> dict[str, str | None]:
-    """Return what `line_numbers` says of an experiment's table."""
-    columns = len(table.experiment.columns)
-    return line_numbers(table.name, table.experiment.lines(table.folder), columns)
+    return numbers | setup_numbers("setup", finished) | {"hours": hours}
 
 
 def line_numbers(name: str, table: list[list[str]], width: int) -> dict[str, str | None]:
@@ -245,16 +229,16 @@ def value_of(text: str) -> float:
 
 def run_numbers(table: Table) -> dict[str, str | None]:
     """Return how much of an experiment ran, for how long, and the options its runs share."""
-    experiment, finished = table.experiment, list(table.finished())
+    experiment, finished = table.experiment, table.finished()
     needed = sum(len(row.rates) + len(row.seeds) - 1 for row in experiment.rows)
     done = needed - sum(count for _, count in experiment.left(table.folder))
     numbers = {
         f"{table.name}/runs/done": f"{done}",
         f"{table.name}/runs/all": f"{needed}",
         f"{table.name}/seeds": f"{max(len(row.seeds) for row in experiment.rows)}",
-        f"{table.name}/hours": hours_of([summary for _, summary in finished]),
+        f"{table.name}/hours": hours_of(finished),
     }
-    return numbers | setup_numbers(f"{table.name}/setup", [config for config, _ in finished])
+    return numbers | setup_numbers(f"{table.name}/setup", finished)
 
 
 def gpu_numbers(folder: Path) -> dict[str, str | None]:
@@ -296,18 +280,17 @@ def density_numbers(path: Path) -> dict[str, str]:
     return numbers
 
 
-def hours_of(summaries: list[dict]) -> str | None:
+def hours_of(done: list[Past]) -> str | None:
     """Return how long these runs took, in hours; None where there are none."""
-    seconds = sum(SECONDS.of(summary) or 0 for summary in summaries)
-    return f"{seconds / 3600:.1f}" if summaries else None
+    return f"{sum(SECONDS.over(done).values) / 3600:.1f}" if done else None
 
 
-def setup_numbers(prefix: str, configs: list[dict]) -> dict[str, str | None]:
+def setup_numbers(prefix: str, done: list[Past]) -> dict[str, str | None]:
     """Return the values that options have in these runs, each named once."""
     seen: dict[str, dict] = {name: {} for name in (*SETUP, *ENVIRONMENT)}
-    for config in configs:
-        settings = {name: config["options"].get(name) for name in SETUP}
-        settings |= {name: config["environment"].get(name) for name in ENVIRONMENT}
+    for run in done:
+        settings = {name: run.options.get(name) for name in SETUP}
+        settings |= {name: run.config["environment"].get(name) for name in ENVIRONMENT}
         for name, value in settings.items():
             if value is not None:
                 seen[name][value] = None
@@ -324,8 +307,9 @@ def listed(values: list) -> str | None:
 
 
 def key_of(*parts: str) -> str:
-    """Join the parts of a key, without what TeX or a reader would trip over."""
-    return "/".join(re.sub(r"[^\w./=+]+", "-", part).strip("-") for part in parts)
+    """Join the parts of a key, without what TeX or a reader would trip over; an option that is
+    absent is none."""
+    return "/".join(re.sub(r"[^\w.=+]+", "-", part).strip("-") or "none" for part in parts)
 
 
 def numbers_tex(numbers: dict[str, str | None]) -> str:
@@ -339,7 +323,7 @@ def numbers_tex(numbers: dict[str, str | None]) -> str:
 
 def write_tables(table: Table, out: Path) -> bool:
     """Write an experiment's table, where some of it ran."""
-    lines = table.experiment.lines(table.folder)
+    lines = table.lines()
     if all(NOT_RUN in line for line in lines[1:]):
         return False
     write_lines(table.name, lines, len(table.experiment.columns), out)

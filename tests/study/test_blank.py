@@ -68,8 +68,9 @@ def test_a_point_of_a_figure_is_a_configuration(tmp_path):
             rule = {"mask_rule": "least-sensitive", "sparsity": 0.5, "calibration_rounds": scoring}
             leave(tmp_path / f"{rounds}-{scoring}", 0.2, rounds=rounds, **rule)
     ran = blank.experiments(history.read_all([tmp_path]), [])
-    assert [len(row) for row in ran["heterogeneity"]] == [1] * 4
-    assert {row[0].also for row in ran["heterogeneity"]} == {"rounds 3", "rounds 6"}
-    masks = [row[0].also for row in ran["rules"] if row[0].key[1] == "least-sensitive"]
+    assert [len(row.runs) for row in ran["heterogeneity"]] == [1] * 4
+    assert {row.also(3) for row in ran["heterogeneity"]} == {"rounds 3", "rounds 6"}
+    masks = [row.also(3) for row in ran["rules"] if row.key[1] == "least-sensitive"]
     assert len(set(masks)) == 4 and not blank.mingled(ran["rules"])
-    assert blank.mingled([ran["rules"][0] * 2])
+    twice = ran["rules"][0].runs * 2
+    assert blank.mingled([ran["rules"][0]._replace(runs=twice)])

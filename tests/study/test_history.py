@@ -5,6 +5,7 @@ from past import leave
 
 from machine import safe_files
 from study import history
+from study.past import Past
 from training import session
 
 
@@ -65,7 +66,7 @@ def test_what_is_damaged_or_not_finished_is_named(tmp_path):
 
 
 def test_rows_have_names_that_a_reader_knows():
-    assert history.label(["sharding", "J"], ["nc5", "4"]) == "$N_c$ = 5, J 4"
+    assert history.label(["sharding", "J"], ["nc5", "4"]) == "$N_c = 5$, J 4"
     assert history.label(["sharding", "mask_rule"], ["nc5", "-"], plain=True) == "nc5, dense"
     assert history.label(["scaffold", "lr"], ["yes", "0.1"]) == "scaffold, lr 0.1"
 
@@ -83,7 +84,7 @@ def test_a_finished_run_has_the_accuracy_of_its_summary(tmp_path):
         None,
         0.3,
     ]
-    ridge = history.History(tmp_path, {"command": "ridge"}, [], {"final": {"val_acc": 0.4}})
+    ridge = Past("a", {"options": {"command": "ridge"}}, {"final": {"val_acc": 0.4}}, [])
     assert ridge.accuracy("val_acc") == 0.4
 
 
