@@ -77,9 +77,8 @@ def made_by(run: Past) -> dict[str, object]:
     """Return the options that a given mask was made by, as far as the run tells."""
     try:
         origin = safe_files.load_checked(run.folder / "mask.pt")["made"]
-        return {"mask_rule": origin["mask_rule"]} | {
-            name: origin[name] for name in (*MASK, *SCORING) if name in origin
-        }
+        names = {*MASK, *SCORING} - {"score_precision"}  # which it has in other words
+        return {"mask_rule": origin["mask_rule"]} | {n: origin[n] for n in names & origin.keys()}
     except (OSError, ValueError, LookupError, TypeError):
         return {"mask_rule": rule_of(run.options)}
 

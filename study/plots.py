@@ -139,6 +139,7 @@ def plot_curves(logs: dict[str, Sequence[dict]], path: str | Path) -> Path:
             left.plot([], [], color=colour, label=what, **style)
     for axes, what in ((left, "cross-entropy (nats)"), (right, "accuracy (%)")):
         axes.set(xlabel=_unit(logs.values()), ylabel=what)
+        axes.locator_params(axis="x", integer=True)
         axes.grid()
     return finish(figure, (left, right), path)
 

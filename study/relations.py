@@ -98,13 +98,11 @@ def _drawn(groups: Mapping[str, Mapping[str, Points]], ylabel: str):
 def _draw_means(axes, points: Points, label: str, style: dict) -> None:
     """Draw means, and bars from the lowest to the highest of several seeds."""
     x, values = zip(*points, strict=True)
-    mean = np.array([np.mean(v) for v in values])
-    spread = np.array([[np.mean(v) - min(v), max(v) - np.mean(v)] for v in values]).T
-    spread[:, [len(v) == 1 for v in values]] = np.nan
-    if np.isnan(spread).all():
-        axes.plot(x, mean, label=label, **style)
-    else:
-        axes.errorbar(x, mean, yerr=spread, label=label, capsize=2, elinewidth=0.8, **style)
+    axes.plot(x, [np.mean(v) for v in values], label=label, **style)
+    for at, v in points:
+        if len(v) > 1:
+            spread = [[np.mean(v) - min(v)], [max(v) - np.mean(v)]]
+            axes.errorbar(at, np.mean(v), spread, color=style["color"], capsize=2, elinewidth=0.8)
 
 
 def plot_spans(

@@ -99,17 +99,17 @@ def test_panels_share_an_axis_where_their_ranges_are_alike(axes_drawn):
 def test_grouped_values_stand_at_their_category(axes_drawn):
     DRAWN["grouped"]("unused.pdf")
     assert [tick.get_text() for tick in axes_drawn[0].get_xticklabels()] == ["1", "5", "iid"]
-    several, single = axes_drawn[0].containers[0].lines[0], axes_drawn[0].lines[-1]
-    assert several.get_xdata().tolist() == [0, 1] and several.get_ydata().tolist() == [30.5, 40.0]
-    assert single.get_xdata().tolist() == [1, 2]
+    lines = {line.get_label(): line for line in axes_drawn[0].lines}
+    assert lines["J = 4"].get_xdata().tolist() == [0, 1]
+    assert lines["J = 4"].get_ydata().tolist() == [30.5, 40.0]
+    assert lines["J = 8"].get_xdata().tolist() == [1, 2]
 
 
 def test_a_point_of_one_seed_has_no_bar(axes_drawn):
     DRAWN["grouped"]("unused.pdf")
-    (container,) = axes_drawn[0].containers  # the other group has one seed everywhere
-    assert container.get_label() == "J = 4"
-    first, second = container.lines[2][0].get_segments()
-    assert first[:, 1].tolist() == [30.0, 31.0] and len(second) == 0
+    (container,) = axes_drawn[0].containers  # of the one point that has two
+    (bar,) = container.lines[2][0].get_segments()
+    assert bar.tolist() == [[0, 30.0], [0, 31.0]]
 
 
 def test_fourteen_groups_look_different():
