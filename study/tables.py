@@ -98,7 +98,6 @@ class Experiment(NamedTuple):
     decides: whether the experiments after it wait for its runs, which say what they are.
     """
 
-    title: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     measures: tuple[Measure, ...] = (VALIDATION, TEST)

@@ -12,7 +12,7 @@ from study.tables import LADDER, Experiment, Row, beyond, done, given, same
 KEYS = (("iid", "dense", "0"), ("nc1", "random", "0.9"), ("iid", "random", "0.9"))
 ROWS = tuple(Row(key, ("--J", "4"), (0.01, 0.1), (0, 1), widened=0) for key in KEYS)
 COLUMNS = ("sharding", "rule", "sparsity")
-EXPERIMENT = Experiment("Rules", COLUMNS, ROWS, baseline=("dense", "0"))
+EXPERIMENT = Experiment(COLUMNS, ROWS, baseline=("dense", "0"))
 
 
 def finish(folder, cell, val_acc, processor=None, **options):
@@ -102,7 +102,7 @@ def test_a_difference_has_an_interval_from_three_seeds_and_is_none_below_the_noi
 
 def test_a_grid_is_widened_on_the_first_seed_until_its_best_rate_lies_inside(tmp_path):
     row = Row(("a",), (), (0.01, 0.003, 0.03), (0, 1))
-    experiment = Experiment("One", ("which",), (row,))
+    experiment = Experiment(("which",), (row,))
     accuracies = {0.01: 0.30, 0.003: 0.2, 0.03: 0.31, 0.1: 0.32, 0.3: 0.29}
     for lr in (0.01, 0.003, 0.03):
         assert experiment.grid(tmp_path, row) == row.rates
@@ -118,7 +118,7 @@ def test_a_grid_is_widened_on_the_first_seed_until_its_best_rate_lies_inside(tmp
 
 def test_a_grid_is_widened_by_three_rates_at_most_and_past_no_failure(tmp_path):
     row = Row(("a",), (), (0.01,))
-    experiment = Experiment("One", ("which",), (row,))
+    experiment = Experiment(("which",), (row,))
     for lr, val_acc in ((0.01, 0.1), (0.03, 0.2), (0.1, 0.3), (0.3, 0.4)):
         (cell,) = experiment.missing(tmp_path)
         assert cell.lr == lr
@@ -174,7 +174,7 @@ def test_a_measure_that_a_run_lacks_leaves_its_place_empty(tmp_path):
     assert VALIDATION.of(run) == 25.0 and TEST.of(run) is None
     assert VALIDATION.over([run, run_of({})]).values == (25.0,)
     measures = (VALIDATION, Measure("moved", "final/distance"))
-    experiment = Experiment("One", ("which",), (row,), measures)
+    experiment = Experiment(("which",), (row,), measures)
     assert experiment.lines(tmp_path)[1] == ["a", "25.00", "", "1: no spread"]
 
 
