@@ -271,14 +271,6 @@ def apart(sample: Sample) -> list[str]:
     return ["" if x is None else f"{x:.6g}" for x in (sample.mean, sample.deviation)]
 
 
-def options_by_command(runs: Iterable[Past]) -> dict[str, set[str]]:
-    """Return the names of the options that each command's runs have."""
-    names: dict[str, set[str]] = {}
-    for run in runs:
-        names.setdefault(text(run.options.get("command")), set()).update(run.options)
-    return names
-
-
 def mixed(runs: Sequence[Past], names: Collection[str]) -> list[str]:
     """Return a line on what else differs: along with the columns, or within a row.
 
@@ -286,8 +278,9 @@ def mixed(runs: Sequence[Past], names: Collection[str]) -> list[str]:
     """
     groups = rows(runs, list(names)).values()
     within = list(dict.fromkeys(name for group in groups for name in differing(group)))
-    shared = set.intersection(*options_by_command(runs).values()) if runs else set()
-    along = [n for n in differing(runs) if n not in (*names, *within) and n in shared]
+    commands = rows(runs, ["command"]).values()
+    shared = [n for n in differing(runs) if all(any(n in r.options for r in c) for c in commands)]
+    along = [name for name in shared if name not in (*names, *within)]
     notes = []
     if within:
         notes.append(f"a row holds runs that differ in {', '.join(within)}: --by takes these too")

@@ -8,7 +8,6 @@ Every table and figure is made of these.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +32,10 @@ class Past(NamedTuple):
     @property
     def sharding(self) -> str:
         """Return how images are spread over clients, as a table has it: iid, nc5 or dir0.3."""
-        return sharding(self.options)
+        if self.options.get("nc") is not None:
+            return f"nc{self.options['nc']}"
+        alpha = self.options.get("dirichlet")
+        return "iid" if alpha is None else f"dir{alpha:g}"
 
     @property
     def unit(self) -> str:
@@ -83,11 +85,3 @@ def read(folder: str | Path) -> Past:
         return Past(run.folder.name, config, summary, run.records(), run.folder)
     except (ValueError, OSError) as error:
         return Past(run.folder.name, {}, None, [], run.folder, str(error))
-
-
-def sharding(options: Mapping) -> str:
-    """Return how images are spread over clients, as a table has it: iid, nc5 or dir0.3."""
-    if options.get("nc") is not None:
-        return f"nc{options['nc']}"
-    alpha = options.get("dirichlet")
-    return "iid" if alpha is None else f"dir{alpha:g}"

@@ -1,4 +1,4 @@
-"""Figures from plain records, fit for print: curves, bands over seeds, one quantity on another.
+"""Figures from plain records, fit for print: curves, and bands over seeds.
 
 Labels are at least 7 pt at the size of a column (COLUMN, PAGE: widths in inches); groups differ in
 colour, marker and line style, so that a grey print can be read. The suffix of a path chooses the

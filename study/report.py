@@ -107,23 +107,18 @@ def write(scale: str, results: Path, out: Path) -> list[str]:
         ValueError: the folder holds other files than an earlier report's.
     """
     clear(out)
-    with safe_files.contents(results / scale):
-        return write_pieces(scale, results, out)
-
-
-def write_pieces(scale: str, results: Path, out: Path) -> list[str]:
-    """Write numbers, tables and figures; return the names of what could be made."""
-    tables = at_scale(scale, results / scale)
     pieces = {f"table/{n}": False for s in experiments.SCALES for n in experiments.at_scale(s)}
-    pieces |= {f"table/{table.name}": write_tables(table, out) for table in tables}
-    rows = {table.name: table.rows() for table in tables}
-    for name, draw in FIGURES.items():
-        pieces[f"figure/{name}"] = drawn(draw, rows, out / f"{name}.pdf")
-    for file in FILES:
-        if lines := lines_of(results / file.path):
-            text = latex_table(lines, file.width, list(file.shown), best_by=VALIDATION)
-            (out / f"{file.name}.tex").write_text(HEADING + text, encoding="utf-8")
-    write_numbers(dict.fromkeys(declared()) | values(scale, results), out)
+    with safe_files.contents(results / scale):
+        tables = at_scale(scale, results / scale)
+        pieces |= {f"table/{table.name}": write_tables(table, out) for table in tables}
+        rows = {table.name: table.rows() for table in tables}
+        for name, draw in FIGURES.items():
+            pieces[f"figure/{name}"] = drawn(draw, rows, out / f"{name}.pdf")
+        for file in FILES:
+            if lines := lines_of(results / file.path):
+                text = latex_table(lines, file.width, list(file.shown), best_by=VALIDATION)
+                (out / f"{file.name}.tex").write_text(HEADING + text, encoding="utf-8")
+        write_numbers(dict.fromkeys(declared()) | values(scale, results), out)
     return [name for name, there in pieces.items() if there]
 
 
@@ -202,7 +197,7 @@ def line_numbers(name: str, table: list[list[str]], width: int) -> dict[str, str
             numbers[key_of(name, *line[:width], column)] = text if ran else None
         for count in range(min(width, 3)):
             for fixed in itertools.combinations(range(width), count):
-                group = (f"{heading[i]}={line[i]}" for i in fixed)
+                group = (f"{key_of(heading[i])}={key_of(line[i])}" for i in fixed)
                 key = key_of(name, *group, "best")
                 free = [i for i in range(width) if i not in fixed]
                 best[key] = free, better(best.get(key, (free, None))[1], line, heading)
@@ -218,13 +213,7 @@ def better(best: list[str] | None, line: list[str], heading: list[str]) -> list[
     at = heading.index(VALIDATION) if VALIDATION in heading else None
     if at is None or NOT_RUN in line or not line[at]:
         return best
-    lines = [best, line] if best else [line]
-    return max(lines, key=lambda row: value_of(row[at]))
-
-
-def value_of(text: str) -> float:
-    """Return the number that a text begins with."""
-    return float(text.split()[0])
+    return max([best, line] if best else [line], key=lambda row: float(row[at].split()[0]))
 
 
 def run_numbers(table: Table) -> dict[str, str | None]:

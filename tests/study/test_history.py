@@ -99,6 +99,20 @@ def test_a_given_mask_is_told_by_its_rule_or_its_file_and_is_never_dense(tmp_pat
     assert absent["mask_rule"] == history.rule_of(given) == "mask calibrated"
 
 
+def test_the_path_of_a_mask_is_a_column_where_nothing_else_tells_masks_apart(tmp_path):
+    def given(name, **origin):
+        leave(tmp_path / name, 0.3, mask=f"{name}.pt", mask_rule=None, sparsity=None)
+        content = {"mask_rule": "least-sensitive", "sparsity": 0.5} | origin
+        safe_files.save_checked(tmp_path / name / "mask.pt", {"made": content})
+
+    given("a")
+    given("b", sparsity=0.9)
+    runs = history.read_all([tmp_path])
+    assert history.columns(runs) == ["sparsity"] and history.mixed(runs, ["sparsity"]) == []
+    given("c", sparsity=0.9)
+    assert history.columns(history.read_all([tmp_path])) == ["sparsity", "mask"]
+
+
 def test_a_rule_without_scores_has_no_calibration(tmp_path):
     for rule in ("random", "least-sensitive"):
         leave(tmp_path / rule, 0.3, mask_rule=rule, calibration_rounds=4)
