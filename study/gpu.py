@@ -73,18 +73,13 @@ def rates(s: Size) -> Experiment:
 
 def heterogeneity(s: Size) -> Experiment:
     """Classes a client against local steps, under one head, schedule and number of steps."""
-    rows = tuple(
-        Row(
-            ("all", sharding, f"{J}"),
-            s.training(sharding, s.image_sizes[-1], J),
-            around(DENSE[sharding], s.tries),
-            s.seeds,
-            name=f"all-{sharding}-J{J}",
-        )
-        for J, sharding in product((4, 8, 16), SHARDINGS)
-    )
+    rows = []
+    for J, sharding in product((4, 8, 16), SHARDINGS):
+        options = s.training(sharding, s.image_sizes[-1], J)
+        row = s.row(("all", sharding, f"{J}"), options, DENSE[sharding])
+        rows.append(row._replace(name=f"all-{sharding}-J{J}"))
     columns = ("trains", "sharding", "J")
-    return Experiment(columns, rows, (VALIDATION, TEST, *SEEN), ("4",))
+    return Experiment(columns, tuple(rows), (VALIDATION, TEST, *SEEN), ("4",))
 
 
 def query_key(s: Size) -> Experiment:
@@ -108,12 +103,12 @@ def scope(s: Size) -> Experiment:
     A key bias adds the same to all of a query's products, which the softmax takes away: its
     sensitivity is 0, and least-sensitive masks spend entries on it.
     """
-    rows = []
-    for share, where in product(("0.99", "0.9"), ("everything", "what matters")):
-        more = ("--mask-within", *MATTER) if where != "everything" else ()
-        key = (share, where)
-        rows.append(s.masked(key, "nc5", "least-sensitive", share, *more))
-    return Experiment(("sparsity", "of"), tuple(rows), ACCURACY, ("everything",))
+    within = {"everything": (), "what matters": ("--mask-within", *MATTER)}
+    rows = tuple(
+        s.masked((share, where), "nc5", "least-sensitive", share, *within[where])
+        for share, where in product(("0.99", "0.9"), within)
+    )
+    return Experiment(("sparsity", "of"), rows, ACCURACY, ("everything",))
 
 
 def frontier(s: Size) -> Experiment:
@@ -125,19 +120,14 @@ def frontier(s: Size) -> Experiment:
         "dense, a tenth of the rounds": s.training("nc5", share=0.1),
         **{
             f"{rule} {share}": (*base, *mask(rule, share, s.images))
-            for rule, share in product(
-                ("least-sensitive", "lowest-magnitude", "random"), ("0.9", "0.99")
-            )
+            for rule in ("least-sensitive", "lowest-magnitude", "random")
+            for share in ("0.9", "0.99")
         },
         "biases and norms": (*base, *mask("random", "0", 0), "--mask-scope", "*.bias", "*norm*"),
         "last blocks": (*base, "--train", s.last_blocks),
         "head": (*base, "--train", "head"),
     }
-    tries = around(DENSE["nc5"], s.tries)
-    rows = tuple(
-        Row((way,), options, tries, s.seeds, name=f"{way.replace(', ', '-')}-{s.pixels}px")
-        for way, options in ways.items()
-    )
+    rows = tuple(s.row((way,), options) for way, options in ways.items())
     sent = (Measure("MB up", "bytes_up", 1e-6, 1), Measure("MB down", "bytes_down", 1e-6, 1))
     return Experiment(("trains",), rows, (VALIDATION, TEST, *sent), ("dense",))
 
@@ -148,22 +138,14 @@ def frontier(s: Size) -> Experiment:
 def centralized(s: Size) -> Experiment:
     """Schedules, central, to the plateau."""
     size = ("--image-size", f"{s.image_sizes[-1]}", "--epochs", f"{s.epochs}", "--eval-every", "1")
-    rows = tuple(
-        Row(
-            ("all", schedule, "0.0005"),
-            (*s.backbone, *size, "--schedule", schedule, "--weight-decay", "0.0005"),
-            around(3e-3, s.tries),
-            s.seeds[:1],
-            "centralized",
-        )
-        for schedule in SCHEDULES
-    )
-    plateau = Measure("test loss", "final/test_loss"), Measure("best epoch", BEST_EPOCH, digits=0)
-    columns = ("trains", "schedule", "weight decay")
-    return Experiment(columns, rows, (VALIDATION, TEST, *plateau))
-
-
-BEST_EPOCH = "best_by_validation/epoch"
+    options, decay, rates = (*s.backbone, *size), "0.0005", around(3e-3, s.tries)
+    rows = []
+    for schedule in SCHEDULES:
+        words = (*options, "--schedule", schedule, "--weight-decay", decay)
+        rows.append(Row(("all", schedule, decay), words, rates, s.seeds[:1], "centralized"))
+    loss = Measure("test loss", "final/test_loss")
+    measures = (VALIDATION, TEST, loss, Measure("best epoch", "best_by_validation/epoch", digits=0))
+    return Experiment(("trains", "schedule", "weight decay"), tuple(rows), measures)
 
 
 def cheaper_rounds(s: Size) -> Experiment:
@@ -182,14 +164,11 @@ def cheaper_rounds(s: Size) -> Experiment:
 
 def scaffold_mask(s: Size) -> Experiment:
     """Whether SCAFFOLD helps under a mask: 20 clients of 5 classes, each drawn often."""
-    often = ("--clients", "20", "--fraction", "0.25")
+    often, under = ("--clients", "20", "--fraction", "0.25"), {"masked": ("least-sensitive", "0.9")}
     rows = tuple(
-        s.masked(
-            *((weights, method), "nc5"),
-            *(("dense", "0") if weights == "dense" else ("least-sensitive", "0.9")),
-            *(*often, *["--scaffold"] * (method == "scaffold")),
-        )
-        for weights, method in product(("dense", "masked"), ("plain", "scaffold"))
+        s.masked((weights, method), "nc5", *under.get(weights, ("dense", "0")), *often, *more)
+        for weights in ("dense", "masked")
+        for method, more in (("plain", ()), ("scaffold", ("--scaffold",)))
     )
     return Experiment(("weights", "method"), rows, ACCURACY, ("plain",))
 
@@ -197,17 +176,12 @@ def scaffold_mask(s: Size) -> Experiment:
 def methods(s: Size) -> Experiment:
     """Every federated method over the same rounds, N_c = 5; fedsgd takes one step a round."""
     share = 4 * s.method_rounds / s.steps
-    rows = tuple(
-        Row(
-            ("nc5", method),
-            (*s.training("nc5", share=share), *options),
-            around(rung(DENSE["nc5"], 4 * (method == "fedsgd")), s.tries),
-            s.seeds[:1],
-            name=f"nc5-{method}-{s.pixels}px",
-        )
-        for method, options in METHODS.items()
-    )
-    return Experiment(("sharding", "method"), rows, ACCURACY, ("fedavg",))
+    rows = []
+    for method, options in METHODS.items():
+        rate = rung(DENSE["nc5"], 4 * (method == "fedsgd"))
+        row = s.row(("nc5", method), (*s.training("nc5", share=share), *options), rate)
+        rows.append(row._replace(seeds=s.seeds[:1]))
+    return Experiment(("sharding", "method"), tuple(rows), ACCURACY, ("fedavg",))
 
 
 MAKERS = (

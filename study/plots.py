@@ -2,7 +2,8 @@
 
 Labels are at least 7 pt at the size of a column (COLUMN, PAGE: widths in inches); groups differ in
 colour, marker and line style, so that a grey print can be read. The suffix of a path chooses the
-format. Nothing here needs a display; matplotlib is imported only when something is drawn.
+format. Nothing here needs a display; matplotlib is imported only when something is drawn. What
+draws raises ValueError where there is nothing to draw, or matplotlib is missing.
 Palette: Okabe and Ito 2008, readable by the colour-blind.
 
     from plots import plot_curves
@@ -107,9 +108,6 @@ def plot_curves(logs: dict[str, Sequence[dict]], path: str | Path) -> Path:
     Args:
         logs: label -> records of a run's log.
         path: where the picture goes; its suffix chooses the format.
-
-    Raises:
-        ValueError: no log holds a record, or matplotlib is missing.
     """
     if not any(logs.values()):
         raise ValueError("nothing to plot: the logs are empty")
@@ -158,9 +156,6 @@ def plot_bands(
         curves: title of a panel -> label -> the records of each seed's log.
         keys: names of figures in AXES; several make a row of panels each, or a panel each of one
             title.
-
-    Raises:
-        ValueError: no log holds one of the keys, or matplotlib is missing.
     """
     drawn = {(key, title): _bands(group, key) for key in keys for title, group in curves.items()}
     keys = [key for key in keys if any(drawn[key, title] for title in curves)]

@@ -28,9 +28,6 @@ def plot_grouped(
     Args:
         groups: title of a panel -> label -> category -> the value of each seed.
         categories: their order; None: that in which they first appear.
-
-    Raises:
-        ValueError: there is nothing to draw, or matplotlib is missing.
     """
     every = [group for some in groups.values() for group in some.values()]
     categories = list(categories or dict.fromkeys(name for group in every for name in group))
@@ -63,9 +60,6 @@ def plot_against(
         groups: title of a panel -> label -> points, joined in their order.
         xlabel: of all panels; None: the title of each is its own.
         reference: title -> (label, value) of a horizontal line.
-
-    Raises:
-        ValueError: there is nothing to draw, or matplotlib is missing.
     """
     figure, axes_of = _drawn(groups, ylabel)
     for title, axes in axes_of.items():
@@ -116,9 +110,6 @@ def plot_spans(
     Args:
         groups: title of a panel -> label of the row -> (values, the first mark, the second).
         names: of the marks.
-
-    Raises:
-        ValueError: there is nothing to draw, or matplotlib is missing.
     """
     labels = list(dict.fromkeys(label for group in groups.values() for label in group))
     if not labels:

@@ -138,8 +138,10 @@ def clear(out: Path) -> None:
 
 
 def write_numbers(numbers: dict[str, str | None], out: Path) -> None:
-    """Write what can be quoted, for LaTeX and for a reader."""
-    (out / "numbers.tex").write_text(numbers_tex(numbers), encoding="utf-8")
+    """Write what can be quoted: what has a value as LaTeX's macros, all for a reader."""
+    figures = {key: text for key, text in numbers.items() if text is not None}
+    macros = "".join(f"\\defresult{{{k}}}{{{tex(text)}}}\n" for k, text in figures.items())
+    (out / "numbers.tex").write_text(HEADING + macros, encoding="utf-8")
     safe_files.write_json(out / "numbers.json", numbers)
 
 
@@ -147,7 +149,8 @@ def values(scale: str, results: Path) -> dict[str, str | None]:
     """Return what can be quoted of a scale, of the GPU's runs and of the tables that are files."""
     numbers = quotable(at_scale(scale, results / scale)) | gpu_numbers(results / "gpu")
     for file in FILES:
-        numbers |= file_numbers(file, lines_of(results / file.path))
+        if lines := lines_of(results / file.path):
+            numbers |= line_numbers(file.name, lines, file.width)
     return numbers | density_numbers(results / CALIBRATED) | {"scale": scale}
 
 
@@ -250,15 +253,6 @@ def lines_of(path: Path) -> list[list[str]]:
     return [[column.replace("_", " ") for column in heading], *rows]
 
 
-def file_numbers(file: File, lines: list[list[str]]) -> dict[str, str]:
-    """Return a file's figures under NAME/KEY/COLUMN."""
-    return {
-        key_of(file.name, *row[: file.width], column): text
-        for row in lines[1:]
-        for column, text in list(zip(lines[0], row, strict=True))[file.width :]
-    }
-
-
 def density_numbers(path: Path) -> dict[str, str]:
     """Return what a mask keeps of each kind of parameter, in per cent, its least and most layer."""
     numbers = {}
@@ -299,12 +293,6 @@ def key_of(*parts: str) -> str:
     """Join the parts of a key, without what TeX or a reader would trip over; an option that is
     absent is none."""
     return "/".join(re.sub(r"[^\w.=+]+", "-", part).strip("-") or "none" for part in parts)
-
-
-def numbers_tex(numbers: dict[str, str | None]) -> str:
-    """Return the macros of what has a value: \\defresult{key}{text}."""
-    figures = {key: text for key, text in numbers.items() if text is not None}
-    return HEADING + "".join(f"\\defresult{{{k}}}{{{tex(text)}}}\n" for k, text in figures.items())
 
 
 # ---------------------------------------------------------------------------- tables

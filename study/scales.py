@@ -173,16 +173,17 @@ class Size(NamedTuple):
         size = ("--image-size", f"{pixels or self.pixels}")
         return (*self.backbone, *cosine, *size, *length, *SHARDINGS[sharding])
 
+    def row(self, key: tuple[str, ...], options: tuple[str, ...], rate: float = 1e-2) -> Row:
+        """Return a row that tries rates around this one; its name has the images' pixels."""
+        name = "-".join((*key, f"{self.pixels}px")).replace(", ", "-")
+        return Row(key, options, around(rate, self.tries), self.seeds, name=name)
+
     def masked(
         self, key: tuple[str, ...], sharding: str, rule: str, share: str, *more: str, name: str = ""
     ) -> Row:
-        """Return the row of a mask, or of dense training, at the rates of its sharding.
-
-        It has the name of its key and its pixels, whatever `name`.
-        """
+        """Return the row of a mask, or of dense training; it is of its key, whatever `name`."""
         options = (*self.training(sharding), *mask(rule, share, self.images), *more)
-        name = "-".join((*key, f"{self.pixels}px")).replace(", ", "-")
-        return Row(key, options, around(DENSE[sharding], self.tries), self.seeds, name=name)
+        return self.row(key, options, DENSE[sharding])
 
     def watched(self, sharding: str, rule: str, share: str) -> Row:
         """Return the row of the rules that has the same runs."""

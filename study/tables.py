@@ -165,9 +165,7 @@ class Experiment(NamedTuple):
         left = []
         for row in self.rows:
             tried = self.tried(folder, row)
-            seeds = (
-                len(tried[chosen(tried)]) if tried else 1
-            )  # that the chosen rate has, or will have
+            seeds = len(tried[chosen(tried)]) if tried else 1  # of the chosen rate, now or soon
             rates = set(self.grid(folder, row)) | tried.keys()
             left.append((row, len(rates) - len(tried) + len(row.seeds) - seeds))
         return left
