@@ -1,6 +1,6 @@
 """--search: short runs over a grid of rates, weight decays and schedules, then the best of it.
 
-The choice is that of a table's row (study/measures.py): the best mean validation accuracy.
+The choice is that of a table's row (study/tables.py): the best mean validation accuracy.
 """
 
 from __future__ import annotations

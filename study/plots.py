@@ -24,7 +24,10 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)
 MOST = 6  # curves of a panel that can be told apart
 OTHERS = "the others"
 FORMULA = re.compile(r"(\$(?:N_c|J|\\alpha) = [\w.+-]+\$)")  # that a label may hold
-AXES = {  # of a log's figures
+IMAGES = {"training": "train", "validation": "val", "test": "test"}  # of a log's figures
+AXES = {  # of these
+    "loss": "cross-entropy (nats)",
+    "acc": "accuracy (%)",
     "val_acc": "validation accuracy (%)",
     "test_acc": "test accuracy (%)",
     "val_loss": "validation loss (nats)",
@@ -103,43 +106,22 @@ def look(i: int) -> dict:
 
 
 def plot_curves(logs: dict[str, Sequence[dict]], path: str | Path) -> Path:
-    """Draw loss and accuracy against rounds or epochs; return the file's path.
+    """Draw loss and accuracy against rounds or epochs, of all images that are logged.
 
     Args:
         logs: label -> records of a run's log.
         path: where the picture goes; its suffix chooses the format.
     """
-    if not any(logs.values()):
-        raise ValueError("nothing to plot: the logs are empty")
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(PAGE, 2.9), layout="constrained")
-    styles = dict(
-        training=dict(alpha=0.35, linewidth=0.8), validation=dict(linestyle="--"), test={}
-    )
-    drawn = set()
-    for i, (label, records) in enumerate(logs.items()):
-        colour, unnamed = PALETTE[i % len(PALETTE)], len(logs) > 1
-        for axes, key, what in (
-            (left, "test_loss", "test"),
-            (left, "val_loss", "validation"),
-            (left, "train_loss", "training"),
-            (right, "test_acc", "test"),
-            (right, "val_acc", "validation"),
-        ):
-            x, y = _series(records, key)
-            if len(x):
-                style = styles[what] | dict(color=colour, marker="o" if len(x) == 1 else None)
-                name = plain(label) if unnamed else None
-                axes.plot(x, 100 * y if key.endswith("acc") else y, label=name, **style)
-                drawn, unnamed = drawn | {what}, False
-    colour = "black" if len(logs) > 1 else PALETTE[0]
-    for what, style in styles.items():  # colours tell runs apart, styles the images
-        if what in drawn:
-            left.plot([], [], color=colour, label=what, **style)
-    for axes, what in ((left, "cross-entropy (nats)"), (right, "accuracy (%)")):
-        axes.set(xlabel=_unit(logs.values()), ylabel=what)
-        axes.locator_params(axis="x", integer=True)
-        axes.grid()
-    return finish(figure, (left, right), path)
+    curves: dict[str, list[list[dict]]] = {}
+    for label, records in logs.items():
+        for what, kind in IMAGES.items():
+            log = [
+                {name.removeprefix(f"{kind}_"): value for name, value in record.items()}
+                for record in records
+                if f"{kind}_loss" in record or f"{kind}_acc" in record
+            ]
+            curves[what if len(logs) == 1 else f"{label}, {what}"] = [log]
+    return plot_bands({"": curves}, path, ("loss", "acc"))
 
 
 def plot_bands(
