@@ -95,24 +95,13 @@ def write(runs: Sequence[Past], out: Path) -> tuple[list[str], list[str]]:
         raise ValueError(f"--out {out} holds other files: give it an empty or a new folder")
     report.clear(generated)
     numbers: dict[str, str | None] = {}
-    pieces = {f"table/{part.name}": False for part in PARTS}
+    pieces = []
     for part in PARTS:
-        chosen = [run for run in good if part.holds(run.options)]
-        if chosen:
+        if chosen := [run for run in good if part.holds(run.options)]:
             numbers |= write_part(part.name, chosen, generated)
-            pieces[f"table/{part.name}"] = True
-    ran = experiments(good, done)
-    for name in ROWS:
-        if mingled(ran[name]):
-            notes.append(
-                f"no figure of {name}: some runs have the same label and seed: leave some out"
-            )
-            ran[name] = []
-    for name, sources in SOURCES.items():
-        if any(ran[source] for source in sources.split()):
-            files = (generated / f"{name}.{kind}" for kind in ("png", "pdf"))
-            pieces[f"figure/{name}"] = all(drawn(FIGURES[name], ran, file) for file in files)
+            pieces.append(f"table/{part.name}")
     report.write_numbers(numbers, generated)
+    figures, further = draw(experiments(good, done), generated)
     if good:
         with open(generated / "runs.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(history.numbers(good, history.columns(good)))
@@ -120,7 +109,20 @@ def write(runs: Sequence[Past], out: Path) -> tuple[list[str], list[str]]:
     for name, folder in WRITERS.items():
         if not (out / name).exists():
             shutil.copy(folder / name, out)
-    return [name for name, there in pieces.items() if there], notes
+    return pieces + figures, notes + further
+
+
+def draw(ran: dict[str, list[Series]], out: Path) -> tuple[list[str], list[str]]:
+    """Draw the figures for which there are runs; return their names, and lines on what is not."""
+    mixed = [name for name in ROWS if mingled(ran[name])]
+    ran = ran | {name: [] for name in mixed}
+    why = "some runs have the same label and seed: leave some out"
+    figures = []
+    for name, sources in SOURCES.items():
+        if any(ran[source] for source in sources.split()):
+            files = (out / f"{name}.{kind}" for kind in ("png", "pdf"))
+            figures += [f"figure/{name}"] * all(drawn(FIGURES[name], ran, file) for file in files)
+    return figures, [f"no figure of {name}: {why}" for name in mixed]
 
 
 def write_part(name: str, runs: list[Past], out: Path) -> dict[str, str | None]:

@@ -83,11 +83,7 @@ def drawn(draw: Callable, ran: Ran, path: Path) -> bool:
         draw(ran, path)
     except (ValueError, OSError) as error:
         print(f"{path.name} is not drawn: {error}")
-    except (
-        AttributeError,
-        LookupError,
-        TypeError,
-    ) as error:  # a summary or a log of other contents
+    except (AttributeError, LookupError, TypeError) as error:  # of other contents
         print(f"{path.name} is not drawn: what a run says does not fit ({type(error).__name__})")
     return path.exists()
 
@@ -252,21 +248,16 @@ def reached(folder: Path) -> dict[str, float]:
 def draw_overview(figures: Mapping[str, float], path: Path) -> None:
     """Draw test accuracy against classes per client, beside what is published."""
     order = list(PUBLISHED)
-    series = {
-        "here: ViT-Ti/16, trained with labels": figures,
-        "published: ViT-S/16, DINO": PUBLISHED,
-    }
+    here, published = "here: ViT-Ti/16, trained with labels", "published: ViT-S/16, DINO"
+    series = {here: figures, published: PUBLISHED}
     figure, axes = plots.pyplot().subplots(figsize=(5.0, 2.6), layout="constrained")
     for i, (name, values) in enumerate(series.items()):
         x = [order.index(sharding) for sharding in order if sharding in values]
         axes.plot(x, [values[order[at]] for at in x], label=name, **plots.look(i))
         for at in x:
-            text = f"{values[order[at]]:.1f}"
-            shift = (0, 5) if i == 0 else (-7, -11)
-            axes.annotate(
-                text, (at, values[order[at]]), shift, textcoords="offset points", ha="center"
-            )
-    axes.set(xlabel="classes per client $N_c$", ylabel="test accuracy (%)", ylim=(66, 92))
+            y, shift = values[order[at]], (-7, -11) if i else (0, 5)
+            axes.annotate(f"{y:.1f}", (at, y), shift, textcoords="offset points", ha="center")
+    axes.set(xlabel=CLASSES, ylabel="test accuracy (%)", ylim=(66, 92))
     axes.set_xticks(range(len(order)), order)
     axes.grid(axis="y")
     axes.legend(loc="lower left")

@@ -107,10 +107,9 @@ def write(scale: str, results: Path, out: Path) -> list[str]:
         ValueError: the folder holds other files than an earlier report's.
     """
     clear(out)
-    pieces = {f"table/{n}": False for s in experiments.SCALES for n in experiments.at_scale(s)}
     with safe_files.contents(results / scale):
         tables = at_scale(scale, results / scale)
-        pieces |= {f"table/{table.name}": write_tables(table, out) for table in tables}
+        pieces = {f"table/{table.name}": write_tables(table, out) for table in tables}
         rows = {table.name: table.rows() for table in tables}
         for name, draw in FIGURES.items():
             pieces[f"figure/{name}"] = drawn(draw, rows, out / f"{name}.pdf")
