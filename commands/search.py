@@ -16,7 +16,7 @@ import fedavg
 from commands.options import Line
 from machine import runs, safe_files
 from machine.ranks import OneProcess
-from study.tables import best_of
+from study.measures import best_of
 
 EDGES = ("highest", "higher", 3.0), ("lowest", "lower", 1 / 3)
 LAST = ("log.jsonl", "checkpoint.pt")  # of a run's files, in this order
@@ -105,8 +105,7 @@ def place(tried: Try) -> str:
 
 def chosen(accuracies: dict[Try, float]) -> Try:
     """Return the try of the best validation accuracy, the first of equals."""
-    best, _ = best_of({t: {0: {"final": {"val_acc": acc}}} for t, acc in accuracies.items()})
-    return best
+    return best_of({tried: [(0, accuracy)] for tried, accuracy in accuracies.items()})
 
 
 def print_table(accuracies: dict[Try, float], best: Try) -> None:

@@ -27,7 +27,8 @@ from machine import safe_files
 from machine.ranks import end_with_parent
 from machine.status import duration
 from study import blank, experiments, history, report, tables
-from study.packed import FILE, Finished, add, lines, pack, read, write
+from study.packed import FIELDS, FILE, add, line_of, lines, pack, read, unpacked, write
+from study.past import Past
 from study.tables import INSIDE, Cell
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -194,7 +195,7 @@ def pack_together(scale: str, tables: Tables, path: Path) -> None:
     """Write the runs of all these tables into one file, each line with its scale and table."""
     folders = sorted({folder for _, folder in tables.values()})
     runs = [(folder.name, run) for folder in folders for run in read(folder / FILE).values()]
-    write(path, ({"scale": scale, "table": name} | run._asdict() for name, run in runs))
+    write(path, ({"scale": scale, "table": name} | line_of(run) for name, run in runs))
     print(f"{len(runs)} runs are packed in {path}; sweep --import takes them in elsewhere")
 
 
@@ -206,9 +207,9 @@ def take_in(path: Path, scale: str, tables: Tables) -> None:
     """
     if not path.is_file():
         raise ValueError(f"--import {path}: no such file")
-    new: dict[Path, list[Finished]] = {folder: [] for _, folder in tables.values()}
+    new: dict[Path, list[Past]] = {folder: [] for _, folder in tables.values()}
     by_name = {folder.name: folder for folder in new}
-    for line in lines(path, ("scale", "table", *Finished._fields)):
+    for line in lines(path, ("scale", "table", *FIELDS)):
         if line["scale"] != scale or line["table"] not in by_name:
             raise ValueError(
                 f"--import {path}: it holds runs of {line['table']!r} at the scale "
@@ -216,7 +217,7 @@ def take_in(path: Path, scale: str, tables: Tables) -> None:
             )
         folder = by_name[line["table"]]
         if line["name"] not in read(folder / FILE):
-            new[folder].append(Finished(*(line[field] for field in Finished._fields)))
+            new[folder].append(unpacked(line))
     for folder, runs in new.items():
         if runs:
             add(folder, runs)

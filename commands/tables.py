@@ -11,8 +11,8 @@ from typing import Annotated, NamedTuple
 from commands.options import Line
 from machine import runs
 from study import history, plots
-from study.history import History
-from study.tables import VALIDATION
+from study.measures import VALIDATION
+from study.past import Past
 from study.typeset import latex_table, markdown_table
 
 FORMATS = ("md", "tex", "csv")
@@ -150,7 +150,7 @@ def run_plot(line: Line) -> None:
 
 
 def labels_of(
-    pasts: list[History], names: list[str], given: list[str] | None
+    pasts: list[Past], names: list[str], given: list[str] | None
 ) -> dict[tuple[str, ...], str]:
     """Return the name of each curve: what tells it apart, or one of --labels.
 
@@ -167,7 +167,7 @@ def labels_of(
 
 
 def panels(
-    pasts: list[History], names: list[str], labels: dict[tuple[str, ...], str], split: bool
+    pasts: list[Past], names: list[str], labels: dict[tuple[str, ...], str], split: bool
 ) -> dict[str, dict[str, list[list[dict]]]]:
     """Return the logs of each curve: in one panel, or of many in one for each first value.
 

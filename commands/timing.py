@@ -23,7 +23,8 @@ from commands.costs import Costs, costs, images_of
 from commands.options import GROUPS, Command, Line, parse
 from machine import safe_files
 from machine.device import choose_device, processor
-from study.tables import SECONDS, Cell, Experiment
+from study.measures import SECONDS
+from study.tables import Cell, Experiment
 
 
 def nothing(line: Line) -> None:
@@ -65,7 +66,7 @@ class Times:
             for row in experiment.rows:
                 for run in experiment.runs(folder, row):
                     if run.config.get("processor") == self.processor:
-                        seconds = SECONDS.of(run.summary)
+                        seconds = SECONDS.of(run)
                         took.setdefault((row.command, row.options), []).append(seconds)
         return {row: float(np.mean(s)) for row, s in took.items() if None not in s}
 

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from study import history, report
-from study.figures import FIGURES, Done, drawn
-from study.history import TUNED, History
+from study.figures import FIGURES, Series, drawn
+from study.history import TUNED
+from study.past import Past
 
 LATEX = Path(__file__).parent / "latex"
 WRITERS = {"report.tex": LATEX / "blank", "references.bib": LATEX}
@@ -48,6 +49,7 @@ PARTS = (
 ROWS = {  # of a figure, what its axes and panels show; all else that differs is in the labels
     "heterogeneity": ("train", "sharding", "J"),
     "rules": ("sharding", "mask_rule", "sparsity"),
+    "agreement": ("sharding",),
 }
 SOURCES = {  # of the figures of study/figures.py, the runs that they need
     "shards": "fedavg-iid heterogeneity",
@@ -55,9 +57,9 @@ SOURCES = {  # of the figures of study/figures.py, the runs that they need
     "fedavg-iid": "fedavg-iid",
     "heterogeneity": "heterogeneity",
     "bytes": "rules",
-    "density": "agreement",
-    "agreement": "compared",
-    "groups": "compared",
+    "density": "density",
+    "agreement": "agreement",
+    "groups": "agreement",
 }
 
 
@@ -74,7 +76,7 @@ def plain(options: dict) -> bool:
     )
 
 
-def write(runs: Sequence[History], out: Path) -> tuple[list[str], list[str]]:
+def write(runs: Sequence[Past], out: Path) -> tuple[list[str], list[str]]:
     """Write a report's folder from these runs.
 
     Returns:
@@ -93,24 +95,13 @@ def write(runs: Sequence[History], out: Path) -> tuple[list[str], list[str]]:
         raise ValueError(f"--out {out} holds other files: give it an empty or a new folder")
     report.clear(generated)
     numbers: dict[str, str | None] = {}
-    pieces = {f"table/{part.name}": False for part in PARTS}
+    pieces = []
     for part in PARTS:
-        chosen = [run for run in good if part.holds(run.options)]
-        if chosen:
+        if chosen := [run for run in good if part.holds(run.options)]:
             numbers |= write_part(part.name, chosen, generated)
-            pieces[f"table/{part.name}"] = True
-    ran = experiments(good, done)
-    for name in ROWS:
-        if mingled(ran[name]):
-            notes.append(
-                f"no figure of {name}: some runs have the same label and seed: leave some out"
-            )
-            ran[name] = []
-    for name, sources in SOURCES.items():
-        if any(ran[source] for source in sources.split()):
-            drawn(FIGURES[name], ran, generated / f"{name}.png")
-            pieces[f"figure/{name}"] = drawn(FIGURES[name], ran, generated / f"{name}.pdf")
+            pieces.append(f"table/{part.name}")
     report.write_numbers(numbers, generated)
+    figures, further = draw(experiments(good, done), generated)
     if good:
         with open(generated / "runs.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(history.numbers(good, history.columns(good)))
@@ -118,10 +109,23 @@ def write(runs: Sequence[History], out: Path) -> tuple[list[str], list[str]]:
     for name, folder in WRITERS.items():
         if not (out / name).exists():
             shutil.copy(folder / name, out)
-    return [name for name, there in pieces.items() if there], notes
+    return pieces + figures, notes + further
 
 
-def write_part(name: str, runs: list[History], out: Path) -> dict[str, str | None]:
+def draw(ran: dict[str, list[Series]], out: Path) -> tuple[list[str], list[str]]:
+    """Draw the figures for which there are runs; return their names, and lines on what is not."""
+    mixed = [name for name in ROWS if mingled(ran[name])]
+    ran = ran | {name: [] for name in mixed}
+    why = "some runs have the same label and seed: leave some out"
+    figures = []
+    for name, sources in SOURCES.items():
+        if any(ran[source] for source in sources.split()):
+            files = (out / f"{name}.{kind}" for kind in ("png", "pdf"))
+            figures += [f"figure/{name}"] * all(drawn(FIGURES[name], ran, file) for file in files)
+    return figures, [f"no figure of {name}: {why}" for name in mixed]
+
+
+def write_part(name: str, runs: list[Past], out: Path) -> dict[str, str | None]:
     """Write a table: a row for what differs, of each the best rate; return its numbers."""
     names = [column for column in history.columns(runs) if column not in TUNED]
     if name == "methods":  # what makes it one stands in its row, if it is the only one
@@ -135,66 +139,56 @@ def write_part(name: str, runs: list[History], out: Path) -> dict[str, str | Non
     return report.line_numbers(name, lines, len(names))
 
 
-def experiments(runs: list[History], calibrated: list[History]) -> dict[str, list[list[Done]]]:
-    """Return runs as the figures take them: by experiment, rows of a run a seed."""
+def experiments(runs: list[Past], calibrated: list[Past]) -> dict[str, list[Series]]:
+    """Return runs as the figures take them: rows by experiment."""
     central = [run for run in runs if PARTS[0].holds(run.options)]
     federated = [run for run in runs if plain(run.options)]
     dense = [run for run in federated if not masked(run.options)]
-    iid = [run for run in dense if run.options["sharding"] == "iid"]
+    iid = [run for run in dense if run.sharding == "iid"]
     masks = [run for run in federated if masked(run.options)]
     alike = {trained(run) for run in masks}
     like_masks = [run for run in dense if trained(run) in alike]
-    several = len({run.options["sharding"] for run in dense}) > 1
-    measured = [[done(("",), run)] for run in calibrated if run.summary.get("density")]
+    several = len({run.sharding for run in dense}) > 1
+    measured = [run for run in calibrated if run.summary.get("density")]
+    compared = [run for run in measured if run.summary.get("overlap", {}).get("iou")]
     return {
         "centralized": curves(central),
         "fedavg-iid": curves(iid),
         "heterogeneity": configurations(dense if several else [], ROWS["heterogeneity"]),
         "rules": configurations(masks + like_masks, ROWS["rules"]),
-        "agreement": measured,
-        "compared": [row for row in measured if row[0].summary.get("overlap", {}).get("iou")],
+        "density": configurations(measured, ROWS["agreement"]),
+        "agreement": configurations(compared, ROWS["agreement"]),
     }
 
 
-def trained(run: History) -> tuple:
+def trained(run: Past) -> tuple:
     """Return what trained and for how long: runs are compared where that is the same."""
     return tuple(run.options.get(name) for name in ("train", "J", "rounds"))
 
 
-def curves(runs: list[History]) -> list[list[Done]]:
+def curves(runs: list[Past]) -> list[Series]:
     """Return rows by what trains, then by whatever else differs."""
-    names = [name for name in history.columns(runs) if name != "train"]
-    rows = []
-    for key, group in history.rows(runs, ["train", *names]).items():
-        label = history.label(names, key[1:])
-        rows.append([done((key[0], label), run) for run in group])
-    return rows
+    names = ("train", *(name for name in history.columns(runs) if name != "train"))
+    return [Series(key, names, group) for key, group in history.rows(runs, names).items()]
 
 
-def configurations(runs: list[History], shown: Sequence[str]) -> list[list[Done]]:
+def configurations(runs: list[Past], shown: Sequence[str]) -> list[Series]:
     """Return a row of each configuration, at the rate that is best by validation.
 
     Args:
         shown: options that the figure's axes and panels show.
     """
-    names = [*shown, *(n for n in history.columns(runs) if n not in (*shown, *TUNED, "command"))]
-    rows, size = [], len(shown)
-    for key, group in history.rows(history.best_rates(runs, names), names).items():
-        also = history.worded(names[size:], key[size:])
-        rows.append([done(key[:size], run, also) for run in group])
-    return rows
+    columns = history.columns(runs)
+    names = (*shown, *(n for n in columns if n not in (*shown, *TUNED, "command")))
+    best = history.best_rates(runs, names)
+    return [Series(key, names, group) for key, group in history.rows(best, names).items()]
 
 
-def mingled(rows: list[list[Done]]) -> bool:
+def mingled(rows: list[Series]) -> bool:
     """Tell whether rows have the same place in a figure, or runs of a row the same seed."""
-    places = [(row[0].key, row[0].also) for row in rows]
-    seeds = [[run.options["seed"] for run in row] for row in rows]
-    return len(set(places)) < len(rows) or any(len(set(some)) < len(some) for some in seeds)
-
-
-def done(key: tuple[str, ...], run: History, also: str = "") -> Done:
-    """Return a run as the figures take it."""
-    return Done(key, run.options, run.summary, run.records, also)
+    seeds = [[run.options["seed"] for run in row.runs] for row in rows]
+    same = any(len(set(some)) < len(some) for some in seeds)
+    return same or len({row.key for row in rows}) < len(rows)
 
 
 def zipped(out: Path) -> Path:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,27 +14,59 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import data
-from study import maps, plots
-from study.history import rule_of
+from study import maps, plots, relations
+from study.history import label, rule_of, sharded, worded
+from study.measures import TEST, VALIDATION, Measure
+from study.past import Past, read
 
 if TYPE_CHECKING:
     from study.rates import Tried
 
 
-class Done(NamedTuple):
-    """A run that is done: the key of its row, its options, summary and log; what else tells it."""
+class Series(NamedTuple):
+    """A row of runs that are done: its key and what that has, the runs of its seeds."""
 
     key: tuple[str, ...]
-    options: dict
-    summary: dict
-    records: list[dict]
-    also: str = ""
+    columns: tuple[str, ...]
+    runs: list[Past]
+
+    @property
+    def options(self) -> dict:
+        """Return the options of the first of its runs."""
+        return self.runs[0].options
+
+    @property
+    def sharding(self) -> str:
+        """Return how images are spread over its clients, as a figure has it."""
+        return sharded(self.runs[0].sharding)
+
+    @property
+    def classes(self) -> str:
+        """Return the same on an axis of classes per client: iid, 5."""
+        name = self.runs[0].sharding
+        return name.removeprefix("nc") if name.startswith("nc") else self.sharding
+
+    @property
+    def held(self) -> float:
+        """Return how many classes a client holds: any, where they are not fixed; mixtures last."""
+        mixed = self.options.get("dirichlet") is not None
+        return 0 if mixed else self.options["nc"] or np.inf
+
+    def values(self, measure: Measure) -> tuple[float, ...]:
+        """Return a figure of its runs."""
+        return measure.over(self.runs).values
+
+    def also(self, shown: int) -> str:
+        """Return what its key has beside the first columns, which axes and panels show."""
+        return worded(self.columns[shown:], self.key[shown:])
 
 
 PUBLISHED = {"iid": 83.9, "50": 83.8, "10": 82.6, "5": 81.3, "1": 70.4}  # test %, DINO's ViT-S/16:
 # the best that other projects of this setting report (K = 100, C = 0.1, J = 4)
-CLIENTS = 100  # of the shardings that are drawn
 LEAST_SHOWN = 0.005  # of a kind of parameter, the share kept in some layer
+CLASSES = "classes per client $N_c$"
+UP, DOWN = Measure("MB up", "bytes_up", 1e-6), Measure("MB down", "bytes_down", 1e-6)
+FROZEN = {"sparsity": "frozen share", "threshold": "threshold"}  # of a mask's options, in words
 TRAINS = {"head": "the head trains", "all": "everything trains"}
 OVERLAPS = {
     "ceiling": "one client, two halves of its images",
@@ -43,7 +74,7 @@ OVERLAPS = {
     "chance": "chance",
 }
 DIAGNOSED = {"distance": "distance", "matched_linearity_error": "linearity error"}
-Ran = dict[str, list[list[Done]]]  # by experiment: its rows that ran, each a run a seed
+Ran = Mapping[str, list[Series]]  # by experiment: its rows that ran
 
 
 def drawn(draw: Callable, ran: Ran, path: Path) -> bool:
@@ -52,11 +83,7 @@ def drawn(draw: Callable, ran: Ran, path: Path) -> bool:
         draw(ran, path)
     except (ValueError, OSError) as error:
         print(f"{path.name} is not drawn: {error}")
-    except (
-        AttributeError,
-        LookupError,
-        TypeError,
-    ) as error:  # a summary or a log of other contents
+    except (AttributeError, LookupError, TypeError) as error:  # of other contents
         print(f"{path.name} is not drawn: what a run says does not fit ({type(error).__name__})")
     return path.exists()
 
@@ -67,11 +94,11 @@ def draw_curves(name: str, keys: Sequence[str], ran: Ran, path: Path) -> None:
     Of a split that no run has evaluated on its way those of validation are drawn.
     """
     panels: dict[str, dict] = {}
-    for done in ran.get(name, []):
-        trains, *rest = done[0].key
-        panels.setdefault(part_of(trains), {})[", ".join(rest)] = [run.records for run in done]
-    records = [r for done in ran.get(name, []) for run in done for r in run.records[1:-1]]
-    logged = {key for record in records for key in record}
+    rows = ran.get(name, [])
+    for row in rows:
+        curve = label(row.columns[1:], row.key[1:])
+        panels.setdefault(part_of(row.key[0]), {})[curve] = [run.records for run in row.runs]
+    logged = {key for row in rows for run in row.runs for r in run.records[1:-1] for key in r}
     keys = [key if key in logged else key.replace("test", "val") for key in keys]
     plots.plot_bands(panels, path, keys)
 
@@ -79,27 +106,13 @@ def draw_curves(name: str, keys: Sequence[str], ran: Ran, path: Path) -> None:
 def draw_heterogeneity(ran: Ran, path: Path) -> None:
     """Draw accuracy against classes per client, for each number of local steps."""
     panels: dict[str, dict] = {}
-    rows = sorted(ran.get("heterogeneity", []), key=classes_held, reverse=True)
-    for done in rows:
-        group = panels.setdefault(part_of(done[0].key[0]), {})
-        values = group.setdefault(f"$J$ = {done[0].options['J']:d}{also(done)}", {})
-        values[sharding(done[0], "")] = [accuracy(run) for run in done]
-    plots.plot_grouped(
-        panels,
-        path,
-        "classes per client $N_c$",
-        categories=list(dict.fromkeys(sharding(done[0], "") for done in rows)),
-    )
-
-
-def also(done: list[Done]) -> str:
-    """Return what a label adds of a row that other options tell apart, too."""
-    return f", {plots.plain(done[0].also)}" if done[0].also else ""
-
-
-def classes_held(done: list[Done]) -> float:
-    """Return how many classes a client of a row holds: any, where they are not fixed."""
-    return done[0].options["nc"] or np.inf
+    rows = sorted(ran.get("heterogeneity", []), key=lambda row: row.held, reverse=True)
+    for row in rows:
+        group = panels.setdefault(part_of(row.key[0]), {})
+        name = ", ".join(filter(None, [f"$J = {row.options['J']:d}$", row.also(3)]))
+        group.setdefault(name, {})[row.classes] = row.values(VALIDATION)
+    categories = list(dict.fromkeys(row.classes for row in rows))
+    relations.plot_grouped(panels, path, CLASSES, categories=categories)
 
 
 def draw_bytes(ran: Ran, path: Path) -> None:
@@ -110,112 +123,115 @@ def draw_bytes(ran: Ran, path: Path) -> None:
     panels: dict[str, dict] = {}
     reference = {}
     rows = ran.get("rules", [])
-    dense = [sharding(done[0]) for done in rows if rule_of(done[0].options) == "dense"]
-    for done in rows:
-        values = [accuracy(run) for run in done]
-        sent = [run.summary["bytes_up"] + run.summary["bytes_down"] for run in done]
-        panel, rule = sharding(done[0]), rule_of(done[0].options)
-        if rule == "dense" and dense.count(panel) == 1:
-            reference[panel] = f"dense{also(done)}", float(np.mean(values))
+    dense = [row.sharding for row in rows if rule_of(row.options) == "dense"]
+    for row in rows:
+        name = ", ".join(filter(None, [rule_of(row.options), row.also(3)]))
+        if rule_of(row.options) == "dense" and dense.count(row.sharding) == 1:
+            reference[row.sharding] = name, float(np.mean(row.values(VALIDATION)))
         else:
-            points = panels.setdefault(panel, {}).setdefault(plots.plain(rule) + also(done), [])
-            points.append((float(np.mean(sent)) / 1e6, values))
-    plots.plot_against(panels, path, "sent in the whole run (MB)", reference=reference)
+            points = panels.setdefault(row.sharding, {}).setdefault(name, [])
+            points.append(
+                (np.mean(row.values(UP)) + np.mean(row.values(DOWN)), row.values(VALIDATION))
+            )
+    relations.plot_against(panels, path, "sent in the whole run (MB)", reference=reference)
 
 
 def draw_linearity(ran: Ran, path: Path) -> None:
     """Draw accuracy against how far a model moved, and against how linear that is, matched."""
     panels: dict[str, dict] = {}
-    for done, (key, what) in itertools.product(ran.get("linearity", []), DIAGNOSED.items()):
-        figures = [run.summary["final"].get(key) for run in done]
-        if all(figures):
-            rule = rule_of(done[0].options)
-            point = float(np.mean(figures)), [accuracy(run) for run in done]
-            panels.setdefault(f"{sharding(done[0])}: {what}", {})[plots.plain(rule)] = [point]
-    plots.plot_against(panels, path, None)
+    for row, (key, what) in itertools.product(ran.get("linearity", []), DIAGNOSED.items()):
+        figures = row.values(Measure(what, f"final/{key}"))
+        if figures and all(figures):
+            point = float(np.mean(figures)), row.values(VALIDATION)
+            panel = panels.setdefault(f"{row.sharding}: {what}", {})
+            panel[rule_of(row.options)] = [point]
+    relations.plot_against(panels, path, None)
 
 
 def draw_agreement(ran: Ran, path: Path) -> None:
-    """Draw how far clients' own masks agree, by classes per client, between chance and noise."""
-    groups: dict[str, dict] = {}
-    for done in ran.get("agreement", []):
-        overlaps = [run.summary["overlap"] for run in done]
+    """Draw how far clients' own masks agree, by classes per client, between chance and noise.
+
+    Calibrations that differ in more than that have a panel each.
+    """
+    panels: dict[str, dict] = {}
+    for row in sorted(ran.get("agreement", []), key=lambda row: row.held, reverse=True):
         for key, what in OVERLAPS.items():
-            if values := [o[key] for o in overlaps if o.get(key) is not None]:
-                groups.setdefault(what, {})[sharding(done[0], "")] = values
-    plots.plot_grouped({"": groups}, path, "classes per client $N_c$", "IoU of masks")
+            if values := row.values(Measure(what, f"overlap/{key}")):
+                groups = panels.setdefault(row.also(1), {})
+                groups.setdefault(what, {})[row.classes] = values
+    relations.plot_grouped(panels, path, CLASSES, "IoU of masks")
 
 
 def draw_groups(ran: Ran, path: Path) -> None:
     """Draw how far two groups of clients agree, against how many clients are in each."""
-    lines: dict[str, list] = {}
-    chance: list[float] = []
-    for done in ran.get("agreement", []):
-        overlaps = [run.summary["overlap"] for run in done]
-        chance += [overlap["chance"] for overlap in overlaps if overlap]
-        for size in overlaps[0].get("groups", {}):
-            values = [overlap["groups"][size] for overlap in overlaps]
-            lines.setdefault(sharding(done[0]), []).append((int(size), values))
-    reference = {"": ("chance", float(np.mean(chance)))} if chance else None
-    label = "clients in each of two groups"
-    plots.plot_against({"": lines}, path, label, "IoU of masks", reference)
+    panels: dict[str, dict] = {}
+    chance: dict[str, list[float]] = {}
+    for row in ran.get("agreement", []):
+        sizes = row.runs[0].summary["overlap"].get("groups", {})
+        measures = [(int(size), Measure(size, f"overlap/groups/{size}")) for size in sizes]
+        points = [(size, row.values(measure)) for size, measure in measures]
+        panels.setdefault(row.also(1), {})[row.sharding] = points
+        chance.setdefault(row.also(1), []).extend(row.values(Measure("chance", "overlap/chance")))
+    reference = {title: ("chance", float(np.mean(some))) for title, some in chance.items() if some}
+    what = "clients in each of two groups"
+    relations.plot_against(panels, path, what, "IoU of masks", reference)
 
 
 def draw_overlap(ran: Ran, path: Path) -> None:
     """Draw the overlap of every two clients' masks, where clients hold the fewest classes."""
-    compared = [
-        done[0] for done in ran.get("agreement", []) if done[0].summary["overlap"].get("matrix")
-    ]
-    if not compared:
+    rows = [r for r in ran.get("agreement", []) if r.runs[0].summary["overlap"].get("matrix")]
+    if not rows:
         raise ValueError("no run tells the overlap of every two clients")
-    fewest = min(compared, key=lambda run: run.options["nc"] or np.inf)
-    overlap = fewest.summary["overlap"]
-    chance, ceiling = overlap["chance"], overlap["ceiling"]
-    matrix = np.array(overlap["matrix"])
-    maps.plot_overlap(matrix, path, chance=chance, ceiling=ceiling, title=sharding(fewest))
+    fewest = min(rows, key=lambda row: row.held or np.inf)
+    overlap = fewest.runs[0].summary["overlap"]
+    figures = dict(chance=overlap["chance"], ceiling=overlap["ceiling"], title=fewest.sharding)
+    maps.plot_overlap(np.array(overlap["matrix"]), path, **figures)
 
 
 def draw_density(ran: Ran, path: Path) -> None:
     """Draw where the first mask keeps entries, of the kinds of which it keeps some share."""
-    first = [done[0] for done in ran.get("agreement", [])]
-    if not first:
+    rows = ran.get("density", ran.get("agreement", []))
+    if not rows:
         raise ValueError("no run tells the density of a mask by layer")
-    density, options = first[0].summary["density"], first[0].options
+    row, options = rows[0], rows[0].options
+    density = row.runs[0].summary["density"]
     layers = list(next(iter(density.values())))
-    table = {kind: np.array(list(row.values()), dtype=float) for kind, row in density.items()}
+    table = {kind: np.array(list(shares.values()), dtype=float) for kind, shares in density.items()}
     shown = {kind: row for kind, row in table.items() if np.nanmax(row) >= LEAST_SHOWN}
     some = [i for i in range(len(layers)) if not all(np.isnan(row[i]) for row in shown.values())]
-    title = f"{plots.plain(options['mask_rule'])}, {sharding(first[0])}, "
-    title += f"frozen share {options['sparsity']:g}; "
+    by = "sparsity" if options.get("threshold") is None else "threshold"
+    title = f"{options['mask_rule']}, {row.sharding}, {FROZEN[by]} {options[by]:g}; "
     title += f"kinds not shown keep less than {100 * LEAST_SHOWN:g} % in every layer"
     shares = np.array(list(shown.values()))[:, some]
     kinds, layers = map(plots.plain, shown), [plots.plain(layers[i]) for i in some]
-    maps.plot_density(list(kinds), layers, shares, path, title)
+    maps.plot_density(list(kinds), layers, shares, path, plots.plain(title))
 
 
 def draw_shards(ran: Ran, path: Path) -> None:
-    """Draw who holds how many samples of which class, for up to three shardings of the runs."""
-    shardings = {}
-    for done in itertools.chain(*ran.values()):
-        fixed = done[0].options.get("dirichlet") is None
-        if done[0].options.get("clients") == CLIENTS and fixed:
-            shardings.setdefault(done[0].options["nc"] or np.inf, done[0])
-    if not shardings:
-        raise ValueError(f"no run has {CLIENTS} clients")
+    """Draw who holds how many samples of which class, for up to three shardings of the runs.
+
+    Of runs of several numbers of clients those of the most are drawn.
+    """
+    rows = [row for row in itertools.chain(*ran.values()) if row.options.get("clients")]
+    rows = [row for row in rows if row.options.get("dirichlet") is None]
+    if not rows:
+        raise ValueError("no run has clients of a fixed number of classes")
+    most = max(row.options["clients"] for row in rows)
+    shardings = {row.held: row for row in reversed(rows) if row.options["clients"] == most}
     every = sorted(shardings, reverse=True)
     chosen = dict.fromkeys((every[0], every[len(every) // 2], every[-1]))
-    counts = {}
-    for nc in chosen:
-        options = shardings[nc].options
-        labels = data.DATASETS[options["data"]].load(options["data_dir"]).train.labels.numpy()
-        seed = options["seed"]
-        train, _ = data.split_validation(labels, options["val_fraction"], seed)
-        nc, cover = options["nc"], options.get("cover", "all") == "all"
-        parts = data.shard(labels[train], options["clients"], nc=nc, seed=seed, cover=cover)
-        counts[f"$N_c$ = {nc}" if nc else "iid"] = np.stack(
-            [np.bincount(labels[train[part]], minlength=labels.max() + 1) for part in parts]
-        )
+    counts = {shardings[held].sharding: held_by(shardings[held].options) for held in chosen}
     maps.plot_shards(counts, path)
+
+
+def held_by(options: dict) -> np.ndarray:
+    """Return how many images of each class (columns) each client (rows) of a run holds."""
+    labels = data.DATASETS[options["data"]].load(options["data_dir"]).train.labels.numpy()
+    seed, cover = options["seed"], options.get("cover", "all") == "all"
+    train, _ = data.split_validation(labels, options["val_fraction"], seed)
+    parts = data.shard(labels[train], options["clients"], nc=options["nc"], seed=seed, cover=cover)
+    classes = labels.max() + 1
+    return np.stack([np.bincount(labels[train[part]], minlength=classes) for part in parts])
 
 
 def part_of(trains: str) -> str:
@@ -225,32 +241,23 @@ def part_of(trains: str) -> str:
 
 def reached(folder: Path) -> dict[str, float]:
     """Return the test accuracy, %, that the runs in a folder end with, by classes per client."""
-    figures = {}
-    for path in sorted(folder.glob("*/summary.json")):
-        options = json.loads(path.with_name("config.json").read_text())["options"]
-        sharding = str(options["nc"] or "iid")
-        figures[sharding] = 100 * json.loads(path.read_text())["final"]["test_acc"]
-    return figures
+    runs = [read(path.parent) for path in sorted(folder.glob("*/summary.json"))]
+    return {run.sharding.removeprefix("nc"): TEST.of(run) for run in runs}
 
 
 def draw_overview(figures: Mapping[str, float], path: Path) -> None:
     """Draw test accuracy against classes per client, beside what is published."""
     order = list(PUBLISHED)
-    series = {
-        "here: ViT-Ti/16, trained with labels": figures,
-        "published: ViT-S/16, DINO": PUBLISHED,
-    }
+    here, published = "here: ViT-Ti/16, trained with labels", "published: ViT-S/16, DINO"
+    series = {here: figures, published: PUBLISHED}
     figure, axes = plots.pyplot().subplots(figsize=(5.0, 2.6), layout="constrained")
-    for i, (label, values) in enumerate(series.items()):
+    for i, (name, values) in enumerate(series.items()):
         x = [order.index(sharding) for sharding in order if sharding in values]
-        axes.plot(x, [values[order[at]] for at in x], label=label, **plots.look(i))
+        axes.plot(x, [values[order[at]] for at in x], label=name, **plots.look(i))
         for at in x:
-            text = f"{values[order[at]]:.1f}"
-            shift = (0, 5) if i == 0 else (-7, -11)
-            axes.annotate(
-                text, (at, values[order[at]]), shift, textcoords="offset points", ha="center"
-            )
-    axes.set(xlabel="classes per client $N_c$", ylabel="test accuracy (%)", ylim=(66, 92))
+            y, shift = values[order[at]], (-7, -11) if i else (0, 5)
+            axes.annotate(f"{y:.1f}", (at, y), shift, textcoords="offset points", ha="center")
+    axes.set(xlabel=CLASSES, ylabel="test accuracy (%)", ylim=(66, 92))
     axes.set_xticks(range(len(order)), order)
     axes.grid(axis="y")
     axes.legend(loc="lower left")
@@ -262,27 +269,14 @@ def draw_rates(rows: Sequence[Tried], path: Path) -> None:
     panels: dict[str, dict] = {}
     for row in rows:
         sharding, rule, frozen, rounds = row.key
-        title = "iid" if sharding == "iid" else f"$N_c$ = {sharding[2:]}"
-        label = f"{rule} {frozen:g}" if frozen else rule
-        label += f", {rounds} round{'s' * (rounds > 1)}" if rounds else ""
+        name = f"{rule} {frozen:g}" if frozen else rule
+        name += f", {rounds} round{'s' * (rounds > 1)}" if rounds else ""
         unit = row.follows("matched")
         rates = [rate / unit for rate in row.accuracy]
         marks = row.best / unit, row.follows("functional") / unit
-        panels.setdefault(title, {})[label] = rates, *marks
+        panels.setdefault(sharded(sharding), {})[name] = rates, *marks
     names = "the best rate tried", "the rate of equal functional change"
-    plots.plot_spans(panels, path, "rate / rate of equal update norm", names)
-
-
-def accuracy(done: Done) -> float:
-    """Return a run's final validation accuracy in percent."""
-    return 100 * done.summary["final"]["val_acc"]
-
-
-def sharding(done: Done, named: str = "$N_c$ = ") -> str:
-    """Return iid, how many classes a client of the run holds, or alpha of their mixtures."""
-    if done.options.get("dirichlet") is not None:
-        return f"$\\alpha$ = {done.options['dirichlet']:g}"
-    return f"{named}{done.options['nc']:d}" if done.options["nc"] else "iid"
+    relations.plot_spans(panels, path, "rate / rate of equal update norm", names)
 
 
 FIGURES = {

@@ -54,9 +54,6 @@ def plot_histogram(
     Args:
         groups: title of a panel -> values; each panel says their mean and that of the worst tenth.
         what: is counted.
-
-    Raises:
-        ValueError: there is nothing to draw, or matplotlib is missing.
     """
     groups = {title: np.sort(values) for title, values in groups.items() if len(values)}
     if not groups:

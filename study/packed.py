@@ -12,44 +12,31 @@ import functools
 import json
 import lzma
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from machine import safe_files
 from machine.runs import Run
+from study import past
+from study.past import Past
 
 FILE = "runs.jsonl"
+FIELDS = Past._fields[:4]  # of a run's past, those that a line has
 LONG = 500
 
 
-class Finished(NamedTuple):
-    """A run that is done, as its folder has it."""
+def run_of(folder: Path, name: str) -> Past | None:
+    """Return a run of the table in `folder`: its line, or what its own folder says.
 
-    name: str
-    config: dict
-    summary: dict
-    records: list[dict]
-
-    @classmethod
-    def of(cls, run: Run) -> Finished | None:
-        """Return what a run's folder says; None of a run that is not done.
-
-        Raises:
-            DamagedFile: it is done, and its config or its log cannot be read.
-        """
-        if (summary := run.summary(unbound=True)) is None:
-            return None
-        return cls(run.folder.name, safe_files.read_json(run.config_path), summary, run.records())
+    None of a run that is not done.
+    """
+    if (line := read(folder / FILE).get(name)) is not None:
+        return line
+    done = Run(folder / name).summary(unbound=True) is not None
+    return past.read(folder / name) if done else None
 
 
-def finished(folder: Path, name: str) -> Finished | None:
-    """Return a run of the table in `folder`: its line, or what its own folder says; or None."""
-    line = read(folder / FILE).get(name)
-    return Finished.of(Run(folder / name)) if line is None else line
-
-
-def read(path: Path) -> dict[str, Finished]:
+def read(path: Path) -> dict[str, Past]:
     """Return the runs of a table's file by name; none where there is no file.
 
     Raises:
@@ -63,9 +50,21 @@ def read(path: Path) -> dict[str, Finished]:
 
 
 @functools.lru_cache(maxsize=64)
-def _read(path: Path, *state: int) -> dict[str, Finished]:
-    runs = (Finished(*map(line.get, Finished._fields)) for line in lines(path, Finished._fields))
-    return {run.name: run for run in runs}
+def _read(path: Path, *state: int) -> dict[str, Past]:
+    return {line["name"]: unpacked(line) for line in lines(path, FIELDS)}
+
+
+def unpacked(line: Mapping) -> Past:
+    """Return the run of a line."""
+    return Past(*(line[field] for field in FIELDS))
+
+
+def line_of(run: Past) -> dict:
+    """Return the line of a run; of a long log it has the evaluations."""
+    line = {field: getattr(run, field) for field in FIELDS}
+    if len(run.records) < LONG:
+        return line
+    return line | {"records": [record for record in run.records if "val_acc" in record]}
 
 
 def lines(path: Path, fields: Iterable[str]) -> list[dict]:
@@ -91,22 +90,23 @@ def write(path: Path, objects: Iterable[dict]) -> None:
     safe_files.write_atomically(path, lambda aside: aside.write_bytes(packed))
 
 
-def add(folder: Path, runs: Iterable[Finished]) -> None:
+def add(folder: Path, runs: Iterable[Past]) -> None:
     """Put runs into a table's file, those of the same name in the place of what it has."""
-    stored = read(folder / FILE) | {run.name: run._replace(records=short(run)) for run in runs}
-    write(folder / FILE, (stored[name]._asdict() for name in sorted(stored)))
-
-
-def short(run: Finished) -> list[dict]:
-    """Return the log as the file has it."""
-    if len(run.records) < LONG:
-        return run.records
-    return [record for record in run.records if "val_acc" in record]
+    stored = read(folder / FILE) | {run.name: run for run in runs}
+    write(folder / FILE, (line_of(stored[name]) for name in sorted(stored)))
 
 
 def pack(folder: Path, name: str, keep: bool = False) -> None:
-    """Move a run that is done from its own folder into its table's file; keep: copy it."""
-    if run := Finished.of(Run(folder / name)):
-        add(folder, [run])
-        if not keep:
-            shutil.rmtree(folder / name)
+    """Move a run that is done from its own folder into its table's file; keep: copy it.
+
+    Raises:
+        DamagedFile: it is done, and its config or its log cannot be read.
+    """
+    if Run(folder / name).summary(unbound=True) is None:
+        return
+    run = past.read(folder / name)
+    if run.fault:
+        raise safe_files.DamagedFile(run.fault)
+    add(folder, [run])
+    if not keep:
+        shutil.rmtree(folder / name)

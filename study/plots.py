@@ -1,8 +1,9 @@
-"""Figures from plain records, fit for print: curves, bands over seeds, one quantity on another.
+"""Figures from plain records, fit for print: curves, and bands over seeds.
 
 Labels are at least 7 pt at the size of a column (COLUMN, PAGE: widths in inches); groups differ in
 colour, marker and line style, so that a grey print can be read. The suffix of a path chooses the
-format. Nothing here needs a display; matplotlib is imported only when something is drawn.
+format. Nothing here needs a display; matplotlib is imported only when something is drawn. What
+draws raises ValueError where there is nothing to draw, or matplotlib is missing.
 Palette: Okabe and Ito 2008, readable by the colour-blind.
 
     from plots import plot_curves
@@ -12,7 +13,7 @@ Palette: Okabe and Ito 2008, readable by the colour-blind.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,11 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 MOST = 6  # curves of a panel that can be told apart
 OTHERS = "the others"
-AXES = {  # of a log's figures
+FORMULA = re.compile(r"(\$(?:N_c|J|\\alpha) = [\w.+-]+\$)")  # that a label may hold
+IMAGES = {"training": "train", "validation": "val", "test": "test"}  # of a log's figures
+AXES = {  # of these
+    "loss": "cross-entropy (nats)",
+    "acc": "accuracy (%)",
     "val_acc": "validation accuracy (%)",
     "test_acc": "test accuracy (%)",
     "val_loss": "validation loss (nats)",
@@ -79,8 +84,14 @@ def save(figure, path: str | Path) -> Path:
 
 
 def plain(name: str) -> str:
-    """Return a name as a label shows it: no mathematics, nothing unprintable, and not left out."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name).replace("$", r"\$")
+    """Return a name as a label shows it: nothing unprintable, not left out, no mathematics but
+    FORMULA."""
+    parts = [
+        part if i % 2 else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in part)
+        for i, part in enumerate(FORMULA.split(name))
+    ]
+    parts[::2] = (part.replace("$", r"\$") for part in parts[::2])
+    shown = "".join(parts)
     return f" {shown}" if shown.startswith("_") else shown  # such labels are not for legends
 
 
@@ -95,46 +106,22 @@ def look(i: int) -> dict:
 
 
 def plot_curves(logs: dict[str, Sequence[dict]], path: str | Path) -> Path:
-    """Draw loss and accuracy against rounds or epochs; return the file's path.
+    """Draw loss and accuracy against rounds or epochs, of all images that are logged.
 
     Args:
         logs: label -> records of a run's log.
         path: where the picture goes; its suffix chooses the format.
-
-    Raises:
-        ValueError: no log holds a record, or matplotlib is missing.
     """
-    if not any(logs.values()):
-        raise ValueError("nothing to plot: the logs are empty")
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(PAGE, 2.9), layout="constrained")
-    styles = dict(
-        training=dict(alpha=0.35, linewidth=0.8), validation=dict(linestyle="--"), test={}
-    )
-    drawn = set()
-    for i, (label, records) in enumerate(logs.items()):
-        colour, unnamed = PALETTE[i % len(PALETTE)], len(logs) > 1
-        for axes, key, what in (
-            (left, "test_loss", "test"),
-            (left, "val_loss", "validation"),
-            (left, "train_loss", "training"),
-            (right, "test_acc", "test"),
-            (right, "val_acc", "validation"),
-        ):
-            x, y = _series(records, key)
-            if len(x):
-                style = styles[what] | dict(color=colour, marker="o" if len(x) == 1 else None)
-                name = plain(label) if unnamed else None
-                axes.plot(x, 100 * y if key.endswith("acc") else y, label=name, **style)
-                drawn, unnamed = drawn | {what}, False
-    colour = "black" if len(logs) > 1 else PALETTE[0]
-    for what, style in styles.items():  # colours tell runs apart, styles the images
-        if what in drawn:
-            left.plot([], [], color=colour, label=what, **style)
-    for axes, what in ((left, "cross-entropy (nats)"), (right, "accuracy (%)")):
-        axes.set(xlabel=_unit(logs.values()), ylabel=what)
-        axes.grid()
-    _legend(figure, (left, right))
-    return save(figure, path)
+    curves: dict[str, list[list[dict]]] = {}
+    for label, records in logs.items():
+        for what, kind in IMAGES.items():
+            log = [
+                {name.removeprefix(f"{kind}_"): value for name, value in record.items()}
+                for record in records
+                if f"{kind}_loss" in record or f"{kind}_acc" in record
+            ]
+            curves[what if len(logs) == 1 else f"{label}, {what}"] = [log]
+    return plot_bands({"": curves}, path, ("loss", "acc"))
 
 
 def plot_bands(
@@ -151,9 +138,6 @@ def plot_bands(
         curves: title of a panel -> label -> the records of each seed's log.
         keys: names of figures in AXES; several make a row of panels each, or a panel each of one
             title.
-
-    Raises:
-        ValueError: no log holds one of the keys, or matplotlib is missing.
     """
     drawn = {(key, title): _bands(group, key) for key in keys for title, group in curves.items()}
     keys = [key for key in keys if any(drawn[key, title] for title in curves)]
@@ -161,7 +145,7 @@ def plot_bands(
     if not keys:
         raise ValueError("nothing to plot: no log holds an evaluation of this kind")
     wide = len(titles) == 1  # the figures of one title lie side by side
-    figure, grid = _panels(*((1, len(keys)) if wide else (len(keys), len(titles))))
+    figure, grid = panels(*((1, len(keys)) if wide else (len(keys), len(titles))))
     places = dict(zip([(k, t) for k in keys for t in titles], grid.flat, strict=True))
     shown = {title: _shown(drawn, keys, title) for title in titles}
     styles = {label: look(i) for i, label in enumerate(dict.fromkeys(sum(shown.values(), [])))}
@@ -169,15 +153,15 @@ def plot_bands(
         _draw_bands(axes, drawn[key, title], {label: styles[label] for label in shown[title]})
         unit = _unit(log for logs in curves[title].values() for log in logs)
         lowest = wide or key == keys[-1]
-        axes.set(xlabel=unit if lowest else "", title=title if key == keys[0] or wide else "")
+        axes.set_xlabel(unit if lowest else "")
+        axes.set_title(plain(title) if key == keys[0] or wide else "")
         axes.locator_params(axis="x", integer=True)
         axes.grid()
         if wide or title == titles[0]:
             axes.set_ylabel(AXES[key])
     for key in keys:
-        _share([places[key, title] for title in titles])
-    _legend(figure, list(places.values()))
-    return save(figure, path)
+        share([places[key, title] for title in titles])
+    return finish(figure, places.values(), path)
 
 
 Bands = dict[str, tuple[np.ndarray, np.ndarray]]  # label -> x (n,), values (seeds, n)
@@ -209,19 +193,8 @@ def _draw_bands(axes, bands: Bands, styles: Mapping[str, dict]) -> None:
             name = None
             continue
         style, every = styles[label], max(1, len(x) // 6)
-        axes.plot(x, mean, label=_literal(label), markevery=every, **style)
+        axes.plot(x, mean, label=plain(label), markevery=every, **style)
         axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
-
-
-def _share(panels: Sequence) -> None:
-    """Give panels one y axis where that leaves each at least half of its height."""
-    limits = [axes.get_ylim() for axes in panels]
-    low, high = min(a for a, _ in limits), max(b for _, b in limits)
-    if all(2 * (b - a) >= high - low for a, b in limits):
-        for axes in panels:
-            axes.set_ylim(low, high)
-        for axes in panels[1:]:
-            axes.tick_params(labelleft=False)
 
 
 def _seeds(logs: Sequence[Sequence[dict]], key: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -250,161 +223,30 @@ def _unit(logs) -> str:
     return " or ".join(sorted(units, reverse=True))
 
 
-# ---------------------------------------------------------------------------- groups and relations
+# ---------------------------------------------------------------------------- panels
 
 
-def plot_grouped(
-    panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
-    path: str | Path,
-    xlabel: str,
-    ylabel: str = "validation accuracy (%)",
-    categories: Sequence[str] | None = None,
-) -> None:
-    """Draw a value of each group at each category: mean over seeds, bars from lowest to highest.
-
-    Args:
-        panels: title -> label -> category -> the value of each seed.
-        categories: their order; None: that in which they first appear.
-
-    Raises:
-        ValueError: there is nothing to draw, or matplotlib is missing.
-    """
-    panels = {title: groups for title, groups in panels.items() if any(groups.values())}
-    if not panels:
-        raise ValueError("nothing to plot: no group has a value")
-    every = [group for groups in panels.values() for group in groups.values()]
-    categories = categories or list(dict.fromkeys(name for group in every for name in group))
-    figure, grid = _panels(1, len(panels))
-    axes_of = list(grid[0])
-    for axes, (title, groups) in zip(axes_of, panels.items(), strict=True):
-        for i, (label, group) in enumerate(groups.items()):
-            aside = (i - (len(groups) - 1) / 2) * 0.5 / len(groups)
-            x = [categories.index(category) + aside for category in group]
-            _draw_means(axes, x, list(group.values()), label, look(i))
-        axes.set_xticks(range(len(categories)), categories)
-        axes.set(xlabel=xlabel, title=title)
-        axes.set_xlim(-0.5, len(categories) - 0.5)
-        axes.grid(axis="y")
-    axes_of[0].set_ylabel(ylabel)
-    _share(axes_of)
-    _legend(figure, axes_of)
-    save(figure, path)
-
-
-def plot_against(
-    panels: Mapping[str, Mapping[str, Sequence[tuple[float, Sequence[float]]]]],
-    path: str | Path,
-    xlabel: str | None,
-    ylabel: str = "validation accuracy (%)",
-    reference: Mapping[str, tuple[str, float]] | None = None,
-) -> None:
-    """Draw values against a positive quantity (bytes sent, distance moved) on a logarithmic axis.
-
-    Args:
-        panels: title -> label -> points (x, the value of each seed), joined in their order.
-        xlabel: of all panels; None: the title of each is its own.
-        reference: title -> (label, value) of a horizontal line.
-
-    Raises:
-        ValueError: there is nothing to draw, or matplotlib is missing.
-    """
-    panels = {title: group for title, group in panels.items() if any(group.values())}
-    if not panels:
-        raise ValueError("nothing to plot: no point is given")
-    figure, grid = _panels(1, len(panels))
-    axes_of = list(grid[0])
-    labels = list(dict.fromkeys(label for group in panels.values() for label in group))
-    for axes, (title, group) in zip(axes_of, panels.items(), strict=True):
-        for label, points in group.items():
-            if points:
-                x, values = zip(*points, strict=True)
-                _draw_means(axes, x, values, label, look(labels.index(label)))
-        if reference and title in reference:
-            label, value = reference[title]
-            axes.axhline(value, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)), label=label)
-        axes.set(xscale="log", xlabel=xlabel or title, title=title if xlabel else "")
-        _plain_log_ticks(axes)
-        axes.grid()
-    axes_of[0].set_ylabel(ylabel)
-    _share(axes_of)
-    _legend(figure, axes_of)
-    save(figure, path)
-
-
-def plot_spans(
-    panels: Mapping[str, Mapping[str, tuple[Sequence[float], float, float]]],
-    path: str | Path,
-    xlabel: str,
-    names: tuple[str, str],
-) -> None:
-    """Draw a line a row, from the lowest to the highest of some positive values, and two marks.
-
-    Args:
-        panels: title -> label of the row -> (values, what the first mark shows, the second).
-        names: of the marks.
-
-    Raises:
-        ValueError: there is nothing to draw, or matplotlib is missing.
-    """
-    labels = list(dict.fromkeys(label for group in panels.values() for label in group))
-    if not labels:
-        raise ValueError("nothing to plot: no row is given")
-    figure, grid = _panels(1, len(panels), height=0.9 + 0.15 * len(labels))
-    axes_of = grid[0]
-    for axes, (title, group) in zip(axes_of, panels.items(), strict=True):
-        y = [-labels.index(label) for label in group]
-        values, *marks = zip(*group.values(), strict=True)
-        low, high = ([end(v) for v in values] for end in (min, max))
-        axes.hlines(y, low, high, color="0.6", linewidth=1.5)
-        for i, (x, name) in enumerate(zip(marks, names, strict=True)):
-            full = "none" if i else "full"  # the second lets the first be seen
-            axes.plot(x, y, label=name, **look(i) | {"linestyle": "", "fillstyle": full})
-        axes.axvline(1, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)))
-        axes.set(xscale="log", xlabel=xlabel, title=title)
-        axes.set_yticks([-i for i in range(len(labels))], labels)
-        axes.set(ylim=(0.5 - len(labels), 0.5))
-        axes.tick_params(labelleft=axes is axes_of[0])
-        axes.grid(axis="x")
-        _plain_log_ticks(axes)
-    _legend(figure, axes_of)
-    save(figure, path)
-
-
-def _draw_means(axes, x: Sequence, values: Sequence[Sequence[float]], label: str, style: dict):
-    mean = np.array([np.mean(v) for v in values])
-    spread = np.abs(np.array([[min(v), max(v)] for v in values]).T - mean)
-    axes.errorbar(x, mean, yerr=spread, label=label, capsize=2, elinewidth=0.8, **style)
-
-
-def _plain_log_ticks(axes) -> None:
-    """Label a logarithmic axis plainly: a short one at round numbers, a long one at powers."""
-    from matplotlib import ticker
-
-    low, high = axes.get_xlim()
-    if high / low < 200:
-        wide = high / low > 8
-        where = ticker.LogLocator(subs=(1, 2, 5)) if wide else ticker.MaxNLocator(4)
-        axes.xaxis.set_major_locator(where)
-        axes.xaxis.set_minor_locator(ticker.NullLocator())
-        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-
-
-def _panels(rows: int, columns: int, height: float | None = None):
+def panels(rows: int, columns: int, height: float | None = None):
     """Return a figure, one column wide or a page, and its panels (rows, columns)."""
     size = (COLUMN if columns == 1 else PAGE, height or 0.4 + 1.8 * rows)
     return pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
 
 
-def _literal(label: str) -> str:
-    """Return a label that holds no formula but one of N_c or J at its beginning."""
-    return label if re.match(r"\$(N_c|J)\$", label) else plain(label)
+def share(axes_of: Sequence) -> None:
+    """Give panels one y axis where that leaves each at least half of its height."""
+    limits = [axes.get_ylim() for axes in axes_of]
+    low, high = min(a for a, _ in limits), max(b for _, b in limits)
+    if all(2 * (b - a) >= high - low for a, b in limits):
+        for axes in axes_of:
+            axes.set_ylim(low, high)
+        for axes in axes_of[1:]:
+            axes.tick_params(labelleft=False)
 
 
-def _legend(figure, panels: Sequence) -> None:
-    """Put one legend of all panels above them, in as many columns as fit."""
+def finish(figure, axes_of: Iterable, path: str | Path) -> Path:
+    """Write a figure with one legend of all panels above them, for which it grows."""
     entries = {}
-    for axes in panels:
+    for axes in axes_of:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     if OTHERS in entries:
@@ -412,4 +254,7 @@ def _legend(figure, panels: Sequence) -> None:
     if len(entries) > 1:
         longest = max(len(re.sub(r"[${}_\\\\]", "", label)) for label in entries)
         columns = max(1, min(len(entries), int(figure.get_figwidth() * 15 / (longest + 6))))
+        further = -(-len(entries) // columns) - 1  # lines
+        figure.set_figheight(figure.get_figheight() + 0.16 * further)
         figure.legend(entries.values(), entries, loc="outside upper center", ncols=columns)
+    return save(figure, path)

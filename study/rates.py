@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import masks
 from study import figures, packed
+from study.past import Past
 
 SEED = 0
 FOLDER = "rules"  # which holds the runs of the tables rules and sparsity
@@ -84,10 +85,10 @@ def tried(results: Path) -> list[Tried]:
     """Return the rates of every mask whose share is there, from the runs of a scale's results."""
     accuracy: dict[Key, dict[float, float]] = {}
     for run in packed.read(results / FOLDER / packed.FILE).values():
-        options = run.config["options"]
+        options = run.options
         scores = options["consensus"], options["calibration_fraction"]
         if options["seed"] == SEED and scores in ((None, None), ("mean", 1)):
-            rates = accuracy.setdefault(key_of(options), {})
+            rates = accuracy.setdefault(key_of(run), {})
             rates[options["lr"]] = run.summary["final"]["val_acc"]
     shares = read_shares(results / "shares.csv")
     rows = []
@@ -98,13 +99,12 @@ def tried(results: Path) -> list[Tried]:
     return rows
 
 
-def key_of(options: Mapping) -> Key:
+def key_of(run: Past) -> Key:
     """Return what a run is of, by its options."""
-    sharding = f"nc{options['nc']}" if options["nc"] else "iid"
-    if (rule := options["mask_rule"]) is None:
-        return Key(sharding, "dense", 0.0, 0)
-    rounds = options["calibration_rounds"] if masks.needs_scores(rule) else 0
-    return Key(sharding, rule, options["sparsity"], rounds)
+    if (rule := run.options["mask_rule"]) is None:
+        return Key(run.sharding, "dense", 0.0, 0)
+    rounds = run.options["calibration_rounds"] if masks.needs_scores(rule) else 0
+    return Key(run.sharding, rule, run.options["sparsity"], rounds)
 
 
 def read_shares(path: Path) -> dict[Key, float]:

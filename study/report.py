@@ -26,28 +26,19 @@ from typing import NamedTuple
 
 from machine import runs, safe_files
 from study import experiments
-from study.figures import FIGURES, Done, drawn
-from study.packed import finished
-from study.tables import INSIDE, PLACE, SECONDS, Experiment
-from study.tables import VALIDATION as ACCURACY
+from study.figures import FIGURES, Series, drawn
+from study.measures import SECONDS
+from study.measures import VALIDATION as ACCURACY
+from study.past import Past
+from study.tables import INSIDE, PLACE, Experiment
 from study.typeset import NOT_RUN, grouping, latex_table, markdown_table, tex
 
 HEADING = "% written by train.py report: do not edit\n"
 VALIDATION = ACCURACY.heading
 CAPTIONED = ("seeds", "other lr", PLACE)  # of a table's columns, what its caption says
 SETUP = (
-    *(
-        "model",
-        "image_size",
-        "data",
-        "val_fraction",
-        "clients",
-        "fraction",
-        "rounds",
-        "epochs",
-        "J",
-    ),
-    *("batch_size", "momentum", "weight_decay", "schedule", "head", "eval_every", "nc"),
+    *("model", "image_size", "data", "val_fraction", "clients", "fraction", "rounds", "epochs"),
+    *("J", "batch_size", "momentum", "weight_decay", "schedule", "head", "eval_every", "nc"),
     *("calibration_rounds", "calibration_images", "calibration_fraction", "damp", "sparsity"),
     *("prox", "dp_clip", "dare_drop", "ties_keep", "straggler_fraction", "server_lr", "threads"),
 )
@@ -90,22 +81,20 @@ class Table(NamedTuple):
     experiment: Experiment
     folder: Path
 
-    def rows(self) -> list[list[Done]]:
-        """Return the runs of each row's chosen learning rate, one a seed, of rows that ran."""
-        rows = []
-        for row in self.experiment.rows:
-            lr, summaries = self.experiment.best(self.folder, row) or (None, {})
-            names = [row.cell(lr, seed).name for seed in summaries]
-            parts = [finished(self.folder, name) for name in names]
-            done = [Done(row.key, p.config["options"], p.summary, p.records) for p in parts]
-            rows += [done] if done else []
-        return rows
+    def rows(self) -> list[Series]:
+        """Return the runs of each row's chosen learning rate, of rows that ran."""
+        best = [(row, self.experiment.best(self.folder, row)) for row in self.experiment.rows]
+        columns = self.experiment.columns
+        return [Series(row.key, columns, list(runs[1].values())) for row, runs in best if runs]
 
-    def finished(self) -> Iterator[tuple[dict, dict]]:
-        """Yield config and summary of every run that is done, those of other rates too."""
-        for row in self.experiment.rows:
-            for run in self.experiment.runs(self.folder, row):
-                yield run.config, run.summary
+    def finished(self) -> list[Past]:
+        """Return every run that is done, those of other rates too."""
+        rows = self.experiment.rows
+        return [run for row in rows for run in self.experiment.runs(self.folder, row)]
+
+    def lines(self) -> list[list[str]]:
+        """Return the table's lines, heading first."""
+        return self.experiment.lines(self.folder)
 
 
 def write(scale: str, results: Path, out: Path) -> list[str]:
@@ -119,22 +108,16 @@ def write(scale: str, results: Path, out: Path) -> list[str]:
     """
     clear(out)
     with safe_files.contents(results / scale):
-        return write_pieces(scale, results, out)
-
-
-def write_pieces(scale: str, results: Path, out: Path) -> list[str]:
-    """Write numbers, tables and figures; return the names of what could be made."""
-    tables = at_scale(scale, results / scale)
-    pieces = {f"table/{n}": False for s in experiments.SCALES for n in experiments.at_scale(s)}
-    pieces |= {f"table/{table.name}": write_tables(table, out) for table in tables}
-    rows = {table.name: table.rows() for table in tables}
-    for name, draw in FIGURES.items():
-        pieces[f"figure/{name}"] = drawn(draw, rows, out / f"{name}.pdf")
-    for file in FILES:
-        if lines := lines_of(results / file.path):
-            text = latex_table(lines, file.width, list(file.shown), best_by=VALIDATION)
-            (out / f"{file.name}.tex").write_text(HEADING + text, encoding="utf-8")
-    write_numbers(dict.fromkeys(declared()) | values(scale, results), out)
+        tables = at_scale(scale, results / scale)
+        pieces = {f"table/{table.name}": write_tables(table, out) for table in tables}
+        rows = {table.name: table.rows() for table in tables}
+        for name, draw in FIGURES.items():
+            pieces[f"figure/{name}"] = drawn(draw, rows, out / f"{name}.pdf")
+        for file in FILES:
+            if lines := lines_of(results / file.path):
+                text = latex_table(lines, file.width, list(file.shown), best_by=VALIDATION)
+                (out / f"{file.name}.tex").write_text(HEADING + text, encoding="utf-8")
+        write_numbers(dict.fromkeys(declared()) | values(scale, results), out)
     return [name for name, there in pieces.items() if there]
 
 
@@ -154,8 +137,10 @@ def clear(out: Path) -> None:
 
 
 def write_numbers(numbers: dict[str, str | None], out: Path) -> None:
-    """Write what can be quoted, for LaTeX and for a reader."""
-    (out / "numbers.tex").write_text(numbers_tex(numbers), encoding="utf-8")
+    """Write what can be quoted: what has a value as LaTeX's macros, all for a reader."""
+    figures = {key: text for key, text in numbers.items() if text is not None}
+    macros = "".join(f"\\defresult{{{k}}}{{{tex(text)}}}\n" for k, text in figures.items())
+    (out / "numbers.tex").write_text(HEADING + macros, encoding="utf-8")
     safe_files.write_json(out / "numbers.json", numbers)
 
 
@@ -163,7 +148,8 @@ def values(scale: str, results: Path) -> dict[str, str | None]:
     """Return what can be quoted of a scale, of the GPU's runs and of the tables that are files."""
     numbers = quotable(at_scale(scale, results / scale)) | gpu_numbers(results / "gpu")
     for file in FILES:
-        numbers |= file_numbers(file, lines_of(results / file.path))
+        if lines := lines_of(results / file.path):
+            numbers |= line_numbers(file.name, lines, file.width)
     return numbers | density_numbers(results / CALIBRATED) | {"scale": scale}
 
 
@@ -188,17 +174,12 @@ def quotable(tables: list[Table]) -> dict[str, str | None]:
     """Return what can be quoted: key -> text, None where it did not run."""
     numbers: dict[str, str | None] = {}
     for table in tables:
-        numbers |= table_numbers(table) | run_numbers(table)
+        numbers |= line_numbers(table.name, table.lines(), len(table.experiment.columns))
+        numbers |= run_numbers(table)
     finished = [run for table in tables for run in table.finished()]
-    took = {(c["options"].get("runs_dir"), c["options"].get("name")): s for c, s in finished}
+    took = {(run.options.get("runs_dir"), run.options.get("name")): run for run in finished}
     hours = hours_of(list(took.values()))  # of each run once, though tables share some
-    return numbers | setup_numbers("setup", [c for c, _ in finished]) | {"hours": hours}
-
-
-def table_numbers(table: Table) -> dict[str, str | None]:
-    """Return what `line_numbers` says of an experiment's table."""
-    columns = len(table.experiment.columns)
-    return line_numbers(table.name, table.experiment.lines(table.folder), columns)
+    return numbers | setup_numbers("setup", finished) | {"hours": hours}
 
 
 def line_numbers(name: str, table: list[list[str]], width: int) -> dict[str, str | None]:
@@ -218,7 +199,7 @@ def line_numbers(name: str, table: list[list[str]], width: int) -> dict[str, str
             numbers[key_of(name, *line[:width], column)] = text if ran else None
         for count in range(min(width, 3)):
             for fixed in itertools.combinations(range(width), count):
-                group = (f"{heading[i]}={line[i]}" for i in fixed)
+                group = (f"{key_of(heading[i])}={key_of(line[i])}" for i in fixed)
                 key = key_of(name, *group, "best")
                 free = [i for i in range(width) if i not in fixed]
                 best[key] = free, better(best.get(key, (free, None))[1], line, heading)
@@ -234,27 +215,21 @@ def better(best: list[str] | None, line: list[str], heading: list[str]) -> list[
     at = heading.index(VALIDATION) if VALIDATION in heading else None
     if at is None or NOT_RUN in line or not line[at]:
         return best
-    lines = [best, line] if best else [line]
-    return max(lines, key=lambda row: value_of(row[at]))
-
-
-def value_of(text: str) -> float:
-    """Return the number that a text begins with."""
-    return float(text.split()[0])
+    return max([best, line] if best else [line], key=lambda row: float(row[at].split()[0]))
 
 
 def run_numbers(table: Table) -> dict[str, str | None]:
     """Return how much of an experiment ran, for how long, and the options its runs share."""
-    experiment, finished = table.experiment, list(table.finished())
+    experiment, finished = table.experiment, table.finished()
     needed = sum(len(row.rates) + len(row.seeds) - 1 for row in experiment.rows)
     done = needed - sum(count for _, count in experiment.left(table.folder))
     numbers = {
         f"{table.name}/runs/done": f"{done}",
         f"{table.name}/runs/all": f"{needed}",
         f"{table.name}/seeds": f"{max(len(row.seeds) for row in experiment.rows)}",
-        f"{table.name}/hours": hours_of([summary for _, summary in finished]),
+        f"{table.name}/hours": hours_of(finished),
     }
-    return numbers | setup_numbers(f"{table.name}/setup", [config for config, _ in finished])
+    return numbers | setup_numbers(f"{table.name}/setup", finished)
 
 
 def gpu_numbers(folder: Path) -> dict[str, str | None]:
@@ -277,15 +252,6 @@ def lines_of(path: Path) -> list[list[str]]:
     return [[column.replace("_", " ") for column in heading], *rows]
 
 
-def file_numbers(file: File, lines: list[list[str]]) -> dict[str, str]:
-    """Return a file's figures under NAME/KEY/COLUMN."""
-    return {
-        key_of(file.name, *row[: file.width], column): text
-        for row in lines[1:]
-        for column, text in list(zip(lines[0], row, strict=True))[file.width :]
-    }
-
-
 def density_numbers(path: Path) -> dict[str, str]:
     """Return what a mask keeps of each kind of parameter, in per cent, its least and most layer."""
     numbers = {}
@@ -296,18 +262,17 @@ def density_numbers(path: Path) -> dict[str, str]:
     return numbers
 
 
-def hours_of(summaries: list[dict]) -> str | None:
+def hours_of(done: list[Past]) -> str | None:
     """Return how long these runs took, in hours; None where there are none."""
-    seconds = sum(SECONDS.of(summary) or 0 for summary in summaries)
-    return f"{seconds / 3600:.1f}" if summaries else None
+    return f"{sum(SECONDS.over(done).values) / 3600:.1f}" if done else None
 
 
-def setup_numbers(prefix: str, configs: list[dict]) -> dict[str, str | None]:
+def setup_numbers(prefix: str, done: list[Past]) -> dict[str, str | None]:
     """Return the values that options have in these runs, each named once."""
     seen: dict[str, dict] = {name: {} for name in (*SETUP, *ENVIRONMENT)}
-    for config in configs:
-        settings = {name: config["options"].get(name) for name in SETUP}
-        settings |= {name: config["environment"].get(name) for name in ENVIRONMENT}
+    for run in done:
+        settings = {name: run.options.get(name) for name in SETUP}
+        settings |= {name: run.config["environment"].get(name) for name in ENVIRONMENT}
         for name, value in settings.items():
             if value is not None:
                 seen[name][value] = None
@@ -324,14 +289,9 @@ def listed(values: list) -> str | None:
 
 
 def key_of(*parts: str) -> str:
-    """Join the parts of a key, without what TeX or a reader would trip over."""
-    return "/".join(re.sub(r"[^\w./=+]+", "-", part).strip("-") for part in parts)
-
-
-def numbers_tex(numbers: dict[str, str | None]) -> str:
-    """Return the macros of what has a value: \\defresult{key}{text}."""
-    figures = {key: text for key, text in numbers.items() if text is not None}
-    return HEADING + "".join(f"\\defresult{{{k}}}{{{tex(text)}}}\n" for k, text in figures.items())
+    """Join the parts of a key, without what TeX or a reader would trip over; an option that is
+    absent is none."""
+    return "/".join(re.sub(r"[^\w.=+]+", "-", part).strip("-") or "none" for part in parts)
 
 
 # ---------------------------------------------------------------------------- tables
@@ -339,7 +299,7 @@ def numbers_tex(numbers: dict[str, str | None]) -> str:
 
 def write_tables(table: Table, out: Path) -> bool:
     """Write an experiment's table, where some of it ran."""
-    lines = table.experiment.lines(table.folder)
+    lines = table.lines()
     if all(NOT_RUN in line for line in lines[1:]):
         return False
     write_lines(table.name, lines, len(table.experiment.columns), out)

@@ -7,26 +7,19 @@ hence splits, shards, clients and batches: differences are taken seed by seed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from machine.safe_files import DamagedFile
-from study.packed import Finished, finished
+from study.measures import TEST, VALIDATION, Measure, best_of, gain
+from study.packed import run_of
+from study.past import Past
 from study.typeset import NOT_RUN, markdown_table
 
-# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)  # of rates
 WIDENED = 3  # rates that a row may try beyond its own
-MOVED = 0.3  # points: what another machine's rounding moves, of 5,000 images
-NO_DIFFERENCE = "none"
 PLACE, INSIDE = "of the rates tried", "inside"
 ONE_SEED = "1: no spread"
-INTERVAL = 3  # seeds, from which on a difference has an interval
 
 
 def rung(lr: float, offset: int = 0) -> float:
@@ -49,9 +42,6 @@ def beyond(best: float, rates: Collection[float]) -> float | None:
     if best == min(rates):
         return next((lr for lr in reversed(LADDER) if lr < best), None)
     return None
-
-
-LARGEST = 1e300  # figure of a run
 
 
 class Cell(NamedTuple):
@@ -96,33 +86,7 @@ class Row(NamedTuple):
         return Cell(self.name or "-".join(self.key), self.command, self.options, lr, seed)
 
 
-class Measure(NamedTuple):
-    """A column: the figure that lies at `path` in a run's summary, times `factor`."""
-
-    heading: str
-    path: str
-    factor: float = 1.0
-    digits: int = 3
-
-    def of(self, summary: dict) -> float | None:
-        """Return the figure; None where the run has none."""
-        for key in self.path.split("/"):
-            summary = summary.get(key) if isinstance(summary, dict) else None
-        number = isinstance(summary, int | float) and abs(summary) < LARGEST  # others' may be any
-        return self.factor * summary if number else None
-
-    def text(self, values: list[float], sign: str = "") -> str:
-        """Write a mean, with the standard deviation of two or more: 51.23 ± 0.40."""
-        if not values:
-            return ""
-        spread = f" ± {np.std(values, ddof=1):.{self.digits}f}" if len(values) > 1 else ""
-        return f"{np.mean(values):{sign}.{self.digits}f}{spread}"
-
-
-SECONDS = Measure("seconds", "wall_seconds", digits=0)
-VALIDATION = Measure("validation %", "final/val_acc", 100, 2)
-TEST = Measure("test %", "final/test_acc", 100, 2)
-BYTES = Measure("bytes to dense", "bytes_to_dense")
+Tried = dict[float | None, dict[int, Past]]  # learning rate -> seed -> run
 
 
 class Experiment(NamedTuple):
@@ -134,7 +98,6 @@ class Experiment(NamedTuple):
     decides: whether the experiments after it wait for its runs, which say what they are.
     """
 
-    title: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     measures: tuple[Measure, ...] = (VALIDATION, TEST)
@@ -166,12 +129,11 @@ class Experiment(NamedTuple):
         """
         rates, seed = row.rates, row.seeds[0]
         for _ in range(row.widened if row.rates != (None,) else 0):
-            runs = {lr: summary(folder, row.cell(lr, seed)) for lr in rates}
-            tried = {lr: {seed: done} for lr, done in runs.items() if done}
+            tried = first_of(folder, row, rates)
             waiting = (row.cell(lr, seed).name for lr in rates if lr not in tried)
             if not tried or any(name not in given_up for name in waiting):
                 break
-            if (further := beyond(best_of(tried)[0], tried)) is None or further in rates:
+            if (further := beyond(chosen(tried), tried)) is None or further in rates:
                 break
             rates = (*rates, further)
         return rates
@@ -190,41 +152,40 @@ class Experiment(NamedTuple):
             tried = self.tried(folder, row)
             names = [row.cell(lr, row.seeds[0]).name for lr in rates if lr not in tried]
             if tried and len(row.seeds) > 1 and all(name in given_up for name in names):
-                cells += [row.cell(best_of(tried)[0], seed) for seed in row.seeds[1:]]
+                cells += [row.cell(chosen(tried), seed) for seed in row.seeds[1:]]
         return [cell for cell in cells if cell.name not in given_up]
 
     def missing(self, folder: Path, given_up: Collection[str] = ()) -> list[Cell]:
         """Return the runs that can be done now and are not."""
         cells = self.cells(folder, given_up)
-        return [cell for cell in cells if summary(folder, cell) is None]
+        return [cell for cell in cells if done(folder, cell) is None]
 
     def left(self, folder: Path) -> list[tuple[Row, int]]:
         """Return how many runs each row still lacks, by the rates that it is known to try."""
         left = []
         for row in self.rows:
             tried = self.tried(folder, row)
-            seeds = len(best_of(tried)[1]) if tried else 1  # that the chosen rate has, or will have
+            seeds = len(tried[chosen(tried)]) if tried else 1  # of the chosen rate, now or soon
             rates = set(self.grid(folder, row)) | tried.keys()
             left.append((row, len(rates) - len(tried) + len(row.seeds) - seeds))
         return left
 
-    def runs(self, folder: Path, row: Row) -> list[Finished]:
+    def runs(self, folder: Path, row: Row) -> list[Past]:
         """Return the row's runs that are done, of every rate."""
-        names = [row.cell(lr, s).name for lr, done in self.tried(folder, row).items() for s in done]
-        return [finished(folder, name) for name in names]
+        return [run for by_seed in self.tried(folder, row).values() for run in by_seed.values()]
 
-    def tried(self, folder: Path, row: Row) -> dict[float | None, dict[int, dict]]:
-        """Return the summaries, by seed, of every learning rate that the first seed has run."""
-        runs = {
-            lr: {s: done for s in row.seeds if (done := summary(folder, row.cell(lr, s)))}
-            for lr in self.grid(folder, row)
-        }
-        return {lr: by_seed for lr, by_seed in runs.items() if row.seeds[0] in by_seed}
+    def tried(self, folder: Path, row: Row) -> Tried:
+        """Return the runs of every learning rate that the first seed has run."""
+        tried = first_of(folder, row, self.grid(folder, row))
+        for lr, by_seed in tried.items():
+            runs = {seed: done(folder, row.cell(lr, seed)) for seed in row.seeds[1:]}
+            by_seed |= {seed: run for seed, run in runs.items() if run}
+        return tried
 
-    def best(self, folder: Path, row: Row) -> tuple[float | None, dict[int, dict]] | None:
-        """Return what `best_of` says of the row's rates; None where none has run."""
+    def best(self, folder: Path, row: Row) -> tuple[float | None, dict[int, Past]] | None:
+        """Return the row's best learning rate, with its runs by seed; None where none has run."""
         tried = self.tried(folder, row)
-        return best_of(tried) if tried else None
+        return (chosen(tried), tried[chosen(tried)]) if tried else None
 
     def place(self, folder: Path, row: Row) -> str:
         """Say where the best rate lies among those tried: only inside is it bracketed."""
@@ -233,8 +194,7 @@ class Experiment(NamedTuple):
             return ""
         if len(tried) == 1:
             return "the only one"
-        lr = best_of(tried)[0]
-        return {min(tried): "the lowest", max(tried): "the highest"}.get(lr, INSIDE)
+        return {min(tried): "the lowest", max(tried): "the highest"}.get(chosen(tried), INSIDE)
 
     def lines(self, folder: Path) -> list[list[str]]:
         """Return the table's lines from the runs' summaries, the heading first."""
@@ -244,26 +204,26 @@ class Experiment(NamedTuple):
         heading += [compared] * bool(self.baseline) + ["seeds"] + ["other lr"] * rated
         lines, keys = [heading], {row.key: row for row in self.rows}
         for row in self.rows:
-            if not (chosen := self.best(folder, row)):
+            if not (best := self.best(folder, row)):
                 lines.append([*row.key, NOT_RUN, *[""] * (len(heading) - len(row.key) - 1)])
                 continue
-            lr, summaries = chosen
+            lr, runs = best
             rate = f"{lr:g}" if lr is not None else ""
             lines.append([*row.key, *[rate, self.place(folder, row)] * rated])
-            lines[-1] += [m.text(values(m, summaries)) for m in self.measures]
+            lines[-1] += [m.text(m.over(runs.values())) for m in self.measures]
             if self.baseline:
                 base = keys.get((*row.key[: -len(self.baseline)], *self.baseline))
                 against = self.best(folder, base) if base and base is not row else None
-                lines[-1].append(gain(self.measures[0], summaries, against[1]) if against else "")
-            seeds = f"{len(summaries)}" if len(summaries) > 1 else ONE_SEED
+                lines[-1].append(gain(self.measures[0], runs, against[1]) if against else "")
+            seeds = f"{len(runs)}" if len(runs) > 1 else ONE_SEED
             lines[-1] += [seeds] + [self.other_rates(folder, row, lr)] * rated
         return lines
 
     def other_rates(self, folder: Path, row: Row, chosen: float | None) -> str:
         """Return what the rates that were not chosen came to, on validation."""
         return ", ".join(
-            f"{lr:g}: {mean(VALIDATION, summaries):.1f}"
-            for lr, summaries in self.tried(folder, row).items()
+            f"{lr:g}: {VALIDATION.over(runs.values()).mean or 0:.1f}"
+            for lr, runs in self.tried(folder, row).items()
             if lr != chosen
         )
 
@@ -272,42 +232,39 @@ class Experiment(NamedTuple):
         return markdown_table(self.lines(folder))
 
 
-def best_of(tried: dict[float | None, dict[int, dict]]) -> tuple[float | None, dict[int, dict]]:
-    """Return the rate of the best mean validation accuracy, and its summaries by seed.
-
-    Rates are compared on the seeds that all of them have run.
-    """
-    shared = set.intersection(*(set(summaries) for summaries in tried.values()))
-    return max(tried.items(), key=lambda item: mean(VALIDATION, item[1], shared))
+def chosen(tried: Tried) -> float | None:
+    """Return the rate of the best mean validation accuracy."""
+    return best_of(
+        {lr: [(seed, VALIDATION.of(run)) for seed, run in s.items()] for lr, s in tried.items()}
+    )
 
 
-def summary(folder: Path, cell: Cell) -> dict | None:
-    """Return a finished run's summary, or None.
+def first_of(folder: Path, row: Row, rates: Collection[float | None]) -> Tried:
+    """Return the runs that the first seed has done at these rates."""
+    runs = {lr: done(folder, row.cell(lr, row.seeds[0])) for lr in rates}
+    return {lr: {row.seeds[0]: run} for lr, run in runs.items() if run}
+
+
+def done(folder: Path, cell: Cell) -> Past | None:
+    """Return a run that is done, or None; also where it was told to go on, and has not got there.
 
     Raises:
         ValueError: the folder holds another run under this name.
     """
-    where = folder / cell.name
-    try:
-        if (run := finished(folder, cell.name)) is None:
-            return None
-        options = run.config["options"]
-    except (OSError, DamagedFile, KeyError) as error:
-        raise ValueError(f"{where} is damaged: delete it, to have it run again ({error})") from None
-    if differing := next(
-        (d for d in given(cell).items() if not same(options.get(d[0]), d[1])), None
-    ):
-        name, value = differing
-        raise ValueError(
-            f"{where} was made by another version of its experiment: {name} is "
-            f"{options.get(name)} there and {value} here; give another --results, or delete it"
-        )
-    for unit in ("round", "epoch"):
-        reached, wanted = run.summary.get(unit), options.get(f"{unit}s")
-        early = "stopped_early" in run.summary
-        if reached != wanted and None not in (reached, wanted) and not early:
-            return None  # it has been told to go on since, and has not got there
-    return run.summary
+    run, where = run_of(folder, cell.name), folder / cell.name
+    if run is None:
+        return None
+    if run.fault or not run.options:
+        fault = run.fault or "no options"
+        raise ValueError(f"{where} is damaged: delete it, to have it run again ({fault})")
+    for name, value in given(cell).items():
+        if not same(run.options.get(name), value):
+            raise ValueError(
+                f"{where} was made by another version of its experiment: {name} is "
+                f"{run.options.get(name)} there and {value} here; give another --results, or "
+                "delete it"
+            )
+    return run if run.finished else None
 
 
 def given(cell: Cell) -> dict[str, str]:
@@ -329,36 +286,3 @@ def same(stored: object, value: str) -> bool:
         return float(stored) == float(value)
     except (TypeError, ValueError):
         return str("raw" if stored is None else stored) == value
-
-
-def values(measure: Measure, summaries: dict[int, dict]) -> list[float]:
-    """Return a measure of several seeds, as far as they have it."""
-    figures = (measure.of(figures) for figures in summaries.values())
-    return [figure for figure in figures if figure is not None]
-
-
-def mean(
-    measure: Measure, summaries: dict[int, dict], seeds: Collection[int] | None = None
-) -> float:
-    """Return the mean of a measure over these seeds, or over all; 0 where there is none."""
-    chosen = {s: f for s, f in summaries.items() if seeds is None or s in seeds}
-    return float(np.mean(values(measure, chosen) or [0.0]))
-
-
-def gain(measure: Measure, summaries: dict[int, dict], against: dict[int, dict]) -> str:
-    """Write the difference to another row, taken seed by seed.
-
-    From INTERVAL seeds on their mean and its 95 % interval, +2.01 [+1.40, +2.62]; of fewer the
-    differences themselves. None is said of less than MOVED, whatever the interval.
-    """
-    pairs = [(measure.of(summaries[s]), measure.of(against[s])) for s in summaries if s in against]
-    gains = [a - b for a, b in pairs if a is not None and b is not None]
-    if not gains:
-        return ""
-    text = ", ".join(f"{x:+.{measure.digits}f}" for x in gains)
-    if len(gains) >= INTERVAL:
-        quantile = T_QUANTILES[min(len(gains) - 1, len(T_QUANTILES)) - 1]
-        middle, half = np.mean(gains), quantile * np.std(gains, ddof=1) / math.sqrt(len(gains))
-        low, high = (f"{x:+.{measure.digits}f}" for x in (middle - half, middle + half))
-        text = f"{middle:+.{measure.digits}f} [{low}, {high}]"
-    return text if abs(np.mean(gains)) >= MOVED else f"{NO_DIFFERENCE} ({text})"

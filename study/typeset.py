@@ -25,6 +25,7 @@ TEX = {
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
     **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$"},
 }
+SHARDINGS = {"nc": "N_c", "dir": r"\alpha"}  # of the names nc5 and dir0.3, the symbols
 BESIDE = 3  # groups that fit side by side
 FIT = 6  # figures that fit into a line of side-by-side groups
 LESS_TOLD = ("lr", "bytes to dense")  # what gives way first
@@ -163,13 +164,19 @@ def spread(cells: list[str] | None, count: int) -> list[str]:
     return cells + [""] * (count - len(cells))
 
 
+def formula(text: str) -> str:
+    """Return a sharding's name in mathematics: N_c = 5 of nc5, \\alpha = 0.3 of dir0.3; else ""."""
+    named = re.fullmatch(r"(nc|dir)([0-9.]+(?:e[+-]?[0-9]+)?)", text)
+    return f"{SHARDINGS[named[1]]} = {named[2]}" if named else ""
+
+
 def tex(text: str) -> str:
     """Write a table's text in LaTeX: numbers in mathematics, nc5 as N_c = 5, 3e-05 as a power.
 
     What LaTeX would act on, or its fonts may lack, is escaped.
     """
-    if sharding := re.fullmatch(r"nc([0-9]+)", text):
-        return f"\\ensuremath{{N_c = {sharding[1]}}}"
+    if sharding := formula(text):
+        return f"\\ensuremath{{{sharding}}}"
     if VALUE.fullmatch(text):
         text = re.sub(r"e([+-])0*(\d+)", lambda m: f" 10^{{{m[1].strip('+')}{m[2]}}}", text)
         text = re.sub(r"^([+-]?)1 10\^", r"\g<1>10^", text).replace(" 10^", r" \cdot 10^")

@@ -77,8 +77,8 @@ def long_and_short(monkeypatch):
     """Two runs, one far too long for a test; a row after a table that decides."""
     short = Row(("short",), (*TINY, "--rounds", "1"), (0.1,), widened=0)
     long = Row(("long",), (*TINY, "--rounds", "100000"), (0.1,), widened=0)
-    first = Experiment("First", ("which",), (short,), decides=True)
-    made = {"rules": first, "more": Experiment("Then", ("which",), (long, short), folder="rules")}
+    first = Experiment(("which",), (short,), decides=True)
+    made = {"rules": first, "more": Experiment(("which",), (long, short), folder="rules")}
     monkeypatch.setattr(experiments, "at_scale", lambda *scale: made)
     monkeypatch.setattr(timing, "costs", lambda line: Costs(step=4.0))
 

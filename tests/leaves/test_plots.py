@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from study import maps, plots
+from study import maps, plots, relations
 
 pytest.importorskip("matplotlib")
 
@@ -16,13 +16,13 @@ GROUPS = {"J = 4": {"1": [30.0, 31.0], "5": [40.0]}, "J = 8": {"5": [35.0], "iid
 DRAWN = {
     "curves": lambda path: plots.plot_curves({"a": LOGS[0], "b": LOGS[1]}, path),
     "bands": lambda path: plots.plot_bands({"iid": {"a": LOGS}, "x": {"b": LOGS[:1]}}, path),
-    "grouped": lambda path: plots.plot_grouped({"": GROUPS}, path, "classes"),
-    "against": lambda path: plots.plot_against(
+    "grouped": lambda path: relations.plot_grouped({"": GROUPS}, path, "classes"),
+    "against": lambda path: relations.plot_against(
         {"iid": {"dense": [(1.0, [30.0, 32.0])], "sparse": [(0.1, [29.0]), (0.5, [31.0])]}},
         *(path, "sent (MB)"),
         reference={"iid": ("start", 28.0)},
     ),
-    "spans": lambda path: plots.plot_spans(
+    "spans": lambda path: relations.plot_spans(
         {"iid": {"a": ([0.1, 1.0], 1.0, 2.0), "b": ([3.0], 3.0, 9.0)}, "x": {"b": ([1.0], 1.0, 1)}},
         *(path, "rate", ("best", "other")),
     ),
@@ -99,9 +99,17 @@ def test_panels_share_an_axis_where_their_ranges_are_alike(axes_drawn):
 def test_grouped_values_stand_at_their_category(axes_drawn):
     DRAWN["grouped"]("unused.pdf")
     assert [tick.get_text() for tick in axes_drawn[0].get_xticklabels()] == ["1", "5", "iid"]
-    first, second = (container.lines[0].get_data() for container in axes_drawn[0].containers)
-    assert [round(x) for x in first[0]] == [0, 1] and first[1].tolist() == [30.5, 40.0]
-    assert [round(x) for x in second[0]] == [1, 2]
+    lines = {line.get_label(): line for line in axes_drawn[0].lines}
+    assert lines["J = 4"].get_xdata().tolist() == [0, 1]
+    assert lines["J = 4"].get_ydata().tolist() == [30.5, 40.0]
+    assert lines["J = 8"].get_xdata().tolist() == [1, 2]
+
+
+def test_a_point_of_one_seed_has_no_bar(axes_drawn):
+    DRAWN["grouped"]("unused.pdf")
+    (container,) = axes_drawn[0].containers  # of the one point that has two
+    (bar,) = container.lines[2][0].get_segments()
+    assert bar.tolist() == [[0, 30.0], [0, 31.0]]
 
 
 def test_fourteen_groups_look_different():
@@ -113,9 +121,9 @@ def test_fourteen_groups_look_different():
     [
         lambda path: plots.plot_curves({"a": []}, path),
         lambda path: plots.plot_bands({"a": {"b": [[{"round": 1}]]}}, path),
-        lambda path: plots.plot_grouped({"a": {"b": {}}}, path, "x"),
+        lambda path: relations.plot_grouped({"a": {"b": {}}}, path, "x"),
         lambda path: maps.plot_histogram({"a": []}, path, "x"),
-        lambda path: plots.plot_against({"a": {"b": []}}, path, "x"),
+        lambda path: relations.plot_against({"a": {"b": []}}, path, "x"),
     ],
 )
 def test_nothing_to_draw_is_refused(tmp_path, draw):
@@ -134,10 +142,11 @@ def test_a_strangers_name_is_a_label_and_no_mathematics(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
     log = [{"round": 0, "val_acc": 0.1}, {"round": 1, "val_acc": 0.2}]
+    assert plots.plain("$x$, $N_c = 5$") == "\\$x\\$, $N_c = 5$"
     plots.plot_curves({"_a\x1b$\\frac$": log, "b": log}, tmp_path / "a.png")
     texts = [text.get_text() for text in drawn[0].legends[0].get_texts()]
-    assert " _a\\x1b\\$\\frac\\$" in texts
+    assert " _a\\x1b\\$\\frac\\$, validation" in texts
     drawn[0].canvas.draw()
     for value in ({}, "x", [1, 2], 10**400):
-        with pytest.raises(ValueError, match="val_acc is no number"):
+        with pytest.raises(ValueError, match="acc is no number"):
             plots.plot_curves({"a": [{"round": 1, "val_acc": value}]}, tmp_path / "a.png")

@@ -8,7 +8,8 @@ import zipfile
 import pytest
 from past import leave
 
-from study import blank, history
+from study import blank, history, relations
+from study.figures import FIGURES
 
 
 @pytest.fixture
@@ -68,8 +69,47 @@ def test_a_point_of_a_figure_is_a_configuration(tmp_path):
             rule = {"mask_rule": "least-sensitive", "sparsity": 0.5, "calibration_rounds": scoring}
             leave(tmp_path / f"{rounds}-{scoring}", 0.2, rounds=rounds, **rule)
     ran = blank.experiments(history.read_all([tmp_path]), [])
-    assert [len(row) for row in ran["heterogeneity"]] == [1] * 4
-    assert {row[0].also for row in ran["heterogeneity"]} == {"rounds 3", "rounds 6"}
-    masks = [row[0].also for row in ran["rules"] if row[0].key[1] == "least-sensitive"]
+    assert [len(row.runs) for row in ran["heterogeneity"]] == [1] * 4
+    assert {row.also(3) for row in ran["heterogeneity"]} == {"rounds 3", "rounds 6"}
+    masks = [row.also(3) for row in ran["rules"] if row.key[1] == "least-sensitive"]
     assert len(set(masks)) == 4 and not blank.mingled(ran["rules"])
-    assert blank.mingled([ran["rules"][0] * 2])
+    twice = ran["rules"][0].runs * 2
+    assert blank.mingled([ran["rules"][0]._replace(runs=twice)])
+
+
+def test_an_option_that_a_run_lacks_is_none_in_the_keys_of_its_numbers(tmp_path):
+    for name, val_acc, schedule, nesterov in (
+        ("a", 0.3, "cosine", None),
+        ("b", 0.2, "cosine", True),
+        ("c", 0.1, "step", True),
+    ):
+        options = {"command": "centralized", "schedule": schedule, "nesterov": nesterov}
+        leave(tmp_path / "runs" / name, val_acc, **options)
+    blank.write(history.read_all([tmp_path / "runs"]), tmp_path / "out")
+    numbers = json.loads((tmp_path / "out" / "generated" / "numbers.json").read_text())
+    assert numbers["centralized/cosine/none/validation"] == "30.00"
+    assert numbers["centralized/nesterov=none/best/validation"] == "30.00"
+    assert not [key for key in numbers if "" in key.split("/")]
+
+
+@pytest.fixture
+def calibrations(tmp_path):
+    """Two calibrations of one sharding, of other sparsities, and one more of a second seed."""
+    overlap = {"iou": 0.4, "ceiling": 0.5, "chance": 0.1, "groups": {"2": 0.6}}
+    for name, options in (("a", {"sparsity": 0.5}), ("b", {}), ("c", {"seed": 1})):
+        made = {"command": "calibrate", "mask_rule": "least-sensitive", "sparsity": 0.9}
+        leave(tmp_path / name, 0.1, **made | options)
+        summary = {"overlap": overlap, "density": {"key.weight": {"0": 0.3}}}
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary))
+    return history.read_all([tmp_path])
+
+
+def test_calibrations_of_one_sharding_have_a_panel_each_and_seeds_are_one_row(
+    calibrations, monkeypatch, tmp_path
+):
+    drawn = {}
+    monkeypatch.setattr(relations, "plot_grouped", lambda panels, *more: drawn.update(panels))
+    FIGURES["agreement"](blank.experiments([], calibrations), tmp_path / "a.pdf")
+    assert list(drawn) == ["sparsity 0.5", "sparsity 0.9"]
+    assert drawn["sparsity 0.5"]["two clients"] == {"iid": (0.4,)}
+    assert drawn["sparsity 0.9"]["two clients"] == {"iid": (0.4, 0.4)}

@@ -18,6 +18,7 @@ from machine.status import duration
 from masks import RULES
 from study import experiments, gpu
 from study.experiments import SCALES, at_scale
+from study.scales import SIZES
 from study.tables import Experiment, Row, given
 from train import COMMANDS
 
@@ -84,14 +85,14 @@ def test_every_client_is_expected_twice_where_local_steps_are_compared():
 
 
 def test_the_tables_of_masks_have_the_smallest_image_size_near_the_largest(tmp_path):
-    size = gpu.SIZES["gpu"]
-    rows = gpu.image_size(size, 0).rows
-    assert gpu.decided(size, tmp_path) == 224 and at_scale("gpu")["image-size"].decides
+    size = SIZES["gpu"]
+    rows = gpu.image_size(size).rows
+    assert gpu.decided(size, tmp_path).pixels == 224 and at_scale("gpu")["image-size"].decides
     accuracies = {"224": 0.85, "160": 0.83, "128": 0.821, "112": 0.80}
     for row in rows:
         cell = row.cell(row.rates[0], 0)
         finish(tmp_path / "image-size", cell, accuracies[row.key[0]], **given(cell))
-    assert gpu.decided(size, tmp_path / "image-size") == 128
+    assert gpu.decided(size, tmp_path / "image-size").pixels == 128
     tables = at_scale("gpu", tmp_path)
     assert {parsed(cell).image_size for cell in all_cells(tables["rates"])} == {128}
     assert all("128px" in cell.name for cell in all_cells(tables["query-key"]))
@@ -124,7 +125,7 @@ def two_runs(monkeypatch):
         Row(("a",), TINY, (0.1,), widened=0),
         Row(("b",), (*TINY, "--head", "ridge", "--val-fraction", "0"), (0.1,), widened=0),
     )
-    made = {"rules": Experiment("Two", ("which",), rows)}
+    made = {"rules": Experiment(("which",), rows)}
     monkeypatch.setattr(experiments, "at_scale", lambda *scale: made)
 
 
@@ -146,8 +147,8 @@ def test_a_sweep_runs_what_is_missing_and_goes_on_past_a_failure(cli, small_data
 
 def test_runs_that_tables_share_count_once_in_the_time_of_all(cli, small_data, monkeypatch):
     shared, own = (Row((name,), (), (0.1, 0.2)) for name in "ab")
-    made = {"rules": Experiment("One", ("which",), (shared,))}
-    made["more"] = Experiment("Two", ("which",), (shared, own), folder="rules")
+    made = {"rules": Experiment(("which",), (shared,))}
+    made["more"] = Experiment(("which",), (shared, own), folder="rules")
     monkeypatch.setattr(experiments, "at_scale", lambda *scale: made)
     price = Costs(step=1e-2)
     monkeypatch.setattr(timing, "costs", lambda line: price)

@@ -5,6 +5,7 @@ from past import leave
 
 from machine import safe_files
 from study import history
+from study.past import Past
 from training import session
 
 
@@ -65,7 +66,7 @@ def test_what_is_damaged_or_not_finished_is_named(tmp_path):
 
 
 def test_rows_have_names_that_a_reader_knows():
-    assert history.label(["sharding", "J"], ["nc5", "4"]) == "$N_c$ = 5, J 4"
+    assert history.label(["sharding", "J"], ["nc5", "4"]) == "$N_c = 5$, J 4"
     assert history.label(["sharding", "mask_rule"], ["nc5", "-"], plain=True) == "nc5, dense"
     assert history.label(["scaffold", "lr"], ["yes", "0.1"]) == "scaffold, lr 0.1"
 
@@ -83,7 +84,7 @@ def test_a_finished_run_has_the_accuracy_of_its_summary(tmp_path):
         None,
         0.3,
     ]
-    ridge = history.History(tmp_path, {"command": "ridge"}, [], {"final": {"val_acc": 0.4}})
+    ridge = Past("a", {"options": {"command": "ridge"}}, {"final": {"val_acc": 0.4}}, [])
     assert ridge.accuracy("val_acc") == 0.4
 
 
@@ -96,6 +97,20 @@ def test_a_given_mask_is_told_by_its_rule_or_its_file_and_is_never_dense(tmp_pat
     whole, absent = (run.options for run in history.read_all([tmp_path]))
     assert (whole["mask_rule"], whole["sparsity"]) == ("least-sensitive", 0.5)
     assert absent["mask_rule"] == history.rule_of(given) == "mask calibrated"
+
+
+def test_the_path_of_a_mask_is_a_column_where_nothing_else_tells_masks_apart(tmp_path):
+    def given(name, **origin):
+        leave(tmp_path / name, 0.3, mask=f"{name}.pt", mask_rule=None, sparsity=None)
+        content = {"mask_rule": "least-sensitive", "sparsity": 0.5} | origin
+        safe_files.save_checked(tmp_path / name / "mask.pt", {"made": content})
+
+    given("a")
+    given("b", sparsity=0.9)
+    runs = history.read_all([tmp_path])
+    assert history.columns(runs) == ["sparsity"] and history.mixed(runs, ["sparsity"]) == []
+    given("c", sparsity=0.9)
+    assert history.columns(history.read_all([tmp_path])) == ["sparsity", "mask"]
 
 
 def test_a_rule_without_scores_has_no_calibration(tmp_path):

@@ -6,11 +6,11 @@ import pytest
 
 from machine.safe_files import DamagedFile
 from study import packed
-from study.packed import Finished, add, finished, lines, pack, read, write
+from study.packed import add, lines, pack, read, run_of, write
+from study.past import Past
 
-RUN = Finished(
-    "a", {"options": {"lr": 0.1}}, {"final": {}}, [{"round": 0, "val_acc": float("nan")}]
-)
+CONFIG = {"format": 1, "options": {"lr": 0.1}}
+RUN = Past("a", CONFIG, {"final": {}}, [{"round": 0, "val_acc": float("nan")}])
 
 
 def folder_of(run, table):
@@ -24,13 +24,15 @@ def folder_of(run, table):
 
 def test_a_run_is_moved_into_the_file_or_copied(tmp_path):
     folder_of(RUN, tmp_path)
-    before = finished(tmp_path, "a")
+    before = run_of(tmp_path, "a")
+    assert before.folder == tmp_path / "a"
     pack(tmp_path, "a", keep=True)
     assert (tmp_path / "a").is_dir() and len(read(tmp_path / packed.FILE)) == 1
     pack(tmp_path, "a")
     assert not (tmp_path / "a").exists()
-    assert str(finished(tmp_path, "a")) == str(before) == str(RUN)  # nan is not nan
-    assert finished(tmp_path, "b") is None
+    before = before._replace(folder=RUN.folder)
+    assert str(run_of(tmp_path, "a")) == str(before) == str(RUN)  # nan is not nan
+    assert run_of(tmp_path, "b") is None
 
 
 def test_a_run_that_is_not_done_stays_where_it_is(tmp_path):
@@ -43,7 +45,7 @@ def test_a_run_that_is_not_done_stays_where_it_is(tmp_path):
 def test_long_logs_keep_their_evaluations(tmp_path):
     records = [{"round": r} | ({"val_acc": 0.5} if r % 100 == 0 else {}) for r in range(600)]
     add(tmp_path, [RUN._replace(records=records)])
-    assert [r["round"] for r in finished(tmp_path, "a").records] == [*range(0, 600, 100)]
+    assert [r["round"] for r in run_of(tmp_path, "a").records] == [*range(0, 600, 100)]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.xz"])

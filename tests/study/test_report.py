@@ -22,7 +22,7 @@ SPEC.loader.exec_module(CHECK)
 ROWS = tuple(
     Row(("iid", rule), (), (0.1,), (0, 1), widened=0) for rule in ("dense", "random", "vote")
 )
-STUB = Experiment("Rules", ("sharding", "rule"), ROWS, baseline=("dense",))
+STUB = Experiment(("sharding", "rule"), ROWS, baseline=("dense",))
 
 
 @pytest.fixture

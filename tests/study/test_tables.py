@@ -5,31 +5,21 @@ import json
 import pytest
 
 from study import packed
-from study.tables import (
-    LADDER,
-    TEST,
-    VALIDATION,
-    Experiment,
-    Measure,
-    Row,
-    beyond,
-    gain,
-    given,
-    same,
-    summary,
-)
+from study.measures import TEST, VALIDATION, Measure, gain
+from study.past import Past
+from study.tables import LADDER, Experiment, Row, beyond, done, given, same
 
 KEYS = (("iid", "dense", "0"), ("nc1", "random", "0.9"), ("iid", "random", "0.9"))
 ROWS = tuple(Row(key, ("--J", "4"), (0.01, 0.1), (0, 1), widened=0) for key in KEYS)
 COLUMNS = ("sharding", "rule", "sparsity")
-EXPERIMENT = Experiment("Rules", COLUMNS, ROWS, baseline=("dense", "0"))
+EXPERIMENT = Experiment(COLUMNS, ROWS, baseline=("dense", "0"))
 
 
 def finish(folder, cell, val_acc, processor=None, **options):
     (folder / cell.name).mkdir(parents=True)
     stored = {"command": cell.command, "lr": cell.lr, "seed": cell.seed, "J": 4} | options
     figures = {"final": {"val_acc": val_acc, "test_acc": 0.5}, "wall_seconds": 60.0}
-    config = {"options": stored, "processor": processor}
+    config = {"format": 1, "options": stored, "processor": processor}
     (folder / cell.name / "config.json").write_text(json.dumps(config))
     (folder / cell.name / "summary.json").write_text(json.dumps(figures))
 
@@ -85,7 +75,11 @@ def test_a_table_shows_the_best_rate_against_dense_seed_by_seed_and_what_is_miss
 
 
 def seeds(*accuracies):
-    return {seed: {"final": {"val_acc": value}} for seed, value in enumerate(accuracies)}
+    return {seed: run_of({"final": {"val_acc": x}}) for seed, x in enumerate(accuracies)}
+
+
+def run_of(summary):
+    return Past("a", {}, summary, [])
 
 
 @pytest.mark.parametrize(
@@ -108,7 +102,7 @@ def test_a_difference_has_an_interval_from_three_seeds_and_is_none_below_the_noi
 
 def test_a_grid_is_widened_on_the_first_seed_until_its_best_rate_lies_inside(tmp_path):
     row = Row(("a",), (), (0.01, 0.003, 0.03), (0, 1))
-    experiment = Experiment("One", ("which",), (row,))
+    experiment = Experiment(("which",), (row,))
     accuracies = {0.01: 0.30, 0.003: 0.2, 0.03: 0.31, 0.1: 0.32, 0.3: 0.29}
     for lr in (0.01, 0.003, 0.03):
         assert experiment.grid(tmp_path, row) == row.rates
@@ -124,7 +118,7 @@ def test_a_grid_is_widened_on_the_first_seed_until_its_best_rate_lies_inside(tmp
 
 def test_a_grid_is_widened_by_three_rates_at_most_and_past_no_failure(tmp_path):
     row = Row(("a",), (), (0.01,))
-    experiment = Experiment("One", ("which",), (row,))
+    experiment = Experiment(("which",), (row,))
     for lr, val_acc in ((0.01, 0.1), (0.03, 0.2), (0.1, 0.3), (0.3, 0.4)):
         (cell,) = experiment.missing(tmp_path)
         assert cell.lr == lr
@@ -156,10 +150,10 @@ def test_a_run_of_other_options_under_a_cell_s_name_is_refused(tmp_path):
     cell = ROWS[0].cell(0.01, 0)
     finish(tmp_path, cell, 0.3, J=8)
     with pytest.raises(ValueError, match="J is 8 there and 4 here; give another --results"):
-        summary(tmp_path, cell)
+        done(tmp_path, cell)
     (tmp_path / cell.name / "config.json").write_text("{")
     with pytest.raises(ValueError, match="damaged: delete it"):
-        summary(tmp_path, cell)
+        done(tmp_path, cell)
 
 
 def test_options_are_compared_as_they_are_stored():
@@ -176,10 +170,11 @@ def test_options_are_compared_as_they_are_stored():
 def test_a_measure_that_a_run_lacks_leaves_its_place_empty(tmp_path):
     row = Row(("a",), ())
     finish(tmp_path, row.cell(None, 0), 0.25)
-    found = {"final": {"val_acc": 0.25}}
-    assert VALIDATION.of(found) == 25.0 and TEST.of(found) is None
+    run = run_of({"final": {"val_acc": 0.25}})
+    assert VALIDATION.of(run) == 25.0 and TEST.of(run) is None
+    assert VALIDATION.over([run, run_of({})]).values == (25.0,)
     measures = (VALIDATION, Measure("moved", "final/distance"))
-    experiment = Experiment("One", ("which",), (row,), measures)
+    experiment = Experiment(("which",), (row,), measures)
     assert experiment.lines(tmp_path)[1] == ["a", "25.00", "", "1: no spread"]
 
 
@@ -188,10 +183,10 @@ def test_a_run_that_was_told_to_go_on_is_not_done_before_it_gets_there(tmp_path)
     finish(tmp_path, cell, 0.3, rounds=9)
     path = tmp_path / cell.name / "summary.json"
     figures = json.loads(path.read_text())
-    for further, done in (
+    for further, there in (
         ({"round": 2}, False),
         ({"round": 9}, True),
         ({"round": 2, "stopped_early": 3}, True),
     ):
         path.write_text(json.dumps(figures | further))
-        assert (summary(tmp_path, cell) is not None) == done
+        assert (done(tmp_path, cell) is not None) == there

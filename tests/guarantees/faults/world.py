@@ -246,5 +246,5 @@ if __name__ == "__main__":
         "60",
     )
     ROWS = tuple(tables.Row((name,), TINY, (0.1,), widened=0) for name in ("a", "b", "c", "d"))
-    experiments.at_scale = lambda *scale: {"rules": tables.Experiment("Four", ("row",), ROWS)}
+    experiments.at_scale = lambda *scale: {"rules": tables.Experiment(("row",), ROWS)}
     sys.exit(train.main())
