@@ -553,7 +553,7 @@ class Scorer:
         }
         try:
             changed = self._logits(samples, copies)
-            alone = torch.allclose(changed[0], out[0], rtol=1e-4, atol=1e-5)
+            alone = self._close(out[:1], changed[:1])  # copies may take another kernel's rounding
         except (RuntimeError, IndexError, ValueError):
             alone = False
         if alone or len(names) < 2:

@@ -1,6 +1,7 @@
 """Sensitivity scoring against a training step and against the per-sample loop, per image.
 
-    python bench/bench_fisher.py [--image-size 96] [--device cuda] [--threads 2] [--json FILE]
+    python bench/bench_fisher.py [--image-size 96] [--threads 2] [--json FILE]
+    python bench/bench_fisher.py --device cuda --methods training half [--json FILE]
 
 training    SGD steps of ViT-Ti/16: forward, backward and update, a batch at a time
 scoring     fisher_diagonal of all backbone parameters, a batch at a time
@@ -68,7 +69,7 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
     chosen = {"training": training, "scoring": scoring, "per-sample": per_sample}
     if device != "cpu":
         chosen["half"] = half_scoring(model, batches, names, torch.device(device))
-    return chosen
+    return {name: chosen[name] for name in options.methods or chosen}
 
 
 def half_scoring(
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--methods", nargs="+", help="[all; half: on a GPU alone]")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -129,15 +131,12 @@ def main() -> None:
         rows[-1]["peak_mb"] = round(max(peaks) / 1e6, 1)
         print(f"{name:11} {per_image[0]:8.3f} ms an image (p20 {per_image[1]:.3f}, ", end="")
         print(f"p80 {per_image[2]:.3f}), peak {rows[-1]['peak_mb']:.0f} MB")
-    ratios = {
-        "scoring_to_training": round(medians["scoring"] / medians["training"], 3),
-        "per_sample_to_scoring": round(medians["per-sample"] / medians["scoring"], 3),
-    }
-    print(f"scoring / training   {ratios['scoring_to_training']:.2f}")
-    print(f"per-sample / scoring {ratios['per_sample_to_scoring']:.2f}")
-    if "half" in medians:
-        ratios["half_to_training"] = round(medians["half"] / medians["training"], 3)
-        print(f"half / training      {ratios['half_to_training']:.2f}")
+    ratios = {}
+    for above, below in (("scoring", "training"), ("per-sample", "scoring"), ("half", "training")):
+        if {above, below} <= medians.keys():
+            ratio = medians[above] / medians[below]
+            ratios[f"{above.replace('-', '_')}_to_{below}"] = round(ratio, 3)
+            print(f"{f'{above} / {below}':20} {ratio:.2f}")
     if options.json:
         made_by = {k: v for k, v in vars(options).items() if k != "json"}
         made_by |= {"torch": str(torch.__version__)}

@@ -1,18 +1,20 @@
 """A federated round against its floor: the bare passes plus the bytes that must move.
 
-    python bench/bench_round.py [--settings vit_ti16 vit_demo vit_s16] [--device cuda] [--csv FILE]
+    python bench/bench_round.py [--settings vit_ti16 vit_demo vit_s16] [--csv FILE]
+    python bench/bench_round.py --device cuda --settings vit_s16 vit_ti16_224 [--graphs auto]
 
 round   all sampled clients through FedAvg.advance: draws, pixels, local steps, the average
 floor   forward and backward of the same batches, made beforehand, the gradients dropped;
         plus bytes / copy bandwidth: 5 P fp32 a step (read gradient, parameter, momentum; write
         two), 1 copy a client, and a client's sum (read two P fp32, read and write P int64)
 Clients take turns, one of the round, then the floor of its batches; a ratio is one round's sum over
-the other. On CUDA a setting is measured with --cuda-graph off and on, each with --fused off and
-auto, and with --compile once more, compiled and in a graph; the floor is always launched kernel by
-kernel. The bandwidth is that of
-copies around a ring as large as the round's own buffers. vit_s16 has the sizes of the headline job,
-for a GPU, whose rate is compared with that of a product of two 8,192 x 8,192 matrices in the same
-precision.
+the other. On CUDA a setting is measured under every --cuda-graph of --graphs, each with --fused off
+and auto, and with --compile once more, compiled and in a graph; the floor is always launched kernel
+by kernel, and a step is timed apart. Rows say what came of it: whether a graph was replayed and
+passes were fused. What fails is said, and the rest goes on. The bandwidth is that of copies around
+a ring as large as the round's own buffers. vit_s16 and vit_ti16_224 have the sizes of the headline
+job, for a GPU, whose rate is compared with that of a product of two 8,192 x 8,192 matrices in the
+same precision.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +35,7 @@ from timing import interleaved, keep_memory, quantiles, timed, write_csv
 from work import build_learner, build_loop, opened
 
 import data
+from fedavg import FedAvg
 from training.workspace import Workspace
 
 SHARED = (
@@ -42,6 +46,7 @@ SETTINGS = {  # options, rounds, goal
     "vit_ti16": ("--model vit_ti16 --image-size 64 --batch-size 32 --precision fp32", 5, 1.05),
     "vit_demo": ("--model vit_demo --image-size 32 --batch-size 8 --precision fp32", 40, 1.15),
     "vit_s16": ("--model vit_s16 --image-size 224 --batch-size 64 --augment", 5, None),
+    "vit_ti16_224": ("--model vit_ti16 --image-size 224 --batch-size 64 --augment", 5, None),
 }
 PRODUCT = 8192  # side of the matrices whose product is the matrix units' rate
 
@@ -105,6 +110,16 @@ def copy_bandwidth(size: int, device: str) -> float:
     return 2 * 4 * size * len(ring) * loops / np.median(seconds)
 
 
+def seconds_of_a_step(loop: FedAvg, client: int, device: str) -> np.ndarray:
+    """Return the seconds of a local step, as the loop takes it, at a rate of zero."""
+    learner, clients = loop.train.learner, loop.train
+    batches = clients.batches(client, 1).to(learner.workspace.device)
+    graphed = clients.graphed or learner.local_step
+    rate, scale = torch.zeros((), device=batches.device), torch.ones((), device=batches.device)
+    steps = {"steps": lambda: [graphed(draws=d, lr=rate, loss_scale=scale) for d in batches]}
+    return interleaved(steps, 15, device)["steps"] / len(batches)
+
+
 def measure(name: str, graph: str, fused: str, options: argparse.Namespace) -> list[dict]:
     """Return one row per figure of a setting.
 
@@ -134,6 +149,11 @@ def measure(name: str, graph: str, fused: str, options: argparse.Namespace) -> l
     with FlopCounterMode(display=False) as counter:
         floor.passes(batches)
     operations = len(clients) * counter.get_total_flops()
+    graphed, ways = federation.train.graphed, {"cuda_graph": graph, "fused": "no"}
+    if graphed is not None:
+        ways["cuda_graph"] = graphed.status + " --compile" * graph.endswith("--compile")
+    if learner.fuses:
+        ways["fused"] = "yes"
     rounds, passes = np.array(sums[1:]).T
     images = len(clients) * o.local_steps.J * o.local_steps.batch_size
     size = federation.theta.numel()
@@ -152,19 +172,22 @@ def measure(name: str, graph: str, fused: str, options: argparse.Namespace) -> l
     if device != "cpu":
         peak = product_rate(workspace.dtype, device)
         rows.append({"figure": "matrix product, TFLOP/s", "median": float(f"{peak / 1e12:.4g}")})
-        rows.append(
-            {"figure": "share of the product's rate", **quantiles(operations / rounds / peak)}
-        )
+        step = seconds_of_a_step(federation, int(clients[-1]), device)
+        rate = operations / len(clients) / o.local_steps.J / step / peak
+        rows += [
+            {"figure": "share of the product's rate", **quantiles(operations / rounds / peak)},
+            {"figure": "step, ms", **quantiles(step, 1e-3)},
+            {"figure": "share of it in a step", **quantiles(rate)},
+        ]
     ratio = rows[4]
     print(
-        f"{name}, {precision}: P = {learner.entries.size:,}, CUDA graph {graph}, "
-        f"fused {fused or 'off'}; a round {rows[0]['median']:.3f} s, "
+        f"{name}, {precision}: P = {learner.entries.size:,}, CUDA graph {ways['cuda_graph']}, "
+        f"fused {ways['fused']}; a round {rows[0]['median']:.3f} s, "
         f"passes {rows[1]['median']:.3f} s, bytes {moved:.4f} s; round / floor "
         f"{ratio['median']:.3f} (p20 {ratio['p20']:.3f}, p80 {ratio['p80']:.3f}), goal {goal}; "
         + ", ".join(f"{row['figure']} {row['median']:g}" for row in rows[6:])
     )
-    about = {"setting": name, "precision": precision, "cuda_graph": graph, "fused": fused or "off"}
-    about |= {"parameters": learner.entries.size}
+    about = {"setting": name, "precision": precision, **ways, "parameters": learner.entries.size}
     return [about | row for row in rows]
 
 
@@ -175,17 +198,28 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, help="after the first [by setting]")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--graphs", nargs="+", choices=("off", "on", "auto"), default=["off", "on"], help="on CUDA"
+    )
     parser.add_argument("--compile", action="store_true", help="on CUDA, a compiled step too")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--csv", type=Path, default="results/bench/round.csv")
     options = parser.parse_args()
     ways = [("off", "")]
     if options.device != "cpu":
-        ways = list(itertools.product(("off", "on"), ("off", "auto")))
+        ways = list(itertools.product(options.graphs, ("off", "auto")))
         ways += [("on --compile", "off")] * options.compile
-    pairs = itertools.product(options.settings, ways)
-    rows = [row for name, way in pairs for row in measure(name, *way, options)]
-    write_csv(options.csv, rows, options.device)
+    rows, failed = [], 0
+    for name, (graph, fused) in itertools.product(options.settings, ways):
+        try:
+            rows += measure(name, graph, fused, options)
+        except Exception:  # what a GPU raises; the others may do
+            failed += 1
+            traceback.print_exc(limit=-3)
+            print(f"{name}, CUDA graph {graph}, fused {fused or 'off'}: failed", flush=True)
+        if rows:
+            write_csv(options.csv, rows, options.device)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -1,42 +1,58 @@
 #!/usr/bin/env bash
-# What a GPU answers in a quarter of an hour, most wanted first: are the kernels right, how fast is
-# a round, and then the questions of `sweep --scale gpu`, for MINUTES.
+# What a GPU answers: first figures, most wanted first, for LIMIT seconds at most, with a table of
+# them beside their goals; then the questions of `sweep --scale gpu`, for MINUTES.
 #
 #   bench/on_a_gpu.sh                     files go to results/bench and results/gpu.jsonl.xz
+#   MINUTES=0 bench/on_a_gpu.sh           the figures alone
 #   OUT=/tmp/gpu MINUTES=8 DATA=/data bench/on_a_gpu.sh
 #   DEVICE=cpu SMALL=1 bench/on_a_gpu.sh  does it work? At the smallest sizes
 set -uo pipefail # a step that fails does not end the others
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} DEVICE=${DEVICE:-cuda} OUT=${OUT:-results} MINUTES=${MINUTES:-5} DATA=${DATA:-data}
+LIMIT=${LIMIT:-360}
 mkdir -p "$OUT/bench"
+NEW=$(mktemp -d) # so that the table has no older figure
+trap 'cp "$NEW"/* "$OUT/bench" 2>/dev/null; rm -rf "$NEW"' EXIT
 if [ -n "${SMALL:-}" ]; then
     SETTINGS=(vit_demo) ROUNDS=(--rounds 1) PEERS=vit_demo SCALE=gpu-smoke
     SCORED=(--model vit_demo --image-size 32 --batch 8 --batches 2 --repetitions 1)
     COMMAND=(fedavg --data synthetic --rounds 2) STEPS=(--size 10000 --repetitions 2)
 else
-    SETTINGS=(vit_s16 vit_ti16) ROUNDS=() PEERS=vit_s16 SCALE=gpu
+    SETTINGS=(vit_s16 vit_ti16_224) ROUNDS=() PEERS=vit_s16 SCALE=gpu
     SCORED=(--model vit_s16 --image-size 224 --batch 64)
     COMMAND=(fedavg --nc 1 --J 4 --rounds 2000) STEPS=()
 fi
+SCORING=(training half)
+[ "$DEVICE" = cuda ] || SCORING=(training scoring)
+TESTS=(tests/leaves/test_fused.py tests/leaves/test_cuda_graph.py tests/leaves/test_fisher.py
+    tests/leaves/test_sparse_sgdm.py tests/training/test_clients.py)
 
-step() { # what it is, then the command; says how long it took
-    local started=$SECONDS name=$1
-    shift
+step() { # the longest it may take, what it is, then the command; says how long it took
+    local started=$SECONDS most=$1 name=$2
+    shift 2
     printf '\n== %s: %s\n' "$name" "$*"
-    timeout 300 "$@" || printf '== %s: exit status %s\n' "$name" "$?"
+    ((most < LIMIT - SECONDS)) || most=$((LIMIT - SECONDS))
+    if ((most < 5)); then
+        printf '== %s: left out, no time is left\n' "$name"
+        return
+    fi
+    timeout "$most" "$@" || printf '== %s: exit status %s\n' "$name" "$?"
     printf '== %s: %s s\n' "$name" "$((SECONDS - started))"
 }
 
-[ "$DEVICE" = cuda ] && step "kernels, graphs" env GPU_TESTS=1 "$PYTHON" -m pytest -q -x tests
-step "a round" "$PYTHON" bench/bench_round.py --settings "${SETTINGS[@]}" "${ROUNDS[@]}" \
-    --device "$DEVICE" --csv "$OUT/bench/round_gpu.csv"
-step "the careful loop" "$PYTHON" bench/bench_peers.py --settings "$PEERS" --methods project careful \
-    --rounds 6 --device "$DEVICE" --csv "$OUT/bench/peers_gpu.csv"
-step "scoring" "$PYTHON" bench/bench_fisher.py "${SCORED[@]}" --device "$DEVICE" \
-    --json "$OUT/bench/fisher_gpu_vit_s16.json"
-step "the optimiser" "$PYTHON" bench/bench_sparse_sgdm.py "${STEPS[@]}" --device "$DEVICE" \
-    --csv "$OUT/bench/sparse_sgdm_gpu.csv"
-step "doctor" "$PYTHON" train.py doctor --json "$OUT/bench/doctor_gpu.json" "${COMMAND[@]}"
+step 120 "a round" "$PYTHON" bench/bench_round.py --settings "${SETTINGS[@]}" "${ROUNDS[@]}" \
+    --graphs auto --device "$DEVICE" --csv "$NEW/round_gpu.csv"
+step 60 "scoring" "$PYTHON" bench/bench_fisher.py "${SCORED[@]}" --methods "${SCORING[@]}" \
+    --device "$DEVICE" --json "$NEW/fisher_gpu_vit_s16.json"
+[ "$DEVICE" = cuda ] && step 90 "kernels, graphs" env GPU_TESTS=1 "$PYTHON" -m pytest -q "${TESTS[@]}"
+step 90 "the careful loop" "$PYTHON" bench/bench_peers.py --settings "$PEERS" \
+    --methods project careful --rounds 4 --device "$DEVICE" --csv "$NEW/peers_gpu.csv"
+step 60 "the optimiser" "$PYTHON" bench/bench_sparse_sgdm.py "${STEPS[@]}" --device "$DEVICE" \
+    --csv "$NEW/sparse_sgdm_gpu.csv"
+step 90 "doctor" "$PYTHON" train.py doctor --json "$NEW/doctor_gpu.json" "${COMMAND[@]}"
+printf '\n== figures, after %s s\n' "$SECONDS"
+"$PYTHON" bench/goals.py "$NEW"
+[ "$MINUTES" = 0 ] && exit
 printf '\n== questions, for %s minutes\n' "$MINUTES"
 [ "$DATA" -ef data ] || ln -sfn "$(realpath "$DATA")" data
 "$PYTHON" train.py sweep --scale "$SCALE" --minutes "$MINUTES" --results "$OUT"

@@ -1,7 +1,8 @@
 """What a machine can do at most: the rate of a large matrix product, the bandwidth of a large copy,
 a plain pass over some memory.
 
-Each is the fastest of several, measured in a second or two.
+Each is the fastest of several, measured in a second or two. A GPU works off what is launched while
+Python launches more: there, calls that are short are timed several at a time.
 
     import torch; from rates import copy_bandwidth, product_rate
     product_rate(torch.float32, torch.device("cpu"))  # operations a second
@@ -20,6 +21,7 @@ SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices
 COPIED = {"cuda": 1 << 28, "cpu": 1 << 26}  # bytes of a copy: more than any cache holds
 BUDGET = 1.5  # seconds that a figure may take, once it is warm
 MOST = 15  # repetitions of which the median counts
+SPAN = 0.02  # seconds of a GPU's calls that are timed together
 
 
 def synchronise(device: torch.device) -> None:
@@ -39,12 +41,18 @@ def seconds_of(
     out."""
     first = 0 if warm else 1
     seconds: list[float] = []
-    while len(seconds) <= first or (len(seconds) <= MOST and sum(seconds[first:]) < budget):
+    spent, calls = 0.0, 1
+    while len(seconds) <= first or (len(seconds) <= MOST and spent < budget):
         synchronise(device)
         started = time.perf_counter()
-        work()
+        for _ in range(calls):
+            work()
         synchronise(device)
-        seconds.append(time.perf_counter() - started)
+        taken = time.perf_counter() - started
+        spent += taken if len(seconds) >= first else 0.0
+        seconds.append(taken / calls)
+        if device.type == "cuda":
+            calls = max(1, round(SPAN / seconds[-1]))
     return choose(seconds[first:])
 
 

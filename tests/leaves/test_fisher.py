@@ -476,6 +476,23 @@ def test_a_scale_of_the_score_is_taken_out_of_the_scores():
     assert (kept - exact).norm() < 0.02 * exact.norm() < (small - exact).norm()
 
 
+def test_copies_that_are_rounded_otherwise_are_still_a_samples_own(recwarn):
+    class Token(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Parameter(torch.ones(1, 5))
+            self.head = nn.Linear(5, 3)
+
+        def forward(self, x):  # two products as a GPU's libraries may choose them, for one or many
+            return self.head(x + self.token * (1 if len(self.token) == 1 else 1 + 2**-7)).float()
+
+    model = Token().bfloat16()
+    scorer, batches = Scorer(model), [torch.randn(6, 5).bfloat16()]
+    scorer.diagonal(batches)
+    (ways,) = scorer._ways.values()
+    assert ways.broadcast == ["token"] and not ways.one_by_one and not recwarn.list
+
+
 @needs_cuda
 def test_a_graph_gives_the_eager_scores_on_a_gpu():
     model, batches = two_layers().cuda(), [torch.randn(8, 5).cuda() for _ in range(4)]

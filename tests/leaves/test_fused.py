@@ -1,5 +1,6 @@
 """Fused passes: references against finite differences, kernels against them, one whole model."""
 
+import math
 import os
 import subprocess
 import sys
@@ -94,7 +95,8 @@ def assert_kernels_agree(rows, width, dtype):
     )
     for a, b in zip(kernels, references, strict=True):
         terms = rows if b.dim() == 1 else 1
-        limit = 4 * torch.finfo(dtype).eps * b.abs().max() + 1e-7 * terms
+        precision = max(torch.finfo(dtype).eps, fused.ROUGH if DEVICE == "cuda" else 0)
+        limit = fused.TOLERANCE * precision * b.abs().max() + 1e-7 * terms
         assert (a - b).abs().max() <= limit, (a.shape, (a - b).abs().max(), limit)
 
 
@@ -164,6 +166,11 @@ def test_first_use_compares_kernels_with_the_reference(monkeypatch):
     monkeypatch.setattr(fused, "bias_gelu_triton", wrong)
     fused.serves.cache_clear()
     assert "differ by" in fused.serves(device, torch.float32, 48, 3)
+    nowhere = lambda *parts: [x * math.nan for x in fused.pack_reference(*parts)]  # noqa: E731
+    monkeypatch.undo()
+    monkeypatch.setattr(fused, "pack_triton", nowhere)
+    fused.serves.cache_clear()
+    assert "differ by nan" in fused.serves(device, torch.float32, 48, 3)
 
     def broken(*operands):
         raise RuntimeError("no compiler\nat all")
