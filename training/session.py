@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import re
 import subprocess
@@ -183,6 +184,9 @@ def open_run(
         sizes = [len(shard) for shard in shards]
         extra["shards"] = {"clients": len(sizes), "smallest": min(sizes), "largest": max(sizes)}
     free = set(stored) - set(defining(stored)) | same_files(run, made_from) | SEARCHES & set(stored)
+    stored = stored | {
+        name: max(stored[name], n) for name, n in reached(run).items() if name in free
+    }
     run.open(stored | made_from, extra, free=free)
     if shards and run.writes and not (run.folder / "shards.npz").exists():
         ends = np.cumsum([len(shard) for shard in shards])
@@ -196,6 +200,14 @@ def open_run(
 
         safe_files.write_atomically(run.folder / "shards.npz", write)
     return run
+
+
+def reached(run: runs.Run) -> dict[str, int]:
+    """Return how many rounds or epochs a run has, which no later command makes fewer."""
+    last = run.records()[-1:]
+    return {
+        f"{unit}s": math.ceil(r[unit]) for r in last for unit in ("round", "epoch") if unit in r
+    }
 
 
 def same_files(run: runs.Run, made_from: dict) -> set[str]:
