@@ -44,12 +44,12 @@ step 120 "a round" "$PYTHON" bench/bench_round.py --settings "${SETTINGS[@]}" "$
     --graphs auto --device "$DEVICE" --csv "$NEW/round_gpu.csv"
 step 60 "scoring" "$PYTHON" bench/bench_fisher.py "${SCORED[@]}" --methods "${SCORING[@]}" \
     --device "$DEVICE" --json "$NEW/fisher_gpu_vit_s16.json"
-[ "$DEVICE" = cuda ] && step 90 "kernels, graphs" env GPU_TESTS=1 "$PYTHON" -m pytest -q "${TESTS[@]}"
 step 90 "the careful loop" "$PYTHON" bench/bench_peers.py --settings "$PEERS" \
     --methods project careful --rounds 4 --device "$DEVICE" --csv "$NEW/peers_gpu.csv"
 step 60 "the optimiser" "$PYTHON" bench/bench_sparse_sgdm.py "${STEPS[@]}" --device "$DEVICE" \
     --csv "$NEW/sparse_sgdm_gpu.csv"
 step 90 "doctor" "$PYTHON" train.py doctor --json "$NEW/doctor_gpu.json" "${COMMAND[@]}"
+[ "$DEVICE" = cuda ] && step 150 "kernels, graphs" env GPU_TESTS=1 "$PYTHON" -m pytest -q "${TESTS[@]}"
 printf '\n== figures, after %s s\n' "$SECONDS"
 "$PYTHON" bench/goals.py "$NEW"
 [ "$MINUTES" = 0 ] && exit

@@ -108,6 +108,7 @@ class GraphedStep:
         """Capture, and compare one replay with one eager step from the same state."""
         if self.obstacle:
             raise CaptureError(self.obstacle)
+        gc.collect()  # earlier graphs, where cycles still hold them and their memory
         start = [x.clone() for x in self.state]
 
         def run() -> Tensor:
@@ -157,7 +158,6 @@ def record(run: Callable[[], Tensor], device: torch.device) -> tuple[torch.cuda.
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         needed = torch.cuda.max_memory_allocated() - before
-        gc.collect()  # earlier graphs, where cycles still hold them
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         if (free := torch.cuda.mem_get_info()[0]) < ROOM * needed:

@@ -1,6 +1,8 @@
 """A replayed step: the bits of the eager one, or the eager one itself and a word on why."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -120,6 +122,23 @@ def test_an_obstacle_known_beforehand_is_not_tried(monkeypatch):
     quiet = GraphedStep(descent.step, [], "cpu", mode="off", obstacle="no room", say=said.append)
     run(quiet)
     assert len(said) == 1 and quiet.status == "off" and descent.calls == 8
+
+
+def test_earlier_steps_have_given_their_memory_back(monkeypatch):
+    monkeypatch.setattr(cuda_graph, "record", faithful)
+    earlier = GraphedStep(Descent().step, [], "cpu")
+    earlier.step, gone = lambda x, earlier=earlier: None, weakref.ref(earlier)  # a cycle
+    del earlier
+
+    def step(x):
+        assert gone() is None
+        return x.sum()
+
+    gc.disable()
+    try:
+        assert GraphedStep(step, [], "cpu", mode="on")(x=torch.ones(3)) == 3
+    finally:
+        gc.enable()
 
 
 def test_a_diverged_step_is_no_difference(monkeypatch):
