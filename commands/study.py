@@ -26,17 +26,17 @@ from commands.timing import Times
 from machine import safe_files
 from machine.ranks import end_with_parent
 from machine.status import duration
-from study import blank, experiments, history, report, tables
+from study import blank, experiments, history, report
 from study.packed import FIELDS, FILE, add, line_of, lines, pack, read, unpacked, write
 from study.past import Past
-from study.tables import INSIDE, Cell
+from study.tables import INSIDE, Cell, Experiment, placed
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 PRELOAD = (
     *("commands.fedavg", "commands.centralized", "commands.calibrate", "commands.ridge"),
     *("matplotlib.pyplot", "torch._dynamo", "study.warm"),
 )
-Tables = dict[str, tuple[tables.Experiment, Path]]  # by name: an experiment, the folder of its runs
+Tables = dict[str, Experiment]  # by name
 Work = tuple[Path, Cell]  # the folder of a table's runs, and one that is missing there
 
 
@@ -125,7 +125,7 @@ def run_sweep(line: Line) -> None:
 
     next(missing(set()), None)  # refuses what is not of this version before anything is made
     with contextlib.ExitStack() as folders_held:
-        for folder in sorted({folder for _, folder in planned.values()}):
+        for folder in sorted({experiment.at for experiment in planned.values()}):
             folders_held.enter_context(safe_files.held(folder))
         if o.imported:
             take_in(Path(o.imported), o.scale, chosen(o))
@@ -147,9 +147,9 @@ def run_sweep(line: Line) -> None:
 def work_of(o: Sweep, failed: set[str]) -> list[Work]:
     """Return what is missing, in the order of the tables: all of a first seed, then the others."""
     work: list[Work] = []
-    for experiment, folder in chosen(o).values():  # anew: the first tables size later ones
-        cells = experiment.missing(folder, failed)
-        work += [(folder, cell) for cell in cells]
+    for experiment in chosen(o).values():  # anew: the first tables size later ones
+        cells = experiment.missing(failed)
+        work += [(experiment.at, cell) for cell in cells]
         if experiment.decides and cells:
             break
     return sorted(work, key=lambda item: item[1].seed)
@@ -158,23 +158,23 @@ def work_of(o: Sweep, failed: set[str]) -> list[Work]:
 def chosen(o: Sweep) -> Tables:
     """Return the experiments of a sweep in their order, as far as their sizes are known."""
     results = Path(o.results) / o.scale
-    every = experiments.at_scale(o.scale, results)
+    every = placed(experiments.at_scale(o.scale, results), results)
     for name in o.experiment or ():
         if name not in every:
             raise ValueError(f"no experiment is called {name!r}: choose from {', '.join(every)}")
-    names = o.experiment or every
-    return {name: (every[name], results / (every[name].folder or name)) for name in names}
+    return {name: every[name] for name in o.experiment or every}
 
 
 # ---------------------------------------------------------------------------- files
 
 
-def tidy(planned: Iterable[tuple[tables.Experiment, Path]], keep: bool) -> None:
+def tidy(planned: Iterable[Experiment], keep: bool) -> None:
     """Pack the runs that are done and still have a folder of their own."""
-    for experiment, folder in planned:
+    for experiment in planned:
+        folder = experiment.at
         packed = read(folder / FILE)
         for row in experiment.rows:
-            for run in experiment.runs(folder, row):
+            for run in experiment.runs(row):
                 if (folder / run.name).is_dir():
                     if run.name not in packed:
                         pack(folder, run.name, keep)
@@ -184,8 +184,8 @@ def tidy(planned: Iterable[tuple[tables.Experiment, Path]], keep: bool) -> None:
 
 def write_tables(tables: Tables, results: Path) -> None:
     """Write every experiment's table.md."""
-    for name, (experiment, folder) in tables.items():
-        text = experiment.table(folder)
+    for name, experiment in tables.items():
+        text = experiment.table()
         write = lambda path, text=text: path.write_text(text, encoding="utf-8")  # noqa: E731
         (results / name).mkdir(exist_ok=True)
         safe_files.write_atomically(results / name / "table.md", write)
@@ -193,7 +193,7 @@ def write_tables(tables: Tables, results: Path) -> None:
 
 def pack_together(scale: str, tables: Tables, path: Path) -> None:
     """Write the runs of all these tables into one file, each line with its scale and table."""
-    folders = sorted({folder for _, folder in tables.values()})
+    folders = sorted({experiment.at for experiment in tables.values()})
     runs = [(folder.name, run) for folder in folders for run in read(folder / FILE).values()]
     write(path, ({"scale": scale, "table": name} | line_of(run) for name, run in runs))
     print(f"{len(runs)} runs are packed in {path}; sweep --import takes them in elsewhere")
@@ -207,7 +207,7 @@ def take_in(path: Path, scale: str, tables: Tables) -> None:
     """
     if not path.is_file():
         raise ValueError(f"--import {path}: no such file")
-    new: dict[Path, list[Past]] = {folder: [] for _, folder in tables.values()}
+    new: dict[Path, list[Past]] = {experiment.at: [] for experiment in tables.values()}
     by_name = {folder.name: folder for folder in new}
     for line in lines(path, ("scale", "table", *FIELDS)):
         if line["scale"] != scale or line["table"] not in by_name:
@@ -231,18 +231,18 @@ def list_runs(tables: Tables, jobs: int, times: Times) -> None:
     What tables share counts once in the sum of all.
     """
     total, counted, waiting = 0.0, set(), set()
-    for name, (experiment, folder) in tables.items():
+    for name, experiment in tables.items():
         takes, fresh, done, needed = 0.0, 0.0, 0, 0
-        for row, count in experiment.left(folder):
+        for row, count in experiment.left():
             cell = row.cell(row.rates[0], row.seeds[0])
             seconds = count * times.seconds_of(cell) / jobs if count else 0.0
             takes += seconds
             waiting |= {(row.command, row.options)} if count else set()
-            fresh += seconds if (folder, cell.name) not in counted else 0.0
-            counted.add((folder, cell.name))
-            runs = len(experiment.runs(folder, row))
+            fresh += seconds if (experiment.at, cell.name) not in counted else 0.0
+            counted.add((experiment.at, cell.name))
+            runs = len(experiment.runs(row))
             done, needed = done + runs, needed + runs + count
-        places = [place for row in experiment.rows if (place := experiment.place(folder, row))]
+        places = [place for row in experiment.rows if (place := experiment.place(row))]
         ends = sum(place != INSIDE for place in places)
         marks = f", {ends} of {len(places)} rows not bracketed" if ends else ""
         state = f"{done} of {needed} runs done"

@@ -41,10 +41,10 @@ class Times:
 
     Args:
         path: of the file that keeps what was measured.
-        tables: experiments and the folders of their runs, whose finished ones refine estimates.
+        tables: experiments, whose finished runs refine estimates.
     """
 
-    def __init__(self, path: Path, tables: Iterable[tuple[Experiment, Path]]):
+    def __init__(self, path: Path, tables: Iterable[Experiment]):
         self.path, self.tables = path, list(tables)
         self.processor = processor(choose_device("auto"))
         self.parts: dict[str, dict[str, float]] = {}
@@ -62,9 +62,9 @@ class Times:
     def measured(self) -> dict[tuple, float]:
         """Return the mean seconds of the finished runs of this machine, by their row's options."""
         took: dict[tuple, list[float]] = {}
-        for experiment, folder in self.tables:
+        for experiment in self.tables:
             for row in experiment.rows:
-                for run in experiment.runs(folder, row):
+                for run in experiment.runs(row):
                     if run.config.get("processor") == self.processor:
                         seconds = SECONDS.of(run)
                         took.setdefault((row.command, row.options), []).append(seconds)

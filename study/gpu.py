@@ -43,8 +43,8 @@ def decided(s: Size, folder: Path) -> Size:
 
     That is the largest until all have run.
     """
-    experiment = image_size(s)
-    best = [experiment.best(folder, row) for row in experiment.rows]
+    experiment = image_size(s)._replace(at=folder)
+    best = [experiment.best(row) for row in experiment.rows]
     if None in best:
         return s._replace(pixels=s.image_sizes[-1])
     accuracies = [VALIDATION.of(runs[s.seeds[0]]) for _, runs in best]

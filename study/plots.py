@@ -199,28 +199,24 @@ def _draw_bands(axes, bands: Bands, styles: Mapping[str, dict]) -> None:
 
 def _seeds(logs: Sequence[Sequence[dict]], key: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Return what all seeds have logged: x (n,), values (seeds, n); None where that is nothing."""
-    series = [dict(zip(*map(list, _series(records, key)), strict=True)) for records in logs]
+    series = [_series(records, key) for records in logs]
     shared = sorted(set.intersection(*map(set, series))) if series else []
     values = np.array([[points[x] for x in shared] for points in series])
     return (np.array(shared), values) if shared else None
 
 
-def _series(records: Sequence[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    points = [(r.get("round", r.get("epoch")), r[key]) for r in records if key in r]
+def _series(records: Sequence[dict], key: str) -> dict[float, float]:
+    points = ((r.get("round", r.get("epoch")), r[key]) for r in records if key in r)
     try:
-        x, y = np.array(points, dtype=float).reshape(-1, 2).T
+        return {float(x): float(y) for x, y in points}
     except (OverflowError, TypeError, ValueError):
-        raise ValueError(
-            f"nothing to plot: a record's round, epoch or {key} is no number"
-        ) from None
-    return x, y
+        what = f"a record's round, epoch or {key}"
+        raise ValueError(f"nothing to plot: {what} is no number") from None
 
 
 def _unit(logs) -> str:
-    units = {
-        unit for log in logs for record in log for unit in ("round", "epoch") if unit in record
-    }
-    return " or ".join(sorted(units, reverse=True))
+    names = {name for log in logs for record in log for name in record}
+    return " or ".join(name for name in ("round", "epoch") if name in names)
 
 
 # ---------------------------------------------------------------------------- panels

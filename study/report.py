@@ -30,7 +30,7 @@ from study.figures import FIGURES, Series, drawn
 from study.measures import SECONDS
 from study.measures import VALIDATION as ACCURACY
 from study.past import Past
-from study.tables import INSIDE, PLACE, Experiment
+from study.tables import INSIDE, PLACE, Experiment, placed
 from study.typeset import NOT_RUN, grouping, latex_table, markdown_table, tex
 
 HEADING = "% written by train.py report: do not edit\n"
@@ -74,29 +74,6 @@ FILES = (
 )
 
 
-class Table(NamedTuple):
-    """An experiment, and the folder of its runs."""
-
-    name: str
-    experiment: Experiment
-    folder: Path
-
-    def rows(self) -> list[Series]:
-        """Return the runs of each row's chosen learning rate, of rows that ran."""
-        best = [(row, self.experiment.best(self.folder, row)) for row in self.experiment.rows]
-        columns = self.experiment.columns
-        return [Series(row.key, columns, list(runs[1].values())) for row, runs in best if runs]
-
-    def finished(self) -> list[Past]:
-        """Return every run that is done, those of other rates too."""
-        rows = self.experiment.rows
-        return [run for row in rows for run in self.experiment.runs(self.folder, row)]
-
-    def lines(self) -> list[list[str]]:
-        """Return the table's lines, heading first."""
-        return self.experiment.lines(self.folder)
-
-
 def write(scale: str, results: Path, out: Path) -> list[str]:
     """Write all that the report takes from the runs below `results`/`scale` into the folder `out`.
 
@@ -108,9 +85,9 @@ def write(scale: str, results: Path, out: Path) -> list[str]:
     """
     clear(out)
     with safe_files.contents(results / scale):
-        tables = at_scale(scale, results / scale)
-        pieces = {f"table/{table.name}": write_tables(table, out) for table in tables}
-        rows = {table.name: table.rows() for table in tables}
+        tables = placed(experiments.at_scale(scale), results / scale)
+        pieces = {f"table/{name}": write_table(name, table, out) for name, table in tables.items()}
+        rows = {name: series(table) for name, table in tables.items()}
         for name, draw in FIGURES.items():
             pieces[f"figure/{name}"] = drawn(draw, rows, out / f"{name}.pdf")
         for file in FILES:
@@ -146,19 +123,18 @@ def write_numbers(numbers: dict[str, str | None], out: Path) -> None:
 
 def values(scale: str, results: Path) -> dict[str, str | None]:
     """Return what can be quoted of a scale, of the GPU's runs and of the tables that are files."""
-    numbers = quotable(at_scale(scale, results / scale)) | gpu_numbers(results / "gpu")
+    tables = placed(experiments.at_scale(scale), results / scale)
+    numbers = quotable(tables) | gpu_numbers(results / "gpu")
     for file in FILES:
         if lines := lines_of(results / file.path):
             numbers |= line_numbers(file.name, lines, file.width)
     return numbers | density_numbers(results / CALIBRATED) | {"scale": scale}
 
 
-def at_scale(scale: str, folder: Path) -> list[Table]:
-    """Return the experiments of a scale, whose runs lie below `folder`."""
-    return [
-        Table(name, experiment, folder / (experiment.folder or name))
-        for name, experiment in experiments.at_scale(scale).items()
-    ]
+def series(table: Experiment) -> list[Series]:
+    """Return the runs of each row's chosen learning rate, of rows that ran."""
+    best = [(row.key, table.best(row)) for row in table.rows]
+    return [Series(key, table.columns, list(runs[1].values())) for key, runs in best if runs]
 
 
 # ---------------------------------------------------------------------------- numbers
@@ -167,16 +143,18 @@ def at_scale(scale: str, folder: Path) -> list[Table]:
 def declared() -> Iterator[str]:
     """Yield every key that a scale can give a value."""
     for scale in experiments.SCALES:
-        yield from quotable(at_scale(scale, Path("no such folder")))
+        yield from quotable(placed(experiments.at_scale(scale), Path("no such folder")))
 
 
-def quotable(tables: list[Table]) -> dict[str, str | None]:
+def quotable(tables: dict[str, Experiment]) -> dict[str, str | None]:
     """Return what can be quoted: key -> text, None where it did not run."""
     numbers: dict[str, str | None] = {}
-    for table in tables:
-        numbers |= line_numbers(table.name, table.lines(), len(table.experiment.columns))
-        numbers |= run_numbers(table)
-    finished = [run for table in tables for run in table.finished()]
+    finished: list[Past] = []
+    for name, table in tables.items():
+        runs = [run for row in table.rows for run in table.runs(row)]
+        numbers |= line_numbers(name, table.lines(), len(table.columns))
+        numbers |= run_numbers(name, table, runs)
+        finished += runs
     took = {(run.options.get("runs_dir"), run.options.get("name")): run for run in finished}
     hours = hours_of(list(took.values()))  # of each run once, though tables share some
     return numbers | setup_numbers("setup", finished) | {"hours": hours}
@@ -218,18 +196,16 @@ def better(best: list[str] | None, line: list[str], heading: list[str]) -> list[
     return max([best, line] if best else [line], key=lambda row: float(row[at].split()[0]))
 
 
-def run_numbers(table: Table) -> dict[str, str | None]:
+def run_numbers(name: str, table: Experiment, finished: list[Past]) -> dict[str, str | None]:
     """Return how much of an experiment ran, for how long, and the options its runs share."""
-    experiment, finished = table.experiment, table.finished()
-    needed = sum(len(row.rates) + len(row.seeds) - 1 for row in experiment.rows)
-    done = needed - sum(count for _, count in experiment.left(table.folder))
+    needed = sum(len(row.rates) + len(row.seeds) - 1 for row in table.rows)
     numbers = {
-        f"{table.name}/runs/done": f"{done}",
-        f"{table.name}/runs/all": f"{needed}",
-        f"{table.name}/seeds": f"{max(len(row.seeds) for row in experiment.rows)}",
-        f"{table.name}/hours": hours_of(finished),
+        f"{name}/runs/done": f"{needed - sum(count for _, count in table.left())}",
+        f"{name}/runs/all": f"{needed}",
+        f"{name}/seeds": f"{max(len(row.seeds) for row in table.rows)}",
+        f"{name}/hours": hours_of(finished),
     }
-    return numbers | setup_numbers(f"{table.name}/setup", finished)
+    return numbers | setup_numbers(f"{name}/setup", finished)
 
 
 def gpu_numbers(folder: Path) -> dict[str, str | None]:
@@ -297,12 +273,12 @@ def key_of(*parts: str) -> str:
 # ---------------------------------------------------------------------------- tables
 
 
-def write_tables(table: Table, out: Path) -> bool:
+def write_table(name: str, table: Experiment, out: Path) -> bool:
     """Write an experiment's table, where some of it ran."""
     lines = table.lines()
     if all(NOT_RUN in line for line in lines[1:]):
         return False
-    write_lines(table.name, lines, len(table.experiment.columns), out)
+    write_lines(name, lines, len(table.columns), out)
     return True
 
 

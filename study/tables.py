@@ -7,7 +7,7 @@ hence splits, shards, clients and batches: differences are taken seed by seed.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,6 +95,7 @@ class Experiment(NamedTuple):
     columns: headings of the rows' keys.
     baseline: the end of the key of the row that those with the same beginning are compared with.
     folder: of its runs, where another experiment's hold some of them; else that of its own name.
+    at: where that lies.
     decides: whether the experiments after it wait for its runs, which say what they are.
     """
 
@@ -104,6 +105,7 @@ class Experiment(NamedTuple):
     baseline: tuple[str, ...] = ()
     folder: str = ""
     decides: bool = False
+    at: Path = Path()
 
     def thinned(self) -> Experiment:
         """Return the first rows that have, together, every value of every column; none widens."""
@@ -119,9 +121,7 @@ class Experiment(NamedTuple):
         rows = tuple(row._replace(widened=min(row.widened, widened)) for row in self.rows)
         return self._replace(rows=rows)
 
-    def grid(
-        self, folder: Path, row: Row, given_up: Collection[str] = ()
-    ) -> tuple[float | None, ...]:
+    def grid(self, row: Row, given_up: Collection[str] = ()) -> tuple[float | None, ...]:
         """Return the rates that a row tries on its first seed, as far as its runs tell.
 
         Args:
@@ -129,7 +129,7 @@ class Experiment(NamedTuple):
         """
         rates, seed = row.rates, row.seeds[0]
         for _ in range(row.widened if row.rates != (None,) else 0):
-            tried = first_of(folder, row, rates)
+            tried = first_of(self.at, row, rates)
             waiting = (row.cell(lr, seed).name for lr in rates if lr not in tried)
             if not tried or any(name not in given_up for name in waiting):
                 break
@@ -138,9 +138,9 @@ class Experiment(NamedTuple):
             rates = (*rates, further)
         return rates
 
-    def cells(self, folder: Path, given_up: Collection[str] = ()) -> list[Cell]:
+    def cells(self, given_up: Collection[str] = ()) -> list[Cell]:
         """Return the runs that the rows need, in the order in which a part of them says most."""
-        grids = [(row, self.grid(folder, row, given_up)) for row in self.rows]
+        grids = [(row, self.grid(row, given_up)) for row in self.rows]
         tries = range(max(len(rates) for _, rates in grids))
         cells = [
             row.cell(lr, row.seeds[0])
@@ -149,54 +149,54 @@ class Experiment(NamedTuple):
             for lr in rates[i : i + 1]
         ]
         for row, rates in grids:
-            tried = self.tried(folder, row)
+            tried = self.tried(row)
             names = [row.cell(lr, row.seeds[0]).name for lr in rates if lr not in tried]
             if tried and len(row.seeds) > 1 and all(name in given_up for name in names):
                 cells += [row.cell(chosen(tried), seed) for seed in row.seeds[1:]]
         return [cell for cell in cells if cell.name not in given_up]
 
-    def missing(self, folder: Path, given_up: Collection[str] = ()) -> list[Cell]:
+    def missing(self, given_up: Collection[str] = ()) -> list[Cell]:
         """Return the runs that can be done now and are not."""
-        cells = self.cells(folder, given_up)
-        return [cell for cell in cells if done(folder, cell) is None]
+        cells = self.cells(given_up)
+        return [cell for cell in cells if done(self.at, cell) is None]
 
-    def left(self, folder: Path) -> list[tuple[Row, int]]:
+    def left(self) -> list[tuple[Row, int]]:
         """Return how many runs each row still lacks, by the rates that it is known to try."""
         left = []
         for row in self.rows:
-            tried = self.tried(folder, row)
+            tried = self.tried(row)
             seeds = len(tried[chosen(tried)]) if tried else 1  # of the chosen rate, now or soon
-            rates = set(self.grid(folder, row)) | tried.keys()
+            rates = set(self.grid(row)) | tried.keys()
             left.append((row, len(rates) - len(tried) + len(row.seeds) - seeds))
         return left
 
-    def runs(self, folder: Path, row: Row) -> list[Past]:
+    def runs(self, row: Row) -> list[Past]:
         """Return the row's runs that are done, of every rate."""
-        return [run for by_seed in self.tried(folder, row).values() for run in by_seed.values()]
+        return [run for by_seed in self.tried(row).values() for run in by_seed.values()]
 
-    def tried(self, folder: Path, row: Row) -> Tried:
+    def tried(self, row: Row) -> Tried:
         """Return the runs of every learning rate that the first seed has run."""
-        tried = first_of(folder, row, self.grid(folder, row))
+        tried = first_of(self.at, row, self.grid(row))
         for lr, by_seed in tried.items():
-            runs = {seed: done(folder, row.cell(lr, seed)) for seed in row.seeds[1:]}
+            runs = {seed: done(self.at, row.cell(lr, seed)) for seed in row.seeds[1:]}
             by_seed |= {seed: run for seed, run in runs.items() if run}
         return tried
 
-    def best(self, folder: Path, row: Row) -> tuple[float | None, dict[int, Past]] | None:
+    def best(self, row: Row) -> tuple[float | None, dict[int, Past]] | None:
         """Return the row's best learning rate, with its runs by seed; None where none has run."""
-        tried = self.tried(folder, row)
+        tried = self.tried(row)
         return (chosen(tried), tried[chosen(tried)]) if tried else None
 
-    def place(self, folder: Path, row: Row) -> str:
+    def place(self, row: Row) -> str:
         """Say where the best rate lies among those tried: only inside is it bracketed."""
-        tried = self.tried(folder, row)
+        tried = self.tried(row)
         if not tried or None in tried:
             return ""
         if len(tried) == 1:
             return "the only one"
         return {min(tried): "the lowest", max(tried): "the highest"}.get(chosen(tried), INSIDE)
 
-    def lines(self, folder: Path) -> list[list[str]]:
+    def lines(self) -> list[list[str]]:
         """Return the table's lines from the runs' summaries, the heading first."""
         rated = any(row.rates != (None,) for row in self.rows)
         compared = f"{self.measures[0].heading} to {' '.join(self.baseline)}"
@@ -204,32 +204,37 @@ class Experiment(NamedTuple):
         heading += [compared] * bool(self.baseline) + ["seeds"] + ["other lr"] * rated
         lines, keys = [heading], {row.key: row for row in self.rows}
         for row in self.rows:
-            if not (best := self.best(folder, row)):
+            if not (best := self.best(row)):
                 lines.append([*row.key, NOT_RUN, *[""] * (len(heading) - len(row.key) - 1)])
                 continue
             lr, runs = best
             rate = f"{lr:g}" if lr is not None else ""
-            lines.append([*row.key, *[rate, self.place(folder, row)] * rated])
+            lines.append([*row.key, *[rate, self.place(row)] * rated])
             lines[-1] += [m.text(m.over(runs.values())) for m in self.measures]
             if self.baseline:
                 base = keys.get((*row.key[: -len(self.baseline)], *self.baseline))
-                against = self.best(folder, base) if base and base is not row else None
+                against = self.best(base) if base and base is not row else None
                 lines[-1].append(gain(self.measures[0], runs, against[1]) if against else "")
             seeds = f"{len(runs)}" if len(runs) > 1 else ONE_SEED
-            lines[-1] += [seeds] + [self.other_rates(folder, row, lr)] * rated
+            lines[-1] += [seeds] + [self.other_rates(row, lr)] * rated
         return lines
 
-    def other_rates(self, folder: Path, row: Row, chosen: float | None) -> str:
+    def other_rates(self, row: Row, chosen: float | None) -> str:
         """Return what the rates that were not chosen came to, on validation."""
         return ", ".join(
             f"{lr:g}: {VALIDATION.over(runs.values()).mean or 0:.1f}"
-            for lr, runs in self.tried(folder, row).items()
+            for lr, runs in self.tried(row).items()
             if lr != chosen
         )
 
-    def table(self, folder: Path) -> str:
+    def table(self) -> str:
         """Return the table in Markdown."""
-        return markdown_table(self.lines(folder))
+        return markdown_table(self.lines())
+
+
+def placed(experiments: Mapping[str, Experiment], results: Path) -> dict[str, Experiment]:
+    """Return experiments by name, whose runs lie below `results`."""
+    return {n: e._replace(at=results / (e.folder or n)) for n, e in experiments.items()}
 
 
 def chosen(tried: Tried) -> float | None:

@@ -68,23 +68,12 @@ def latex_table(
         cells.setdefault(tuple(row[i] for i in keyed), {})[group] = texts
     headed = [tex(heading[i].removeprefix(f"{best_by} ")) for i in at]  # "to ..." of a difference
     named = [tex(heading[i]) for i in keyed] + headed * len(groups)
-    return "\n".join(
-        [
-            f"\\begin{{tabular}}{{@{{}}{'l' * len(keyed)}{'r' * len(at) * len(groups)}@{{}}}}",
-            "\\toprule",
-            *(
-                group_headings(heading[split], groups, len(keyed), len(at))
-                if split is not None
-                else ()
-            ),
-            " & ".join(named) + r" \\",
-            "\\midrule",
-            *body(cells, groups, len(at)),
-            "\\bottomrule",
-            "\\end{tabular}",
-            "",
-        ]
-    )
+    columns = "l" * len(keyed) + "r" * len(at) * len(groups)
+    lines = [f"\\begin{{tabular}}{{@{{}}{columns}@{{}}}}", "\\toprule"]
+    if split is not None:
+        lines += group_headings(heading[split], groups, len(keyed), len(at))
+    lines += [" & ".join(named) + r" \\", "\\midrule", *body(cells, groups, len(at))]
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
 
 
 def layout(

@@ -27,7 +27,7 @@ def test_finished_runs_of_this_machine_correct_the_estimates(tmp_path, monkeypat
         Row((n,), (*DATA, "--J", n, "--rounds", "1", "--C", "0.01", "--batch-size", "1"))
         for n in "24"
     ]
-    times = Times(tmp_path / "times.json", [(Experiment(("J",), tuple(rows)), tmp_path)])
+    times = Times(tmp_path / "times.json", [Experiment(("J",), tuple(rows), at=tmp_path)])
     assert [times.seconds_of(row.cell(None, 0)) for row in rows] == [2, 4]
     times.__dict__.pop("measured"), times.__dict__.pop("correction")
     times.measured = {("fedavg", rows[0].options): 6.0}

@@ -24,35 +24,39 @@ def finish(folder, cell, val_acc, processor=None, **options):
     (folder / cell.name / "summary.json").write_text(json.dumps(figures))
 
 
+def at(experiment, folder):
+    return experiment._replace(at=folder)
+
+
 def names(cells):
     return [cell.name for cell in cells]
 
 
 def test_every_row_has_a_figure_before_any_tries_its_second_rate(tmp_path):
-    cells = EXPERIMENT.missing(tmp_path)
+    cells = at(EXPERIMENT, tmp_path).missing()
     assert [(c.lr, c.seed) for c in cells] == [(0.01, 0)] * 3 + [(0.1, 0)] * 3
     assert [c.row for c in cells[:3]] == ["-".join(key) for key in KEYS]
     finish(tmp_path, cells[0], 0.3)
-    assert EXPERIMENT.missing(tmp_path) == cells[1:]
+    assert at(EXPERIMENT, tmp_path).missing() == cells[1:]
 
 
 def test_the_other_seeds_run_the_rate_that_validated_best_on_the_first(tmp_path):
     dense = ROWS[0]
     finish(tmp_path, dense.cell(0.01, 0), 0.30)
-    assert not any(c.seed for c in EXPERIMENT.missing(tmp_path))
+    assert not any(c.seed for c in at(EXPERIMENT, tmp_path).missing())
     finish(tmp_path, dense.cell(0.1, 0), 0.31)
-    others = [c for c in EXPERIMENT.missing(tmp_path) if c.seed]
+    others = [c for c in at(EXPERIMENT, tmp_path).missing() if c.seed]
     assert others == [dense.cell(0.1, 1)]
     finish(tmp_path, dense.cell(0.1, 1), 0.01)  # another seed does not change what was chosen
-    assert EXPERIMENT.best(tmp_path, dense)[0] == 0.1
-    assert dict(EXPERIMENT.left(tmp_path)) == {dense: 0, ROWS[1]: 3, ROWS[2]: 3}
+    assert at(EXPERIMENT, tmp_path).best(dense)[0] == 0.1
+    assert dict(at(EXPERIMENT, tmp_path).left()) == {dense: 0, ROWS[1]: 3, ROWS[2]: 3}
 
 
 def test_a_rate_that_failed_is_not_waited_for(tmp_path):
     dense = ROWS[0]
     finish(tmp_path, dense.cell(0.01, 0), 0.30)
     failed = {dense.cell(0.1, 0).name}
-    missing = EXPERIMENT.missing(tmp_path, failed)
+    missing = at(EXPERIMENT, tmp_path).missing(failed)
     assert dense.cell(0.01, 1) in missing and dense.cell(0.1, 0) not in missing
 
 
@@ -62,7 +66,7 @@ def test_a_table_shows_the_best_rate_against_dense_seed_by_seed_and_what_is_miss
         for seed in (0, 1):
             finish(tmp_path, ROWS[0].cell(lr, seed), dense[seed])
             finish(tmp_path, ROWS[2].cell(lr, seed), random[seed])
-    lines = EXPERIMENT.table(tmp_path).splitlines()
+    lines = at(EXPERIMENT, tmp_path).table().splitlines()
     columns = "lr | of the rates tried | validation % | test % | "
     assert lines[0].startswith(f"| sharding | rule | sparsity | {columns}")
     assert lines[2:] == [
@@ -105,29 +109,32 @@ def test_a_grid_is_widened_on_the_first_seed_until_its_best_rate_lies_inside(tmp
     experiment = Experiment(("which",), (row,))
     accuracies = {0.01: 0.30, 0.003: 0.2, 0.03: 0.31, 0.1: 0.32, 0.3: 0.29}
     for lr in (0.01, 0.003, 0.03):
-        assert experiment.grid(tmp_path, row) == row.rates
+        assert at(experiment, tmp_path).grid(row) == row.rates
         finish(tmp_path, row.cell(lr, 0), accuracies[lr], J=None)
-    assert experiment.place(tmp_path, row) == "the highest"
+    assert at(experiment, tmp_path).place(row) == "the highest"
     for lr in (0.1, 0.3):
-        assert [(c.lr, c.seed) for c in experiment.missing(tmp_path)] == [(lr, 0)]
-        assert dict(experiment.left(tmp_path)) == {row: 2}
+        assert [(c.lr, c.seed) for c in at(experiment, tmp_path).missing()] == [(lr, 0)]
+        assert dict(at(experiment, tmp_path).left()) == {row: 2}
         finish(tmp_path, row.cell(lr, 0), accuracies[lr], J=None)
-    assert experiment.place(tmp_path, row) == "inside"
-    assert [(c.lr, c.seed) for c in experiment.missing(tmp_path)] == [(0.1, 1)]
+    assert at(experiment, tmp_path).place(row) == "inside"
+    assert [(c.lr, c.seed) for c in at(experiment, tmp_path).missing()] == [(0.1, 1)]
 
 
 def test_a_grid_is_widened_by_three_rates_at_most_and_past_no_failure(tmp_path):
     row = Row(("a",), (), (0.01,))
     experiment = Experiment(("which",), (row,))
     for lr, val_acc in ((0.01, 0.1), (0.03, 0.2), (0.1, 0.3), (0.3, 0.4)):
-        (cell,) = experiment.missing(tmp_path)
+        (cell,) = at(experiment, tmp_path).missing()
         assert cell.lr == lr
         finish(tmp_path, cell, val_acc, J=None)
-    assert not experiment.missing(tmp_path) and experiment.place(tmp_path, row) == "the highest"
+    assert (
+        not at(experiment, tmp_path).missing()
+        and at(experiment, tmp_path).place(row) == "the highest"
+    )
     (tmp_path / "failing").mkdir()
     finish(tmp_path / "failing", row.cell(0.01, 0), 0.1, J=None)
     failed = {row.cell(0.03, 0).name}
-    assert not experiment.missing(tmp_path / "failing", failed)
+    assert not at(experiment, tmp_path / "failing").missing(failed)
 
 
 def test_beyond_a_grid_is_the_next_rung_on_the_best_rate_s_side():
@@ -139,11 +146,11 @@ def test_beyond_a_grid_is_the_next_rung_on_the_best_rate_s_side():
 def test_a_table_reads_packed_runs_as_it_reads_their_folders(tmp_path):
     for lr in (0.01, 0.1):
         finish(tmp_path, ROWS[0].cell(lr, 0), lr)
-    before = EXPERIMENT.table(tmp_path)
+    before = at(EXPERIMENT, tmp_path).table()
     for lr in (0.01, 0.1):
         packed.pack(tmp_path, ROWS[0].cell(lr, 0).name)
     assert [path.name for path in tmp_path.iterdir()] == [packed.FILE]
-    assert EXPERIMENT.table(tmp_path) == before and "0.1: " not in before
+    assert at(EXPERIMENT, tmp_path).table() == before and "0.1: " not in before
 
 
 def test_a_run_of_other_options_under_a_cell_s_name_is_refused(tmp_path):
@@ -175,7 +182,7 @@ def test_a_measure_that_a_run_lacks_leaves_its_place_empty(tmp_path):
     assert VALIDATION.over([run, run_of({})]).values == (25.0,)
     measures = (VALIDATION, Measure("moved", "final/distance"))
     experiment = Experiment(("which",), (row,), measures)
-    assert experiment.lines(tmp_path)[1] == ["a", "25.00", "", "1: no spread"]
+    assert at(experiment, tmp_path).lines()[1] == ["a", "25.00", "", "1: no spread"]
 
 
 def test_a_run_that_was_told_to_go_on_is_not_done_before_it_gets_there(tmp_path):
