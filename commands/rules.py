@@ -70,7 +70,7 @@ REFUSED = {  # together, once what follows the data set is filled in
     ("--threshold", "--sparsity"): "either says what a mask keeps",
     ("--threshold", "--mask-rule random"): "which has no scores; a --sparsity",
     ("--threshold", "--per-tensor"): "a threshold is the same in every tensor anyway",
-    ("--mask", "--mask-rule"): "a mask is taken as it was made, or made; leave one of them away",
+    ("--mask", "--mask-rule"): "a mask is taken or made; leave one of them away",
     ("--weight-decay", "--search"): "that tries those of --search-weight-decay",
     ("--lr", "--search-lr"): "whose rates are tried in its place",
     ("--freeze-head", "--head linear"): "it would keep a head of zeros; --head ridge or probe",
