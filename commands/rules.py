@@ -2,9 +2,9 @@
 
     resolve(namespace)    of a parsed command line, in place; as train.py does
 
-What is refused together is a row of REFUSED; what belongs to another option, of OWNED. Other
-refusals are rows too: a condition, and the sentence that says why. `o` is the parsed namespace; an
-option that the command does not have is None there.
+What is refused together is a row of REFUSED; what belongs to another option, of OWNED. The
+functions of_* yield other reasons to refuse a command line, each below its condition. `o` is the
+parsed namespace; an option that the command does not have is None there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import data
 import editing
@@ -152,11 +152,10 @@ def resolve(o: Options) -> Options:
     return o
 
 
-def refuse(rows: Iterator[tuple[Any, str]]) -> None:
-    """Raise ValueError with the sentence of the first row whose condition holds."""
-    for condition, why in rows:
-        if condition:
-            raise ValueError(why)
+def refuse(reasons: Iterator[str]) -> None:
+    """Raise ValueError with the first reason, where there is one."""
+    for why in reasons:
+        raise ValueError(why)
 
 
 @contextlib.contextmanager
@@ -182,9 +181,10 @@ def given(o: Options, typed: str) -> bool:
     return wanted in ("", str(value))
 
 
-def of_pairs(o: Options) -> Iterator[tuple[Any, str]]:
+def of_pairs(o: Options) -> Iterator[str]:
     for (first, second), why in REFUSED.items():
-        yield given(o, first) and given(o, second), f"{first} with {second}: {why}"
+        if given(o, first) and given(o, second):
+            yield f"{first} with {second}: {why}"
 
 
 # ---------------------------------------------------------------------------- data, model, files
@@ -202,25 +202,17 @@ def fill_by_data(o: Options) -> None:
             setattr(o, name, value)
 
 
-def of_the_model(o: Options) -> Iterator[tuple[Any, str]]:
-    yield (
-        ranks.launched() > 1 and o.command != "fedavg",
-        f"torchrun spreads the clients of fedavg; start {o.command} without it",
-    )
+def of_the_model(o: Options) -> Iterator[str]:
+    if ranks.launched() > 1 and o.command != "fedavg":
+        yield f"torchrun spreads the clients of fedavg; start {o.command} without it"
     named = o.model is not None and o.weights in vit.WEIGHTS
     needs = vit.WEIGHTS[o.weights].model if named else o.model
-    yield (
-        needs != o.model,
-        f"--weights {o.weights} is a {needs}, not {o.model}: --weights FILE or none",
-    )
+    if needs != o.model:
+        yield f"--weights {o.weights} is a {needs}, not {o.model}: --weights FILE or none"
     fits_head = "model" in o and "val_fraction" in o and o.head != "linear"
-    judges = {
-        "a ridge or probe head": fits_head,
-        "--early-stop": o.early_stop,
-        "--search": o.search,
-    }
-    for what, looks in judges.items():
-        yield looks and not o.val_fraction, f"{what} needs validation data: --val-fraction above 0"
+    need = {"a ridge or probe head": fits_head, "--early-stop": o.early_stop, "--search": o.search}
+    for what in (what for what, wanted in need.items() if wanted and not o.val_fraction):
+        yield f"{what} needs validation data: --val-fraction above 0"
 
 
 def check_names(o: Options) -> None:
@@ -232,33 +224,27 @@ def check_names(o: Options) -> None:
             vit.check_image_size([o.image_size], vit.MODELS[o.model].patch)
 
 
-def of_the_device(o: Options) -> Iterator[tuple[Any, str]]:
+def of_the_device(o: Options) -> Iterator[str]:
     device = choose_device(o.device) if o.cuda_graph == "on" else None
-    yield (
-        device is not None and device.type != "cuda",
-        f"--cuda-graph on: it needs a CUDA device, and this is a {device}",
-    )
+    if device is not None and device.type != "cuda":
+        yield f"--cuda-graph on: it needs a CUDA device, and this is a {device}"
     several = isinstance(o.processes, int) and o.processes > 1
-    yield (
-        several and o.threads not in (None, 1),
-        f"--processes {o.processes} are of one thread each, to the bits of --threads 1: leave "
-        f"--threads {o.threads} away",
-    )
-    yield (
-        several and ranks.launched() > 1,
-        f"--processes {o.processes} under torchrun, which starts processes itself: leave it away",
-    )
-    yield (
-        several and (choose_device(o.device).type != "cpu" or not ranks.CAN_FORK),
-        f"--processes {o.processes} needs a CPU under Linux: torchrun --nproc-per-node="
-        f"{o.processes} train.py fedavg",
-    )
-    for name in NOT_MPS:
+    if several and o.threads not in (None, 1):
         yield (
-            o.device == "mps" and given(o, flag(name)),
-            f"{flag(name)} with --device mps: it sums in 64 bits, which Apple's GPUs do not know; "
-            "--device cpu",
+            f"--processes {o.processes} are of one thread each, to the bits of --threads 1: leave "
+            f"--threads {o.threads} away"
         )
+    if several and ranks.launched() > 1:
+        yield f"--processes {o.processes} under torchrun, which starts processes itself"
+    if several and (choose_device(o.device).type != "cpu" or not ranks.CAN_FORK):
+        yield (
+            f"--processes {o.processes} needs a CPU under Linux: torchrun --nproc-per-node="
+            f"{o.processes} train.py fedavg"
+        )
+    for name in NOT_MPS:
+        if o.device == "mps" and given(o, flag(name)):
+            why = "it sums in 64 bits, which Apple's GPUs do not know; --device cpu"
+            yield f"{flag(name)} with --device mps: {why}"
 
 
 # ---------------------------------------------------------------------------- masks
@@ -292,47 +278,31 @@ def ignore_scoring(o: Options) -> None:
         setattr(o, name, "auto" if name == "score_precision" else None)
 
 
-def of_masks(o: Options) -> Iterator[tuple[Any, str]]:
-    making = [
-        n
-        for n in (*MASK_DEFAULTS, "mask_within", "threshold", "quorum")
-        if getattr(o, n) is not None
-    ]
-    first = flag(making[0]) if making else ""
-    yield (
-        not o.mask_rule and making,
-        f"{first} makes a mask and needs --mask-rule {'|'.join(masks.RULES)}",
-    )
-    yield (
-        o.score_precision == "fp32" and not o.mask_rule,
-        "--score-precision is of scores: --mask-rule least-sensitive|most-sensitive",
-    )
+def of_masks(o: Options) -> Iterator[str]:
+    names = (*MASK_DEFAULTS, "mask_within", "threshold", "quorum")
+    making = [name for name in names if getattr(o, name) is not None]
+    if making and not o.mask_rule:
+        yield f"{flag(making[0])} makes a mask and needs --mask-rule {'|'.join(masks.RULES)}"
+    if o.score_precision == "fp32" and not o.mask_rule:
+        yield "--score-precision is of scores: --mask-rule least-sensitive|most-sensitive"
     masked = o.mask or o.mask_rule
-    yield (
-        o.mask_lr and not masked,
-        f"--mask-lr {o.mask_lr} is of a rate under a mask: --mask FILE or --mask-rule",
-    )
-    yield (
-        masked and o.train not in (None, "all"),
-        f"a mask says what trains: --mask-scope in place of --train {o.train}",
-    )
-    yield (
-        masked and (o.head == "linear" or o.freeze_head is False),
-        "under a mask the head is fitted first and frozen: --head ridge or probe",
-    )
+    if o.mask_lr and not masked:
+        yield f"--mask-lr {o.mask_lr} is of a rate under a mask: --mask FILE or --mask-rule"
+    if masked and o.train not in (None, "all"):
+        yield f"a mask says what trains: --mask-scope in place of --train {o.train}"
+    if masked and (o.head == "linear" or o.freeze_head is False):
+        yield "under a mask the head is fitted first and frozen: --head ridge or probe"
 
 
-def of_making(o: Options) -> Iterator[tuple[Any, str]]:
-    yield (
-        o.sparsity is not None and not o.sparsity < 1,
-        f"--sparsity {o.sparsity or 0:g}: the frozen share must be below 1",
-    )
+def of_making(o: Options) -> Iterator[str]:
+    if o.sparsity is not None and not o.sparsity < 1:
+        yield f"--sparsity {o.sparsity:g}: the frozen share must be below 1"
     limited = o.threshold is not None
-    yield (
-        limited and o.consensus not in ("mean", "max"),
-        f"--threshold is compared with scores, and --consensus {o.consensus} makes ranks of them: "
-        "--consensus mean or max, or a --sparsity",
-    )
+    if limited and o.consensus not in ("mean", "max"):
+        yield (
+            f"--threshold is compared with scores, and --consensus {o.consensus} makes ranks of "
+            "them: --consensus mean or max, or a --sparsity"
+        )
 
 
 # ---------------------------------------------------------------------------- training
@@ -384,27 +354,19 @@ def fill_search(o: Options) -> None:
         o.search_weight_decay = o.search_weight_decay or list(SEARCH_WEIGHT_DECAY)
 
 
-def of_training(o: Options, total: int) -> Iterator[tuple[Any, str]]:
+def of_training(o: Options, total: int) -> Iterator[str]:
     unit = "rounds" if o.rounds else "epochs"
     steps = LocalSteps(o.J or 1, o.batch_size)
     together = trains_together(o.train, steps, o.straggler_fraction, o.fedir)
-    yield (
-        o.cuda_graph == "on" and o.command == "fedavg" and together,
-        "--cuda-graph on: --train head takes all clients' steps together, and none of their own",
-    )
-    yield (
-        o.decay is not None and not {*(o.search_schedule or [o.schedule])} & DECAYS.keys(),
-        f"--decay belongs to --schedule {'|'.join(DECAYS)}",
-    )
-    yield (
-        (o.search_length or 0) > total,
-        f"--search-length {o.search_length}: the run has {total} {unit}",
-    )
+    if o.cuda_graph == "on" and o.command == "fedavg" and together:
+        yield "--cuda-graph on: --train head takes all clients' steps together"
+    if o.decay is not None and not {*(o.search_schedule or [o.schedule])} & DECAYS.keys():
+        yield f"--decay belongs to --schedule {'|'.join(DECAYS)}"
+    if (o.search_length or 0) > total:
+        yield f"--search-length {o.search_length}: the run has {total} {unit}"
     shortest = min(total, o.search_length or total)
-    yield (
-        o.warmup >= shortest,
-        f"--warmup {o.warmup:g} must be shorter than {shortest} {unit}",
-    )
+    if o.warmup >= shortest:
+        yield f"--warmup {o.warmup:g} must be shorter than {shortest} {unit}"
 
 
 # ---------------------------------------------------------------------------- federated methods
@@ -426,19 +388,17 @@ def fill_owned(o: Options) -> None:
             editing.check_drop(o.dare_drop)
 
 
-def of_methods(o: Options) -> Iterator[tuple[Any, str]]:
-    yield o.scaffold and not o.lr, "--scaffold divides by --lr, which must be above 0"
-    yield (
-        o.secure_aggregation and compares_clients(o.aggregate),
-        f"--aggregate {o.aggregate} with --secure-aggregation: it compares the clients' changes "
-        "entry by entry, and only their sum can be seen",
-    )
+def of_methods(o: Options) -> Iterator[str]:
+    if o.scaffold and not o.lr:
+        yield "--scaffold divides by --lr, which must be above 0"
+    if o.secure_aggregation and compares_clients(o.aggregate):
+        why = "it compares the clients' changes entry by entry, and only their sum can be seen"
+        yield f"--aggregate {o.aggregate} with --secure-aggregation: {why}"
     alone = o.dp_clip is None and int(o.fraction * o.clients + 0.5) <= 1
-    yield (
-        o.secure_aggregation and alone,
-        f"--secure-aggregation with --fraction {o.fraction:g} of {o.clients} clients: one client a "
-        "round is sent in the clear; a higher --fraction",
-    )
+    if o.secure_aggregation and alone:
+        why = "one client a round is sent in the clear; a higher --fraction"
+        few = f"--fraction {o.fraction:g} of {o.clients} clients"
+        yield f"--secure-aggregation with {few}: {why}"
 
 
 def fill_privacy(o: Options) -> None:
@@ -455,24 +415,20 @@ def fill_privacy(o: Options) -> None:
         o.dp_delta = min(1e-5, o.clients**-1.1)
 
 
-def of_privacy(o: Options) -> Iterator[tuple[Any, str]]:
-    yield (
-        (o.dp_noise is None) != (o.dp_clip is None),
-        "--dp-noise Z needs --dp-clip S, and it needs that: noise is measured by the norm that "
-        "changes are clipped to",
-    )
+def of_privacy(o: Options) -> Iterator[str]:
+    if (o.dp_noise is None) != (o.dp_clip is None):
+        yield (
+            "--dp-noise Z needs --dp-clip S, and it needs that: noise is measured by the norm that "
+            "changes are clipped to"
+        )
     for name in ("dp_delta", "dp_seed"):
-        yield (
-            getattr(o, name) is not None and not o.dp_noise,
-            f"{flag(name)} belongs to a --dp-noise above 0",
-        )
-    yield (
-        o.dp_noise is not None and 0 < o.dp_noise < LEAST_NOISE,
-        f"--dp-noise {o.dp_noise or 0:g}: 0, or at least {LEAST_NOISE:g}",
-    )
+        if getattr(o, name) is not None and not o.dp_noise:
+            yield f"{flag(name)} belongs to a --dp-noise above 0"
+    if o.dp_noise is not None and 0 < o.dp_noise < LEAST_NOISE:
+        yield f"--dp-noise {o.dp_noise:g}: 0, or at least {LEAST_NOISE:g}"
     for name in NOT_PRIVATE:
-        yield (
-            o.dp_clip is not None and given(o, flag(name)),
-            f"{flag(name)} with --dp-noise: privacy needs clients that keep no state, all take "
-            "part alike and weigh alike, and show in their sum alone",
-        )
+        if o.dp_clip is not None and given(o, flag(name)):
+            yield (
+                f"{flag(name)} with --dp-noise: privacy needs clients that keep no state, all take "
+                "part alike and weigh alike, and show in their sum alone"
+            )
