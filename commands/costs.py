@@ -187,18 +187,13 @@ def trial_of(line: Line) -> Line:
     return line.replaced(**{name: value for name, value in changed.items() if name in o})
 
 
-def quietly(what: str) -> None:
-    """Say nothing."""
-
-
 class Trial:
     """A command's learner on generated data, and what is measured on it."""
 
     def __init__(self, line: Line, folder: str):
-        trial = trial_of(line)
-        o = trial.groups
+        o = trial_of(line).groups
         o.source = o.source._replace(data_dir=folder)
-        self.line, self.trial, self.groups = line, trial, o
+        self.line, self.groups = line, o
         self.workspace = Workspace(o.source, o.machine, o.backbone)
         self.learner: Learner | None = None
         self.cuda_graph = "off (no CUDA device)"
@@ -220,7 +215,7 @@ class Trial:
             few = {part: ImageSet(*(x[: probe.FEW] for x in every)) for part, every in sets.items()}
             self.workspace.sets = few
         run, options = Run(folder), learner_options(o)
-        learner = prepare(self.workspace, self.model(), run, self.shards, options)
+        learner = prepare(self.workspace, self.workspace.build_model(), run, self.shards, options)
         self.workspace.sets, learner.labels = sets, {p: s.labels for p, s in sets.items()}
         if learner.on_features:
             for part, rows in learner.inputs.items():
@@ -233,7 +228,7 @@ class Trial:
         """Seconds of forward and backward passes: of any step, and of an image in it."""
         if self.learner is not None:
             return probe.passes(self.learner)
-        return 0.0, probe.feature(self.workspace, self.model(), 1) / FORWARD
+        return 0.0, probe.feature(self.workspace, self.workspace.build_model(), 1) / FORWARD
 
     @functools.cached_property
     def slow(self) -> bool:
@@ -346,7 +341,7 @@ class Trial:
             kind = o.get("head", "ridge")
             say(f"fitting a {kind} head")
             images = o.get("head_images") or train_images(o)
-            width = vit.MODELS[self.trial.stored["model"]].width
+            width = vit.MODELS[o["model"]].width
             costs = costs._replace(head=probe.fitted_head(workspace, kind, width, images))
         if o.get("mask_rule") is not None and masks.needs_scores(o["mask_rule"]):
             say("scoring images")
@@ -357,8 +352,8 @@ class Trial:
         """Return the seconds of scoring an image."""
         if self.slow:
             return SCORED * self.passes[1]
-        options, model = self.line.groups.masking._replace(quorum=None), self.model()
-        graph = self.groups.graph.cuda_graph
+        options, model = self.line.groups.masking, self.workspace.build_model()
+        options, graph = options._replace(quorum=None), self.groups.graph.cuda_graph
         return probe.score(self.workspace, model, options, self.shards, self.batch, graph)
 
     def evaluation(self) -> float:
@@ -376,14 +371,10 @@ class Trial:
         images = self.workspace.eval_batch
         if self.workspace.device.type == "cpu":
             images = min(images, 2 * (self.batch if self.image else probe.FEW))
-        return probe.feature(self.workspace, self.model(), images)
-
-    def model(self) -> vit.VisionTransformer:
-        """Return a model as it begins."""
-        return self.workspace.build_model()
+        return probe.feature(self.workspace, self.workspace.build_model(), images)
 
 
-def costs(line: Line, say: Callable[[str], object] = quietly) -> Costs:
+def costs(line: Line, say: Callable[[str], object] = lambda what: None) -> Costs:
     """Measure what a command's parts cost on this machine; no more than half a minute.
 
     Args:

@@ -35,9 +35,10 @@ from training.clients import LocalSteps
 from training.diagnostics import Diagnosing
 from training.features import FittedHead, Head
 from training.learner import Training
+from training.naming import default_name
 from training.outcome import Recipe
 from training.rounds import Federation, Rounds
-from training.session import LearnerOptions, Running, default_name
+from training.session import LearnerOptions, Running
 from training.watching import Watching
 from training.workspace import Backbone, Sharding, Source
 

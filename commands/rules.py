@@ -2,8 +2,9 @@
 
     resolve(namespace)    of a parsed command line, in place; as train.py does
 
-Refusals are rows: a condition, and the sentence that says why. `o` is the parsed namespace; an
-option that the command does not have is None there.
+What is refused together is a row of REFUSED; what belongs to another option, of OWNED. The
+functions of_* yield other reasons to refuse a command line, each below its condition. `o` is the
+parsed namespace; an option that the command does not have is None there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import data
 import editing
@@ -41,7 +42,7 @@ SERVER_LR = 0.01  # of the adaptive rules; of the others 1
 class Owned(NamedTuple):
     """An option that has an effect only where `owner` has one of these values."""
 
-    default: float
+    default: float | bool | None
     owner: str
     values: tuple = (True,)
 
@@ -51,9 +52,48 @@ OWNED = {
     "server_tau": Owned(1e-3, "server", ADAPTIVE),
     "ties_keep": Owned(0.2, "aggregate", ("ties",)),
     "dare_drop": Owned(0.9, "aggregate", ("dare",)),
+    "personalised": Owned(False, "per_client"),
     "clients_evaluated": Owned(10, "personalised"),
+    "quorum": Owned(None, "consensus", ("vote",)),
+    "search_lr": Owned(None, "search"),
+    "search_weight_decay": Owned(None, "search"),
+    "search_schedule": Owned(None, "search"),
+    "search_length": Owned(None, "search"),
     "fisher_images": Owned(256, "rule", ("fisher",)),
     "seed": Owned(0, "rule", ("dare",)),  # of merge
+}
+OFF = {  # values of options that are off, but for None and False
+    **dict(prox=0, dropout=0, straggler_fraction=0, keep_tokens=1, aggregate="mean"),
+}
+REFUSED = {  # together, once what follows the data set is filled in
+    ("--dirichlet", "--nc"): "either says what clients hold",
+    ("--threshold", "--sparsity"): "either says what a mask keeps",
+    ("--threshold", "--mask-rule random"): "which has no scores; a --sparsity",
+    ("--threshold", "--per-tensor"): "a threshold is the same in every tensor anyway",
+    ("--mask", "--mask-rule"): "a mask is taken or made; leave one of them away",
+    ("--weight-decay", "--search"): "that tries those of --search-weight-decay",
+    ("--lr", "--search-lr"): "whose rates are tried in its place",
+    ("--freeze-head", "--head linear"): "it would keep a head of zeros; --head ridge or probe",
+    ("--freeze-head", "--train head"): "nothing is left to train",
+    ("--head-images", "--head linear"): "no head is fitted; --head ridge or probe",
+    ("--head-images", "--train head"): "it saves features, and the head needs those of all images",
+    ("--keep-tokens", "--train head"): "it thins out images, and the head sees their features",
+    ("--augment", "--train head"): "it changes images, and the head sees their features",
+    ("--micro-batch", "--train head"): "it divides images, and the head sees their features",
+    ("--compile", "--train head"): "it compiles the backbone, which is not run",
+    ("--local-norm", "--train head"): "the head has no LayerNorm",
+    ("--scaffold", "--prox"): "the proximal pull would enter the control variates as if it were a "
+    "gradient",
+    ("--scaffold", "--local-norm"): "control variates pull towards a common model, and local "
+    "parameters have none",
+    ("--scaffold", "--secure-aggregation"): "the server would see each client's control variate",
+    ("--aggregate fednova", "--prox"): "the proximal pull shortens steps in a way that the weights "
+    "do not know",
+    ("--cuda-graph on", "--batch-size full"): "clients' batches differ in size",
+    ("--search", "--dp-clip"): "every try spends privacy, and epsilon counts the last run",
+    ("--diagnostics", "--secure-aggregation"): "they compare the clients' changes, and only their "
+    "sum can be seen",
+    ("--straggler-fraction", "--J 1"): "no client can take fewer steps than one",
 }
 # What client-level privacy does not go with: client state, other samples, other weights, a look at
 # single changes.
@@ -97,6 +137,7 @@ def resolve(o: Options) -> Options:
         ValueError: the message names the options.
     """
     fill_by_data(o)
+    refuse(of_pairs(o))
     refuse(of_the_model(o))
     check_names(o)
     if "mask_rule" in o:
@@ -104,7 +145,6 @@ def resolve(o: Options) -> Options:
     if "train" in o:
         fill_training(o)
     fill_owned(o)
-    refuse(of_files(o))
     if o.command == "fedavg":
         refuse(of_methods(o))
         fill_privacy(o)
@@ -112,11 +152,10 @@ def resolve(o: Options) -> Options:
     return o
 
 
-def refuse(rows: Iterator[tuple[Any, str]]) -> None:
-    """Raise ValueError with the sentence of the first row whose condition holds."""
-    for condition, why in rows:
-        if condition:
-            raise ValueError(why)
+def refuse(reasons: Iterator[str]) -> None:
+    """Raise ValueError with the first reason, where there is one."""
+    for why in reasons:
+        raise ValueError(why)
 
 
 @contextlib.contextmanager
@@ -131,6 +170,21 @@ def naming(option: str) -> Iterator[None]:
 def flag(name: str) -> str:
     """Return an option as it is typed."""
     return f"--{name.replace('_', '-')}"
+
+
+def given(o: Options, typed: str) -> bool:
+    """Tell whether an option, or its value in "--option value", is on a command line."""
+    name, _, wanted = typed.removeprefix("--").partition(" ")
+    value = getattr(o, name := name.replace("-", "_"))
+    if value is None or value is False or value == OFF.get(name):
+        return False
+    return wanted in ("", str(value))
+
+
+def of_pairs(o: Options) -> Iterator[str]:
+    for (first, second), why in REFUSED.items():
+        if given(o, first) and given(o, second):
+            yield f"{first} with {second}: {why}"
 
 
 # ---------------------------------------------------------------------------- data, model, files
@@ -148,30 +202,17 @@ def fill_by_data(o: Options) -> None:
             setattr(o, name, value)
 
 
-def of_the_model(o: Options) -> Iterator[tuple[Any, str]]:
-    yield (
-        ranks.launched() > 1 and o.command != "fedavg",
-        f"torchrun spreads the clients of fedavg; start {o.command} without it",
-    )
-    yield (
-        o.nc is not None and o.dirichlet is not None,
-        "argument --dirichlet: not allowed with argument --nc",
-    )
-    yield (
-        o.sparsity is not None and o.threshold is not None,
-        "argument --threshold: not allowed with argument --sparsity",
-    )
+def of_the_model(o: Options) -> Iterator[str]:
+    if ranks.launched() > 1 and o.command != "fedavg":
+        yield f"torchrun spreads the clients of fedavg; start {o.command} without it"
     named = o.model is not None and o.weights in vit.WEIGHTS
     needs = vit.WEIGHTS[o.weights].model if named else o.model
-    yield (
-        needs != o.model,
-        f"--weights {o.weights} is a {needs}, not {o.model}: --weights FILE or none",
-    )
-    fits_head = "model" in o and o.head != "linear"
-    yield (
-        fits_head and "val_fraction" in o and not o.val_fraction,
-        "a ridge or probe head needs validation data: --val-fraction above 0",
-    )
+    if needs != o.model:
+        yield f"--weights {o.weights} is a {needs}, not {o.model}: --weights FILE or none"
+    fits_head = "model" in o and "val_fraction" in o and o.head != "linear"
+    need = {"a ridge or probe head": fits_head, "--early-stop": o.early_stop, "--search": o.search}
+    for what in (what for what, wanted in need.items() if wanted and not o.val_fraction):
+        yield f"{what} needs validation data: --val-fraction above 0"
 
 
 def check_names(o: Options) -> None:
@@ -183,37 +224,27 @@ def check_names(o: Options) -> None:
             vit.check_image_size([o.image_size], vit.MODELS[o.model].patch)
 
 
-def of_files(o: Options) -> Iterator[tuple[Any, str]]:
-    yield o.personalised and not o.per_client, "--personalised belongs to --per-client"
-
-
-def of_the_device(o: Options) -> Iterator[tuple[Any, str]]:
+def of_the_device(o: Options) -> Iterator[str]:
     device = choose_device(o.device) if o.cuda_graph == "on" else None
-    yield (
-        device is not None and device.type != "cuda",
-        f"--cuda-graph on: it needs a CUDA device, and this is a {device}",
-    )
+    if device is not None and device.type != "cuda":
+        yield f"--cuda-graph on: it needs a CUDA device, and this is a {device}"
     several = isinstance(o.processes, int) and o.processes > 1
-    yield (
-        several and o.threads not in (None, 1),
-        f"--processes {o.processes} are of one thread each, to the bits of --threads 1: leave "
-        f"--threads {o.threads} away",
-    )
-    yield (
-        several and ranks.launched() > 1,
-        f"--processes {o.processes} under torchrun, which starts processes itself: leave it away",
-    )
-    yield (
-        several and (choose_device(o.device).type != "cpu" or not ranks.CAN_FORK),
-        f"--processes {o.processes} needs a CPU under Linux: torchrun --nproc-per-node="
-        f"{o.processes} train.py fedavg",
-    )
-    for name in NOT_MPS:
+    if several and o.threads not in (None, 1):
         yield (
-            o.device == "mps" and getattr(o, name),
-            f"{flag(name)} with --device mps: it sums in 64 bits, which Apple's GPUs do not know; "
-            "--device cpu",
+            f"--processes {o.processes} are of one thread each, to the bits of --threads 1: leave "
+            f"--threads {o.threads} away"
         )
+    if several and ranks.launched() > 1:
+        yield f"--processes {o.processes} under torchrun, which starts processes itself"
+    if several and (choose_device(o.device).type != "cpu" or not ranks.CAN_FORK):
+        yield (
+            f"--processes {o.processes} needs a CPU under Linux: torchrun --nproc-per-node="
+            f"{o.processes} train.py fedavg"
+        )
+    for name in NOT_MPS:
+        if o.device == "mps" and given(o, flag(name)):
+            why = "it sums in 64 bits, which Apple's GPUs do not know; --device cpu"
+            yield f"{flag(name)} with --device mps: {why}"
 
 
 # ---------------------------------------------------------------------------- masks
@@ -247,63 +278,31 @@ def ignore_scoring(o: Options) -> None:
         setattr(o, name, "auto" if name == "score_precision" else None)
 
 
-def of_masks(o: Options) -> Iterator[tuple[Any, str]]:
-    making = [
-        n
-        for n in (*MASK_DEFAULTS, "mask_within", "threshold", "quorum")
-        if getattr(o, n) is not None
-    ]
-    first = flag(making[0]) if making else ""
-    yield (
-        not o.mask_rule and making,
-        f"{first} makes a mask and needs --mask-rule {'|'.join(masks.RULES)}",
-    )
-    yield (
-        o.score_precision == "fp32" and not o.mask_rule,
-        "--score-precision is of scores: --mask-rule least-sensitive|most-sensitive",
-    )
-    yield (
-        o.mask and o.mask_rule,
-        "--mask takes a mask that is made: leave --mask-rule away, or --mask",
-    )
+def of_masks(o: Options) -> Iterator[str]:
+    names = (*MASK_DEFAULTS, "mask_within", "threshold", "quorum")
+    making = [name for name in names if getattr(o, name) is not None]
+    if making and not o.mask_rule:
+        yield f"{flag(making[0])} makes a mask and needs --mask-rule {'|'.join(masks.RULES)}"
+    if o.score_precision == "fp32" and not o.mask_rule:
+        yield "--score-precision is of scores: --mask-rule least-sensitive|most-sensitive"
     masked = o.mask or o.mask_rule
-    yield (
-        o.mask_lr and not masked,
-        f"--mask-lr {o.mask_lr} is of a rate under a mask: --mask FILE or --mask-rule",
-    )
-    yield (
-        masked and o.train not in (None, "all"),
-        f"a mask says what trains: --mask-scope in place of --train {o.train}",
-    )
-    yield (
-        masked and (o.head == "linear" or o.freeze_head is False),
-        "under a mask the head is fitted first and frozen: --head ridge or probe",
-    )
+    if o.mask_lr and not masked:
+        yield f"--mask-lr {o.mask_lr} is of a rate under a mask: --mask FILE or --mask-rule"
+    if masked and o.train not in (None, "all"):
+        yield f"a mask says what trains: --mask-scope in place of --train {o.train}"
+    if masked and (o.head == "linear" or o.freeze_head is False):
+        yield "under a mask the head is fitted first and frozen: --head ridge or probe"
 
 
-def of_making(o: Options) -> Iterator[tuple[Any, str]]:
-    yield (
-        o.sparsity is not None and not o.sparsity < 1,
-        f"--sparsity {o.sparsity or 0:g}: the frozen share must be below 1",
-    )
+def of_making(o: Options) -> Iterator[str]:
+    if o.sparsity is not None and not o.sparsity < 1:
+        yield f"--sparsity {o.sparsity:g}: the frozen share must be below 1"
     limited = o.threshold is not None
-    yield (
-        limited and o.consensus not in ("mean", "max"),
-        f"--threshold is compared with scores, and --consensus {o.consensus} makes ranks of them: "
-        "--consensus mean or max, or a --sparsity",
-    )
-    yield (
-        limited and o.mask_rule == "random",
-        "--threshold has no meaning for --mask-rule random: --sparsity",
-    )
-    yield (
-        limited and o.per_tensor,
-        "--per-tensor shares a --sparsity out; a --threshold is the same anyway",
-    )
-    yield (
-        o.quorum is not None and o.consensus != "vote",
-        "--quorum belongs to --consensus vote",
-    )
+    if limited and o.consensus not in ("mean", "max"):
+        yield (
+            f"--threshold is compared with scores, and --consensus {o.consensus} makes ranks of "
+            "them: --consensus mean or max, or a --sparsity"
+        )
 
 
 # ---------------------------------------------------------------------------- training
@@ -346,7 +345,6 @@ def evaluation_interval(o: Options) -> int:
 
 def fill_search(o: Options) -> None:
     """Fill in --lr and --weight-decay, and what a search over them tries."""
-    refuse(of_search(o))
     if o.lr is None:
         o.lr = data.DATASETS[o.data].lr(o.train, o.head, o.nc or math.inf)
     if o.weight_decay is None:
@@ -356,83 +354,19 @@ def fill_search(o: Options) -> None:
         o.search_weight_decay = o.search_weight_decay or list(SEARCH_WEIGHT_DECAY)
 
 
-def of_search(o: Options) -> Iterator[tuple[Any, str]]:
-    for name in ("search_lr", "search_weight_decay", "search_schedule", "search_length"):
-        yield (
-            not o.search and getattr(o, name) is not None,
-            f"{flag(name)} belongs to --search",
-        )
-    yield (
-        o.search and o.weight_decay is not None,
-        "--weight-decay with --search, which tries those of --search-weight-decay",
-    )
-    yield (
-        o.lr is not None and o.search_lr is not None,
-        "--lr with --search-lr, whose rates are tried in its place",
-    )
-
-
-def of_training(o: Options, total: int) -> Iterator[tuple[Any, str]]:
-    unit, head_only = "rounds" if o.rounds else "epochs", o.train == "head"
-    yield (
-        o.freeze_head and o.head == "linear",
-        "--freeze-head with --head linear would keep a head of zeros: --head ridge or probe",
-    )
-    yield (
-        o.head_images is not None and o.head == "linear",
-        "--head-images fits a head, and --head linear fits none: ridge or probe",
-    )
-    yield (
-        o.head_images is not None and head_only,
-        "--head-images saves features, and --train head needs those of all images",
-    )
-    yield (
-        o.keep_tokens < 1 and head_only,
-        "--keep-tokens thins out images, and --train head sees their features",
-    )
-    yield (
-        o.augment and head_only,
-        "--augment changes images, and --train head sees their features",
-    )
-    yield (
-        o.freeze_head and head_only,
-        "--train head with --freeze-head leaves nothing to train",
-    )
+def of_training(o: Options, total: int) -> Iterator[str]:
+    unit = "rounds" if o.rounds else "epochs"
     steps = LocalSteps(o.J or 1, o.batch_size)
     together = trains_together(o.train, steps, o.straggler_fraction, o.fedir)
-    yield (
-        o.cuda_graph == "on" and o.command == "fedavg" and together,
-        "--cuda-graph on: --train head takes all clients' steps together, and none of their own",
-    )
-    yield (
-        o.micro_batch and head_only,
-        "--micro-batch divides images, and --train head sees their features",
-    )
-    yield (
-        o.compile and head_only,
-        "--compile compiles the backbone, and --train head does not run it",
-    )
-    yield (
-        o.early_stop and not o.val_fraction,
-        "--early-stop watches validation data: --val-fraction above 0",
-    )
-    yield (
-        o.search and not o.val_fraction,
-        "--search chooses on validation data: --val-fraction above 0",
-    )
-    yield (
-        o.decay is not None and not {*(o.search_schedule or [o.schedule])} & DECAYS.keys(),
-        f"--decay belongs to --schedule {'|'.join(DECAYS)}",
-    )
-    yield (
-        (o.search_length or 0) > total,
-        f"--search-length {o.search_length}: the run has {total} {unit}",
-    )
+    if o.cuda_graph == "on" and o.command == "fedavg" and together:
+        yield "--cuda-graph on: --train head takes all clients' steps together"
+    if o.decay is not None and not {*(o.search_schedule or [o.schedule])} & DECAYS.keys():
+        yield f"--decay belongs to --schedule {'|'.join(DECAYS)}"
+    if (o.search_length or 0) > total:
+        yield f"--search-length {o.search_length}: the run has {total} {unit}"
     shortest = min(total, o.search_length or total)
-    yield (
-        o.warmup >= shortest,
-        f"--warmup {o.warmup:g} must be shorter than {shortest} {unit}",
-    )
+    if o.warmup >= shortest:
+        yield f"--warmup {o.warmup:g} must be shorter than {shortest} {unit}"
 
 
 # ---------------------------------------------------------------------------- federated methods
@@ -444,70 +378,27 @@ def fill_owned(o: Options) -> None:
         owner = "rule" if o.command == "merge" and owner == "aggregate" else owner
         if not (name in o and owner in o):
             continue
-        chosen = getattr(o, owner) in values
         if getattr(o, name) is None:
             setattr(o, name, default)
-        elif not chosen:
-            named = f"--{owner} {'|'.join(values)}" if values != (True,) else f"--{owner}"
-            raise ValueError(f"{flag(name)} belongs to {named}")
+        elif given(o, flag(name)) and getattr(o, owner) not in values:
+            named = "" if values == (True,) else f" {'|'.join(values)}"
+            raise ValueError(f"{flag(name)} belongs to {flag(owner)}{named}")
     if o.dare_drop is not None:
         with naming("--dare-drop"):
             editing.check_drop(o.dare_drop)
 
 
-def of_methods(o: Options) -> Iterator[tuple[Any, str]]:
-    yield (
-        o.scaffold and o.prox,
-        "--scaffold with --prox: the proximal pull would enter the control variates as if it were "
-        "a gradient",
-    )
-    yield (
-        o.aggregate == "fednova" and o.prox,
-        "--aggregate fednova with --prox: the proximal pull shortens steps in a way that the "
-        "weights do not know",
-    )
-    yield (
-        o.cuda_graph == "on" and o.batch_size == "full",
-        "--cuda-graph on with --batch-size full: clients' batches differ in size",
-    )
-    yield (
-        o.search and o.dp_clip is not None,
-        "--search with --dp-clip: every try spends privacy, and epsilon counts the last run",
-    )
-    yield (
-        o.scaffold and o.local_norm,
-        "--scaffold with --local-norm: control variates pull towards a common model, and local "
-        "parameters have none",
-    )
-    yield (
-        o.scaffold and o.secure_aggregation,
-        "--scaffold with --secure-aggregation: the server would see each client's control variate",
-    )
-    yield o.scaffold and not o.lr, "--scaffold divides by --lr, which must be above 0"
-    yield (
-        o.local_norm and o.train == "head",
-        "--local-norm with --train head: the head has no LayerNorm",
-    )
-    yield (
-        o.secure_aggregation and compares_clients(o.aggregate),
-        f"--aggregate {o.aggregate} with --secure-aggregation: it compares the clients' changes "
-        "entry by entry, and only their sum can be seen",
-    )
+def of_methods(o: Options) -> Iterator[str]:
+    if o.scaffold and not o.lr:
+        yield "--scaffold divides by --lr, which must be above 0"
+    if o.secure_aggregation and compares_clients(o.aggregate):
+        why = "it compares the clients' changes entry by entry, and only their sum can be seen"
+        yield f"--aggregate {o.aggregate} with --secure-aggregation: {why}"
     alone = o.dp_clip is None and int(o.fraction * o.clients + 0.5) <= 1
-    yield (
-        o.secure_aggregation and alone,
-        f"--secure-aggregation with --fraction {o.fraction:g} of {o.clients} clients: one client a "
-        "round is sent in the clear; a higher --fraction",
-    )
-    yield (
-        o.secure_aggregation and o.diagnostics,
-        "--diagnostics with --secure-aggregation: they compare the clients' changes, and only "
-        "their sum can be seen",
-    )
-    yield (
-        o.straggler_fraction and o.J == 1,
-        "--straggler-fraction with --J 1: no client can take fewer steps than one",
-    )
+    if o.secure_aggregation and alone:
+        why = "one client a round is sent in the clear; a higher --fraction"
+        few = f"--fraction {o.fraction:g} of {o.clients} clients"
+        yield f"--secure-aggregation with {few}: {why}"
 
 
 def fill_privacy(o: Options) -> None:
@@ -524,32 +415,20 @@ def fill_privacy(o: Options) -> None:
         o.dp_delta = min(1e-5, o.clients**-1.1)
 
 
-def of_privacy(o: Options) -> Iterator[tuple[Any, str]]:
-    for name, other, missing in (
-        ("dp_noise", "dp_clip", "--dp-clip S"),
-        ("dp_clip", "dp_noise", "--dp-noise Z"),
-    ):
+def of_privacy(o: Options) -> Iterator[str]:
+    if (o.dp_noise is None) != (o.dp_clip is None):
         yield (
-            getattr(o, name) is not None and getattr(o, other) is None,
-            f"{flag(name)} needs {missing}: noise is measured by the norm that changes are clipped "
-            "to",
+            "--dp-noise Z needs --dp-clip S, and it needs that: noise is measured by the norm that "
+            "changes are clipped to"
         )
-    yield (
-        o.dp_clip is None and o.dp_delta is not None,
-        "--dp-delta belongs to --dp-noise Z --dp-clip S",
-    )
     for name in ("dp_delta", "dp_seed"):
-        yield (
-            getattr(o, name) is not None and not o.dp_noise,
-            f"{flag(name)} belongs to a --dp-noise above 0",
-        )
-    yield (
-        o.dp_noise is not None and 0 < o.dp_noise < LEAST_NOISE,
-        f"--dp-noise {o.dp_noise or 0:g}: 0, or at least {LEAST_NOISE:g}",
-    )
+        if getattr(o, name) is not None and not o.dp_noise:
+            yield f"{flag(name)} belongs to a --dp-noise above 0"
+    if o.dp_noise is not None and 0 < o.dp_noise < LEAST_NOISE:
+        yield f"--dp-noise {o.dp_noise:g}: 0, or at least {LEAST_NOISE:g}"
     for name in NOT_PRIVATE:
-        yield (
-            o.dp_clip is not None and getattr(o, name) not in (None, False, 0, "mean"),
-            f"{flag(name)} with --dp-noise: privacy needs clients that keep no state, all take "
-            "part alike and weigh alike, and show in their sum alone",
-        )
+        if o.dp_clip is not None and given(o, flag(name)):
+            yield (
+                f"{flag(name)} with --dp-noise: privacy needs clients that keep no state, all take "
+                "part alike and weigh alike, and show in their sum alone"
+            )

@@ -352,12 +352,15 @@ class Calibration:
             return {}
         try:
             with exact_products():
-                halves = [[self.own_mask(part) for part in self.halves(k)] for k in clients]
+                images = [self.images(k) for k in clients]
+                halves = [
+                    [self.mask_by(self.client_keys(half)) for half in np.array_split(index, 2)]
+                    for index in images
+                ]
                 groups = self.group_agreement()
         except masks.NothingKept:
             return {}
-        images = len(self.halves(clients[-1])[0])
-        counts = {"clients": len(clients), "images": images}
+        counts = {"clients": len(clients), "images": (len(images[-1]) + 1) // 2}
         return masks.overlap(halves) | counts | {"groups": groups}
 
     def group_agreement(self) -> dict[str, float]:
@@ -376,14 +379,6 @@ class Calibration:
                 first, second = map(self.mask_by, means)
                 ious[f"{m}"] = masks.overlap([(first, first), (second, second)])["iou"]
         return ious
-
-    def halves(self, client: int) -> list[np.ndarray]:
-        """Split the client's calibration images in two."""
-        return np.array_split(self.images(client), 2)
-
-    def own_mask(self, index: np.ndarray) -> Tensor:
-        """Return the mask (P,) that these images alone make in one round."""
-        return self.mask_by(self.client_keys(index))
 
     def mask_by(self, keys: Tensor) -> Tensor:
         """Return the mask (P,) that these keys make in one round."""

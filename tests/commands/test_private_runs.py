@@ -73,9 +73,9 @@ def test_bad_privacy_options_are_refused(cli, monkeypatch):
     private = (*TINY, "--dp-noise", 1, "--dp-clip", 1)
     monkeypatch.setattr(privacy, "PACKAGE", "no_such_package")
     for command, message in (
-        ((*TINY, "--dp-noise", 1), "--dp-noise needs --dp-clip S"),
-        ((*TINY, "--dp-clip", 1), "--dp-clip needs --dp-noise Z"),
-        ((*TINY, "--dp-delta", 1e-6), "--dp-delta belongs to --dp-noise"),
+        ((*TINY, "--dp-noise", 1), "--dp-noise Z needs --dp-clip S"),
+        ((*TINY, "--dp-clip", 1), "--dp-noise Z needs --dp-clip S"),
+        ((*TINY, "--dp-delta", 1e-6), "--dp-delta belongs to a --dp-noise"),
         ((*private, "--scaffold"), "--scaffold with --dp-noise"),
         ((*private, "--aggregate", "fednova"), "--aggregate with --dp-noise"),
         ((*private, "--dropout", 0.5), "--dropout with --dp-noise"),

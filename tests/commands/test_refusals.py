@@ -59,7 +59,7 @@ BAD = {
     "N_c must lie in 1..100": (*FEDAVG, "--nc", 101),
     "argument --nc: 0 must be at least 1": (*FEDAVG, "--nc", 0),
     "need 5000 parts": (*FEDAVG, "--clients", 1000, "--nc", 5),
-    "not allowed with argument --nc": (*FEDAVG, "--nc", 5, "--dirichlet", 1),
+    "--dirichlet with --nc": (*FEDAVG, "--nc", 5, "--dirichlet", 1),
     "argument --dirichlet: 0 must be at least 1e-06 and at most 1e+09": (*FEDAVG, "--dirichlet", 0),
     "argument --J/--local-steps: 0 must be at least 1": (*FEDAVG, "--J", 0),
     "--J/--local-steps: '1.5' is not a whole number": (*FEDAVG, "--J", 1.5),
@@ -69,7 +69,7 @@ BAD = {
     "--lr: -1 must be at least 0": (*FEDAVG, "--lr", -1),
     "--image-size: image size 36 is no multiple of the patch size 8": (*FEDAVG, "--image-size", 36),
     "--train block.3: choose all, head, or one of blocks.0 to": (*FEDAVG, "--train", "block.3"),
-    "nothing to train": (*FEDAVG, "--train", "head", "--head", "ridge", "--freeze-head"),
+    "nothing is left to train": (*FEDAVG, "--train", "head", "--head", "ridge", "--freeze-head"),
     "a head of zeros": (*FEDAVG, "--freeze-head"),
     "--nesterov: nesterov needs a momentum": (*FEDAVG, "--nesterov", "--momentum", 0),
     "--warmup 20 must be shorter than 20 rounds": (*FEDAVG, "--warmup", 20),
@@ -80,11 +80,11 @@ BAD = {
     "at most 9.22337e+18": (*FEDAVG, "--seed", 2**63),
     "--device meta: choose auto, cpu": (*FEDAVG, "--device", "meta"),
     "at most 1024": (*FEDAVG, "--threads", 100_000),
-    "--train head sees their features": (*FEDAVG, "--train", "head", "--augment"),
+    "the head sees their features": (*FEDAVG, "--train", "head", "--augment"),
     "--keep-tokens: 0 must be above 0": (*FEDAVG, "--keep-tokens", 0),
-    "--keep-tokens thins out images": (*FEDAVG, "--train", "head", "--keep-tokens", 0.5),
-    "--head linear fits none": (*FEDAVG, "--head-images", 500),
-    "--train head needs those of all images": (
+    "it thins out images": (*FEDAVG, "--train", "head", "--keep-tokens", 0.5),
+    "no head is fitted": (*FEDAVG, "--head-images", 500),
+    "the head needs those of all images": (
         *(*FEDAVG, "--head", "ridge", "--train", "head", "--head-images", 500),
     ),
     "--head-images 99 must lie in 100..3600": (*FEDAVG, "--head", "ridge", "--head-images", 99),
@@ -154,8 +154,8 @@ BAD = {
     "--cuda-graph on: it needs a CUDA device, and": (  # heads that train one by one have steps
         *(*FEDAVG, "--cuda-graph", "on", "--train", "head", "--fedir", "--device", "cpu"),
     ),
-    "--compile compiles the backbone": (*FEDAVG, "--compile", "--train", "head"),
-    "chooses on validation data": (*FEDAVG, "--search", "--val-fraction", 0),
+    "it compiles the backbone": (*FEDAVG, "--compile", "--train", "head"),
+    "--search needs validation data": (*FEDAVG, "--search", "--val-fraction", 0),
 }  # fmt: skip
 
 

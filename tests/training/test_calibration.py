@@ -515,15 +515,13 @@ BAD = {
     "--sparsity 1: the frozen share must be below 1": (*MASK, "--sparsity", 1),
     "--sparsity: -0.1 must be at least 0": (*MASK, "--sparsity", -0.1),
     "--calibration-rounds: 0 must be at least 1": (*MASK, "--calibration-rounds", 0),
-    "argument --threshold: not allowed with argument --sparsity": (
-        *(*MASK, "--sparsity", 0.5, "--threshold", 1),
-    ),
-    "--threshold has no meaning for --mask-rule random": (
+    "--threshold with --sparsity": (*(*MASK, "--sparsity", 0.5, "--threshold", 1),),
+    "--threshold with --mask-rule random: which has no scores": (
         *("--head", "ridge", "--mask-rule", "random", "--threshold", 1),
     ),
     "--quorum belongs to --consensus vote": (*MASK, "--quorum", 2),
     "--mask-lr functional is of a rate under a mask": (*HEAD, "--mask-lr", "functional"),
-    "--per-tensor shares a --sparsity out": (*MASK, "--per-tensor", "--threshold", 1),
+    "--threshold with --per-tensor": (*MASK, "--per-tensor", "--threshold", 1),
     "the head is fitted first and frozen: --head ridge or probe": (
         *("--mask-rule", "random", "--head", "linear"),
     ),
@@ -531,7 +529,7 @@ BAD = {
     "no parameter of the backbone has such a name": (*MASK, "--mask-scope", "head.*"),
     "mask .: a folder; a run's mask is its mask.pt": ("--head", "ridge", "--mask", "."),
     "mask nowhere.pt: no such file": ("--head", "ridge", "--mask", "nowhere.pt"),
-    "leave --mask-rule away": (*MASK, "--mask", "nowhere.pt"),
+    "leave one of them away": (*MASK, "--mask", "nowhere.pt"),
     "--threshold 0 keeps nothing in calibration round 1": (*MASK, "--threshold", 0),
     "--threshold is compared with scores": (
         *(*MASK, "--threshold", 1, "--consensus", "median-rank"),
