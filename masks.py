@@ -86,11 +86,19 @@ def ranking(rule: str, theta: Tensor, scores: Tensor | None = None, seed: int = 
         seed: of the random rule.
 
     Raises:
-        ValueError: an unknown rule.
+        ValueError: an unknown rule, or one that does not give every entry a key.
     """
     if rule not in RULES:
         raise ValueError(f"unknown mask rule {rule!r}: choose from {', '.join(RULES)}")
-    return RULES[rule].keys(theta, scores, seed)
+    try:
+        keys = RULES[rule].keys(theta, scores, seed)
+    except TypeError as error:
+        hint = "" if RULES[rule].scores else "; scores are None without scores=True"
+        raise ValueError(f"mask rule {rule!r}: {error}{hint}") from error
+    if keys.shape != theta.shape:
+        shapes = f"{tuple(keys.shape)}, of entries {tuple(theta.shape)}"
+        raise ValueError(f"mask rule {rule!r}: a key for every entry is needed, not {shapes}")
+    return keys
 
 
 def budget(size: int, sparsity: float) -> int:

@@ -9,6 +9,7 @@ import torch
 from masks import (
     CONSENSUS,
     RULES,
+    Rule,
     budget,
     calibrate,
     consensus,
@@ -277,3 +278,17 @@ def test_a_packed_mask_comes_back(size):
     bits = pack(mask)
     assert bits.dtype == torch.uint8 and len(bits) == math.ceil(size / 8)
     assert torch.equal(unpack(bits, size), mask)
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (Rule(lambda theta, scores, seed: scores * theta), "None without scores=True"),
+        (Rule(lambda theta, scores, seed: theta[:2]), "a key for every entry"),
+        (Rule(lambda theta, scores, seed: theta @ theta), "a key for every entry"),
+    ],
+)
+def test_a_rule_of_ones_own_that_cannot_rank_is_told_why(monkeypatch, rule, said):
+    monkeypatch.setitem(RULES, "mine", rule)
+    with pytest.raises(ValueError, match=f"mask rule 'mine': .*{said}"):
+        ranking("mine", torch.ones(3))
