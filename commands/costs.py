@@ -322,31 +322,30 @@ class Trial:
 
     def measure(self, say: Callable[[str], object]) -> Costs:
         """Return what the command's parts cost; `say` is told what comes next."""
-        o, costs, workspace = self.line.stored, Costs(), self.workspace
+        o, seconds = self.line.stored, {}
         if self.line.command == "fedavg":
             say("a client's local steps")
-            step, client = self.local_steps()
+            seconds["step"], client = self.local_steps()
             clip, noise = self.private()
-            costs = costs._replace(step=step, image=self.image, client=client + clip, round=noise)
+            seconds |= {"client": client + clip, "round": noise}
         if self.line.command == "centralized":
             say("a training step")
-            costs = costs._replace(step=self.epoch_step(), image=self.image)
+            seconds["step"] = self.epoch_step()
         if self.learner is not None:
             say("an evaluation")
-            costs = costs._replace(evaluation=self.evaluation())
+            seconds |= {"image": self.image, "evaluation": self.evaluation()}
         if featured(self.line):
             say("features of images")
-            costs = costs._replace(feature=self.feature())
+            seconds["feature"] = self.feature()
         if fitted(self.line):
-            kind = o.get("head", "ridge")
+            kind, width = o.get("head", "ridge"), vit.MODELS[o["model"]].width
             say(f"fitting a {kind} head")
             images = o.get("head_images") or train_images(o)
-            width = vit.MODELS[o["model"]].width
-            costs = costs._replace(head=probe.fitted_head(workspace, kind, width, images))
+            seconds["head"] = probe.fitted_head(self.workspace, kind, width, images)
         if o.get("mask_rule") is not None and masks.needs_scores(o["mask_rule"]):
             say("scoring images")
-            costs = costs._replace(score=self.scoring())
-        return costs
+            seconds["score"] = self.scoring()
+        return Costs(**seconds)
 
     def scoring(self) -> float:
         """Return the seconds of scoring an image."""

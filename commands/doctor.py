@@ -268,7 +268,9 @@ def described(f: dict) -> list[tuple[str, str]]:
         lines.append(("a round", f"{timed(f['round_seconds'])} for {cohort}"))
     for unit in ("round", "step"):
         if parts := f.get(f"{unit}_parts_seconds"):
-            lines += [(f"  {PARTS[name][0]}", part_of(name, parts, f)) for name in parts]
+            lines += [
+                (f"  {PARTS[name][0]}", part_of(name, parts, f)) for name in parts if parts[name]
+            ]
             share = f"{100 * f['share_of_product_rate']:.0f} % of what this machine's matrix"
             lines.append(("speed", f"the {unit} reaches {share} products reach, measured just now"))
     if "evaluation_seconds" in f:
@@ -281,8 +283,11 @@ def described(f: dict) -> list[tuple[str, str]]:
         lines.append(("largest batch", f"{f['largest_batch_images']:,} images in a training step"))
     if f["only_a_step_was_timed"]:
         lines.append(("not measured", TAKEN))
-    lines += [(f"time for {name}", timed(s)) for name, s in f["parts_seconds"].items()]
-    return [*lines, ("time in all", f"{timed(f['total_seconds'])} for {f['command']}, as typed")]
+    lines += [
+        (f"time for {'the ' * (name == 'head')}{name}", timed(s))
+        for name, s in f["parts_seconds"].items()
+    ]
+    return [*lines, ("time in all", f"{timed(f['total_seconds'])} for this {f['command']} command")]
 
 
 def part_of(name: str, parts: dict[str, float], f: dict) -> str:

@@ -14,39 +14,13 @@ FREE = {  # options that may change while a run goes on
     *("tensorboard", "wandb"),
     *("micro_batch", "early_stop"),  # a run that stops is the beginning of one that does not
 }
-WORDS = {  # how a folder's name writes an option, in this order
-    "train": "train-{}",
-    "model": "{}",
-    "weights": "{}",
-    "image_size": "{}px",
-    "head": "{}-head",
-    "clients": "K{}",
-    "fraction": "C{}",
-    "mask": "{}",
-    "mask_rule": "{}",
-    "sparsity": "s{}",
-    "threshold": "t{}",
-    "calibration_rounds": "R{}",
-    "consensus": "{}",
-    "keep_tokens": "keep{}",
-    "aggregate": "{}",
-    "server": "{}",
-    "server_lr": "slr{}",
-    "prox": "prox{}",
-    "scaffold": "scaffold",
-    "local_norm": "local-norm",
-    "fedir": "fedir",
-    "fedvc": "fedvc",
-    "dropout": "dropout{}",
-    "straggler_fraction": "stragglers{}",
-    "dp_noise": "dp{}",
-    "secure_aggregation": "secure",
-    "schedule": "{}",
-    "batch_size": "B{}",
-    "lr": "lr{}",
-    "momentum": "m{}",
-    "weight_decay": "wd{}",
-}
+WORDS = (  # how a folder's name writes what differs from the usual, in this order
+    "train-{train} {model} {weights} {image_size}px {head}-head K{clients} C{fraction} {mask} "
+    "{mask_rule} s{sparsity} t{threshold} R{calibration_rounds} {consensus} keep{keep_tokens} "
+    "{aggregate} {server} slr{server_lr} prox{prox} scaffold{scaffold} local-norm{local_norm} "
+    "fedir{fedir} fedvc{fedvc} dropout{dropout} stragglers{straggler_fraction} dp{dp_noise} "
+    "secure{secure_aggregation} {schedule} B{batch_size} lr{lr} m{momentum} wd{weight_decay}"
+).split()
 ALWAYS = {"mask_rule", "sparsity"}  # said of every mask that is made
 LONGEST = 100  # characters of a name; a word that does not fit is left to the hash
 
@@ -72,21 +46,22 @@ def default_name(
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
     end = f"seed{stored['seed']}-{digest[:6]}"
     words = ""
-    for name in WORDS:
+    for word in WORDS:
+        name = word.partition("{")[2].partition("}")[0]
         value = stored.get(name)
         chosen = value is not None and value is not False
         if chosen and (name in ALWAYS or value != usual.get(name)):
-            word = f"-{word_of(name, value)}"
-            words += word if len(start + words + word + end) < LONGEST else ""
+            text = "-" + word.format(**{name: as_word(name, value)})
+            words += text if len(start + words + text + end) < LONGEST else ""
     return f"{start}{words}-{end}", f"{start}-*{end}"
 
 
-def word_of(name: str, value: Any) -> str:
-    """Return an option's value as a word of a folder's name; of a file its own name."""
+def as_word(name: str, value: Any) -> str:
+    """Return an option's value as part of a folder's name: of a file its own name, of a flag ""."""
     if name in ("weights", "mask"):
         path = Path(value)
         value = path.parent.name if path.name == "mask.pt" and path.parent.name else path.stem
-    text = WORDS[name].format(f"{value:g}" if isinstance(value, float) else value)
+    text = "" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
     return re.sub(r"[^\w.+-]", "_", text)
 
 
