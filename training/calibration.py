@@ -104,8 +104,8 @@ class Masking(NamedTuple):
     ] = None
     score_precision: Annotated[
         str,
-        "arithmetic of the passes that score; sums are fp32 [auto: --precision on a GPU, fp32 on a "
-        "CPU]",
+        "arithmetic of the passes that score; sums are fp32 [auto: fp16 where a GPU trains in a "
+        "half precision, else fp32]",
         ("auto", "fp32"),
     ] = "auto"
     consensus: Annotated[str | None, "how clients' scores become one [mean]", masks.CONSENSUS] = (
@@ -119,8 +119,10 @@ class Masking(NamedTuple):
 
 
 def score_dtype(name: str, training: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the type of the passes that score: on a GPU that of training, unless fp32 is named."""
-    return training if name == "auto" and device.type == "cuda" else torch.float32
+    """Return the type of the passes that score, unless fp32 is named that of a GPU's training; fp16
+    in place of bf16, whose rounding changes the labels that are drawn."""
+    half = name == "auto" and device.type == "cuda" and training != torch.float32
+    return torch.float16 if half else torch.float32
 
 
 def replay_on(device: torch.device, mode: str) -> fisher.Replay | None:

@@ -131,11 +131,12 @@ def test_the_clients_scores_are_the_librarys(small_data):
 # ---------------------------------------------------------------------------- precision of scores
 
 
-def test_scores_are_taken_in_the_training_precision_on_a_gpu_alone():
+def test_scores_are_taken_in_half_precision_where_a_gpu_trains_in_one():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for half in (torch.bfloat16, torch.float16):
-        assert score_dtype("auto", half, gpu) == half
+        assert score_dtype("auto", half, gpu) == torch.float16
         assert score_dtype("fp32", half, gpu) == score_dtype("auto", half, cpu) == torch.float32
+    assert score_dtype("auto", torch.float32, gpu) == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
