@@ -92,7 +92,7 @@ def _drawn(groups: Mapping[str, Mapping[str, Points]], ylabel: str):
 def _draw_means(axes, points: Points, label: str, style: dict) -> None:
     """Draw means, and bars from the lowest to the highest of several seeds."""
     x, values = zip(*points, strict=True)
-    axes.plot(x, [np.mean(v) for v in values], label=label, **style)
+    axes.plot(x, [np.mean(v) for v in values], label=label, clip_on=False, **style)
     for at, v in points:
         if len(v) > 1:
             spread = [[np.mean(v) - min(v)], [max(v) - np.mean(v)]]

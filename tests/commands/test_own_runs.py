@@ -57,7 +57,23 @@ def test_seeds_are_bands_under_the_names_that_are_given(cli, folders, monkeypatc
     assert drawn["path"] == "curves.png"
     status, _, err = cli("plot", *runs, "--split", "test")
     assert status == 2 and "--eval-test" in err
+    status, _, err = cli("plot", *runs, "--metric", "cosine")
+    assert status == 2 and "the figures of these are: val_acc, val_loss" in err
+    assert cli("plot", *runs, "--metric", "val_loss")[0] == 0 and drawn["keys"] == ["val_loss"]
     assert "2 curves, which are nc1; nc5" in cli("plot", *runs, "--labels", "one")[2]
+
+
+def test_a_seed_that_was_run_twice_has_no_deviation(cli, small_data):
+    for name in ("a", "b"):
+        leave(Path("runs") / name, 0.3, eval_every=len(name))
+    status, out, err = cli("table", "runs")
+    assert status == 0 and "| 30.00 |" in out and "±" not in out
+    assert "left out: runs/a" in err and "runs/b has the same options and seed" in err
+
+
+def test_a_run_under_a_mask_is_listed_with_it(cli, small_data):
+    leave(Path("runs") / "a", 0.3, command="centralized", mask_rule="random", sparsity=0.9)
+    assert "random, sparsity 0.9, seed 0" in cli("runs")[1]
 
 
 def test_a_report_of_runs_is_a_folder_and_a_zip(cli, folders):
