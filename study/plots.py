@@ -218,7 +218,7 @@ def _enlarge_ends(axes, bands: Bands, styles: Mapping[str, dict]) -> None:
     inner = axes.inset_axes([0.5, 0.12 if below else 0.52, 0.48, 0.4])
     _draw_bands(inner, bands, styles)
     inner.set(xlim=(0.8 * end, 1.02 * end), ylim=(min(last) - margin, max(last) + margin))
-    inner.tick_params(labelsize=6, labelbottom=False)
+    inner.tick_params(labelsize=6, labelbottom=False, bottom=False)
     axes.indicate_inset_zoom(inner, edgecolor="0.5")
 
 

@@ -77,12 +77,13 @@ def test_a_point_of_a_figure_is_a_configuration(tmp_path):
 
 
 def test_figures_show_what_compares_and_say_what_they_leave_out(tmp_path):
-    leave(tmp_path / "long", 0.4, rounds=6)
-    leave(tmp_path / "other", 0.4, rounds=6, nc=5)
-    leave(tmp_path / "short", 0.3)
+    options = {"data": "cifar100"}
+    leave(tmp_path / "long", 0.4, rounds=6, **options)
+    leave(tmp_path / "other", 0.4, rounds=6, nc=5, **options)
+    leave(tmp_path / "short", 0.3, **options)
     leave(tmp_path / "demo", 0.9, rounds=6, data="synthetic")
     for name in ("searched", "tested"):
-        leave(tmp_path / name, 0.4, command="centralized", lr=0.1 * len(name))
+        leave(tmp_path / name, 0.4, command="centralized", lr=0.1 * len(name), **options)
     log = tmp_path / "tested" / "log.jsonl"
     log.write_text(log.read_text().replace("val_loss", "test_acc"))
     shown, notes = blank.comparable(history.read_all([tmp_path]))
