@@ -139,10 +139,10 @@ def comparable(runs: Sequence[Past]) -> tuple[list[Past], list[str]]:
     why = {id(run): f"most runs are on {main}" for run in others}
     names = [name for name in history.differing(runs) if name not in LENGTHS]
     for group in history.rows(runs, names).values():
-        longest = max(group, key=lambda run: run.reached)
+        longest = max(group, key=length)
         for run in group:
-            if run.reached < longest.reached:
-                why.setdefault(id(run), f"{longest.folder} differs from it in being longer alone")
+            if length(run) < length(longest):
+                why.setdefault(id(run), f"{longest.folder} is the same but longer")
     central = [run for run in runs if PARTS[0].holds(run.options)]
     if any(tested(run) for run in central if id(run) not in why):
         for run in central:
@@ -150,6 +150,11 @@ def comparable(runs: Sequence[Past]) -> tuple[list[Past], list[str]]:
                 why.setdefault(id(run), "its log has no test figures, which --eval-test writes")
     notes = [f"in no figure: {run.folder}: {why[id(run)]}" for run in runs if id(run) in why]
     return [run for run in runs if id(run) not in why], notes
+
+
+def length(run: Past) -> int:
+    """Return the rounds or epochs of a run."""
+    return run.options.get(f"{run.unit}s") or 0
 
 
 def tested(run: Past) -> bool:

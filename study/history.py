@@ -135,7 +135,7 @@ def splitting(runs: Sequence[Past], before: Sequence[str], names: Iterable[str])
     what is TOLD."""
     chosen: list[str] = []
     for name in names:
-        told = name in TOLD and len({text(run.options.get(name)) for run in runs} - {ABSENT}) > 1
+        told = name in TOLD and len(rows(runs, [name])) > 1
         if told or len(rows(runs, [*before, *chosen, name])) > len(rows(runs, [*before, *chosen])):
             chosen.append(name)
     return chosen
@@ -304,22 +304,25 @@ def apart(sample: Sample) -> list[str]:
 def along(runs: Sequence[Past], names: Collection[str], shown: str = "columns") -> list[str]:
     """Return a line on what else differs, along with the columns.
 
-    Of runs of several commands the options that all of these have; of a mask's options those in
-    which runs that use them differ.
+    Of runs of several commands the options that all of these have, in which runs that use them
+    differ.
 
     Args:
         shown: what the names are in what is shown.
     """
     commands = rows(runs, ["command"]).values()
     shared = [n for n in differing(runs) if all(any(n in r.options for r in c) for c in commands)]
-    others = [n for n in shared if n not in names and len(values_of(runs, n)) > 1]
+    others = [n for n in shared if n not in names and len(rows(users(runs, n), [n])) > 1]
     return [f"along with these {shown} differ: {', '.join(others)}"] * bool(others)
 
 
-def values_of(runs: Sequence[Past], name: str) -> set[str]:
-    """Return the values of an option; of a mask's without that of the runs that do not use it."""
-    values = {text(run.options.get(name)) for run in runs}
-    return values - {ABSENT} if name in (*MASK, *SCORING) else values
+def users(runs: Iterable[Past], name: str) -> list[Past]:
+    """Return the runs that use an option: one of a mask's only under a mask."""
+    if name in (*MASK, "mask_lr"):
+        return [run for run in runs if run.options.get("mask_rule") is not None]
+    if name in (*SCORING, "freeze_head"):
+        return [run for run in runs if run.options.get(name) is not None]
+    return list(runs)
 
 
 def split_by(runs: Sequence[Past], by: str | None, names: Sequence[str]) -> list[str]:

@@ -89,7 +89,7 @@ def test_figures_show_what_compares_and_say_what_they_leave_out(tmp_path):
     shown, notes = blank.comparable(history.read_all([tmp_path]))
     assert {run.name for run in shown} == {"long", "other", "tested"}
     assert len(notes) == 3 and any("demo: most runs are on" in note for note in notes)
-    assert any("short" in note and "long differs from it in" in note for note in notes)
+    assert any("short" in note and "long is the same but longer" in note for note in notes)
     assert any("searched" in note and "--eval-test" in note for note in notes)
 
 
