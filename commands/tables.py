@@ -144,17 +144,32 @@ def run_plot(line: Line) -> None:
     keys = keys_of(o, pasts)
     pasts, notes = with_figures(pasts, keys)
     pasts, twice = history.distinct(pasts)
-    pasts, names, tuned = history.arranged(pasts, o.by)
+    every = pasts
+    pasts, names, tuned = history.arranged(every, o.by)
     curves = panels(pasts, names, labels_of(pasts, names, o.labels), o.by is not None)
     print(f"written to {plots.plot_bands(curves, out, keys)}")
     groups = history.rows(pasts, names)
-    for key, group in groups.items() if tuned else ():
-        rates = history.label(tuned, [history.text(group[0].options.get(n)) for n in tuned])
-        print(f"{history.label(names, key, plain=True)}: {rates}, best by validation")
+    for rate in rates_of(groups, history.rows(every, names), names, tuned):
+        print(rate)
     notes += [*twice, *history.split_by(pasts, o.by, names)]
     notes += [*history.along(pasts, [*names, *tuned], "labels"), *caveats(groups, names)]
     for note in notes:
         print(note, file=sys.stderr)
+
+
+def rates_of(
+    groups: dict[tuple[str, ...], list[Past]],
+    every: dict[tuple[str, ...], list[Past]],
+    names: list[str],
+    tuned: list[str],
+) -> list[str]:
+    """Return a line on the rate of each curve, which may be the best of several."""
+    lines = []
+    for key, group in groups.items() if tuned else ():
+        rate = history.label(tuned, [history.text(group[0].options.get(n)) for n in tuned])
+        best = ", best by validation" * (len(history.rows(every[key], tuned)) > 1)
+        lines.append(f"{history.label(names, key, plain=True)}: {rate}{best}")
+    return lines
 
 
 def keys_of(o: Plotted, pasts: list[Past]) -> list[str]:
