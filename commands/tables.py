@@ -176,8 +176,10 @@ def keys_of(o: Plotted, pasts: list[Past]) -> list[str]:
     """Return the figures of the logs that are drawn.
 
     Raises:
-        ValueError: no log holds them.
+        ValueError: no log holds them, or --split is given with a figure that has none.
     """
+    if o.split and o.metric not in METRICS:
+        raise ValueError(f"--split {o.split} is for --metric {', '.join(METRICS)}: leave it out")
     logged = sorted({key for past in pasts for r in past.records for key in r if number(r[key])})
     keys = [f"{o.split or 'val'}_{what}" for what in METRICS.get(o.metric, ())] or [o.metric]
     if any(key in logged for key in keys):

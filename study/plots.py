@@ -23,8 +23,9 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 MOST = 6  # curves of a panel that can be told apart
-OTHERS = "the others"
+OTHERS = "others, between best and worst"
 LETTERS = 15  # of a legend, an inch
+LEAST = 4  # points of a curve, from which on it leaves room beside it
 CLOSE = 0.15  # of an axis, the share in which the ends of several curves are drawn large
 FORMULA = re.compile(r"(\$(?:N_c|J|\\alpha) = [\w.+-]+\$)")  # that a label may hold
 IMAGES = {"training": "train", "validation": "val", "test": "test"}  # of a log's figures
@@ -192,7 +193,6 @@ def _shown(drawn: Mapping[tuple[str, str], Bands], keys: Sequence[str], title: s
 def _draw_bands(axes, bands: Bands, styles: Mapping[str, dict]) -> None:
     """Draw the labels that have a style, each with its band, and the others thin and grey."""
     name: str | None = OTHERS
-    ends = dict(zip(styles, ("best", "worst"), strict=True)) if bands.keys() - styles else {}
     for label, (x, values) in bands.items():
         mean, low, high = values.mean(axis=0), values.min(axis=0), values.max(axis=0)
         if label not in styles:
@@ -200,8 +200,7 @@ def _draw_bands(axes, bands: Bands, styles: Mapping[str, dict]) -> None:
             name = None
             continue
         style, every = styles[label], max(1, len(x) // 6)
-        said = f"{plain(label)} ({ends[label]} at its end)" if ends else plain(label)
-        axes.plot(x, mean, label=said, markevery=every, **style)
+        axes.plot(x, mean, label=plain(label), markevery=every, **style)
         axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
 
 
@@ -210,7 +209,9 @@ def _enlarge_ends(axes, bands: Bands, styles: Mapping[str, dict]) -> None:
     bands = {label: band for label, band in bands.items() if label in styles}
     last = [values[:, -1].mean() for _, values in bands.values()]
     low, high = axes.get_ylim()
-    if len(bands) < 3 or not 0 < max(last) - min(last) < CLOSE * (high - low):
+    shortest = min((len(x) for x, _ in bands.values()), default=0)
+    close = len(bands) > 2 and 0 < max(last) - min(last) < CLOSE * (high - low)
+    if not close or shortest < LEAST:
         return
     end = max(x[-1] for x, _ in bands.values())
     margin = 0.15 * (max(last) - min(last))
