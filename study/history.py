@@ -23,7 +23,7 @@ from study.typeset import formula
 MEASURES = (
     *(VALIDATION, TEST),
     Measure("best validation %", "best_by_validation/val_acc", 100, 2),
-    Measure("test % of the best", "best_by_validation/test_acc", 100, 2),
+    Measure("test % at best", "best_by_validation/test_acc", 100, 2),
 )
 SEEDS = "seeds"
 ABSENT = "-"  # an option that a run does not have, or leaves off

@@ -31,7 +31,7 @@ def test_a_row_is_what_differs_and_a_mean_over_seeds(runs):
             "validation %",
             "test %",
             "best validation %",
-            "test % of the best",
+            "test % at best",
             "seeds",
         )
     ]
