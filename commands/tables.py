@@ -18,6 +18,8 @@ from study.typeset import latex_table, markdown_table
 FORMATS = ("md", "tex", "csv")
 MOST_PANELS = 5
 METRICS = {"accuracy": ("acc",), "loss": ("loss",), "both": ("loss", "acc")}
+TIMES = {"round", "epoch"}  # of a record, what figures are drawn against
+MASK = ("mask_rule", "sparsity", "threshold")  # what a run under a mask is listed with
 
 
 class Listed(NamedTuple):
@@ -48,7 +50,9 @@ class Plotted(NamedTuple):
         str | None, "where the picture goes [curves.png, of one run in its folder]", "path"
     ] = None
     by: Annotated[str | None, "options that make a curve, as mask-rule [all that differ]"] = None
-    metric: Annotated[str, "what is drawn", METRICS] = "both"
+    metric: Annotated[
+        str, "what is drawn: accuracy, loss, both, or a figure of the log, as update_cosine"
+    ] = "both"
     split: Annotated[
         str | None, "whose figures [of one run all, of several val]", ("val", "test")
     ] = None
@@ -68,7 +72,9 @@ def run_list(line: Line) -> None:
     table = [["run", "what differs", "reached", "validation %", "test %", "changed"]]
     for past in sorted(pasts, key=lambda past: past.changed):
         alike = [p for p in pasts if p.options.get("command") == past.options.get("command")]
-        names = [*history.columns(alike), "seed"] if not past.fault else []
+        under = [name for name in MASK if past.options.get(name) is not None]
+        names = list(dict.fromkeys([*history.columns(alike), *under, "seed"]))
+        names = [] if past.fault else names
         values = [history.text(past.options.get(name)) for name in names]
         accuracies = [past.accuracy(key) for key in ("val_acc", "test_acc")]
         shown = ["" if a is None else f"{100 * a:.2f}" for a in accuracies]
@@ -105,6 +111,7 @@ def run_table(line: Line) -> None:
     good, notes = history.usable(history.read_all(o.run_folders))
     if not good:
         raise ValueError("; ".join(["no finished run with an accuracy", *notes]))
+    good, twice = history.distinct(good)
     good, names, tuned = history.arranged(good, o.by)
     if o.format == "csv":
         table = history.numbers(good, [*names, *tuned])
@@ -116,7 +123,8 @@ def run_table(line: Line) -> None:
         if o.format == "tex":
             text = latex_table(table, len(names), shown, best_by=VALIDATION.heading)
         print(text, end="")
-    for note in [*history.mixed(good, [*names, *tuned]), *notes]:
+    along = history.along(good, [*names, *tuned])
+    for note in [*history.split_by(good, o.by, names), *along, *twice, *notes]:
         print(note, file=sys.stderr)
 
 
@@ -133,20 +141,85 @@ def run_plot(line: Line) -> None:
         name = (o.labels or [pasts[0].folder.name])[0]
         print(f"written to {plots.plot_curves({name: pasts[0].records}, out)}")
         return
-    pasts, names, tuned = history.arranged(pasts, o.by)
-    labels = labels_of(pasts, names, o.labels)
-    keys = [f"{o.split or 'val'}_{what}" for what in METRICS[o.metric]]
-    if o.split == "test" and not any(
-        key in r for past in pasts for r in past.records for key in keys
-    ):
-        raise ValueError("--split test: no log holds it, but of runs with --eval-test; take val")
-    curves = panels(pasts, names, labels, o.by is not None)
+    keys = keys_of(o, pasts)
+    pasts, notes = with_figures(pasts, keys)
+    pasts, twice = history.distinct(pasts)
+    every = pasts
+    pasts, names, tuned = history.arranged(every, o.by)
+    curves = panels(pasts, names, labels_of(pasts, names, o.labels), o.by is not None)
     print(f"written to {plots.plot_bands(curves, out, keys)}")
-    for key, group in history.rows(pasts, names).items() if tuned else ():
-        rates = history.label(tuned, [history.text(group[0].options.get(n)) for n in tuned])
-        print(f"{history.label(names, key, plain=True)}: {rates}, best by validation")
-    for note in history.mixed(pasts, [*names, *tuned]):
+    groups = history.rows(pasts, names)
+    for rate in rates_of(groups, history.rows(every, names), names, tuned):
+        print(rate)
+    notes += [*twice, *history.split_by(pasts, o.by, names)]
+    notes += [*history.along(pasts, [*names, *tuned], "labels"), *caveats(groups, names)]
+    for note in notes:
         print(note, file=sys.stderr)
+
+
+def rates_of(
+    groups: dict[tuple[str, ...], list[Past]],
+    every: dict[tuple[str, ...], list[Past]],
+    names: list[str],
+    tuned: list[str],
+) -> list[str]:
+    """Return a line on the rate of each curve, which may be the best of several."""
+    lines = []
+    for key, group in groups.items() if tuned else ():
+        rate = history.label(tuned, [history.text(group[0].options.get(n)) for n in tuned])
+        best = ", best by validation" * (len(history.rows(every[key], tuned)) > 1)
+        lines.append(f"{history.label(names, key, plain=True)}: {rate}{best}")
+    return lines
+
+
+def keys_of(o: Plotted, pasts: list[Past]) -> list[str]:
+    """Return the figures of the logs that are drawn.
+
+    Raises:
+        ValueError: no log holds them, or --split is given with a figure that has none.
+    """
+    if o.split and o.metric not in METRICS:
+        raise ValueError(f"--split {o.split} is for --metric {', '.join(METRICS)}: leave it out")
+    logged = sorted({key for past in pasts for r in past.records for key in r if number(r[key])})
+    keys = [f"{o.split or 'val'}_{what}" for what in METRICS.get(o.metric, ())] or [o.metric]
+    if any(key in logged for key in keys):
+        return keys
+    if o.metric in METRICS and o.split == "test":
+        raise ValueError(
+            "--split test: these runs have no test figures in their logs, as they were made "
+            "without --eval-test; draw --split val, or make them anew with --eval-test"
+        )
+    figures = ", ".join(name for name in logged if name not in TIMES) or "none"
+    raise ValueError(f"--metric {o.metric}: no log holds it; the figures of these are: {figures}")
+
+
+def number(value: object) -> bool:
+    """Tell whether a log's value can be drawn."""
+    return isinstance(value, (int, float))
+
+
+def with_figures(pasts: list[Past], keys: list[str]) -> tuple[list[Past], list[str]]:
+    """Return the runs whose logs hold some of these figures, and a line for each other."""
+    having = [any(key in r for r in past.records for key in keys) for past in pasts]
+    why = f"no {' or '.join(keys)} in its log"
+    why += ", which --eval-test writes" * any(key.startswith("test") for key in keys)
+    others = [past for past, has in zip(pasts, having, strict=True) if not has]
+    notes = [f"left out: {past.folder}: {why}" for past in others]
+    return [past for past, has in zip(pasts, having, strict=True) if has], notes
+
+
+def caveats(groups: dict[tuple[str, ...], list[Past]], names: list[str]) -> list[str]:
+    """Return lines on curves that do not compare, or that end before some of their runs do."""
+    notes = []
+    for key, group in groups.items():
+        ends = sorted(past.reached for past in group)
+        if ends[0] < ends[-1]:
+            where = f"{group[0].unit} {ends[0]:g}, the last that all of its seeds have reached"
+            notes.append(f"{history.label(names, key, plain=True)} is drawn to {where}")
+    data = sorted({str(past.options.get("data")) for group in groups.values() for past in group})
+    if len(data) > 1:
+        notes.append(f"the data sets differ ({', '.join(data)}): these curves do not compare")
+    return notes
 
 
 def labels_of(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import shutil
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from study.past import Past
 LATEX = Path(__file__).parent / "latex"
 WRITERS = {"report.tex": LATEX / "blank", "references.bib": LATEX}
 PLAIN = {"aggregate": "mean", "server": "fedavg"}  # FedAvg's; of a version without them absent
+LENGTHS = ("rounds", "epochs")
 METHODS = (  # options that make another method of FedAvg, where they are set
     *("prox", "scaffold", "local_norm", "fedir", "fedvc", "dp_noise", "dp_clip", "dropout"),
     *("straggler_fraction", "secure_aggregation"),
@@ -88,6 +90,8 @@ def write(runs: Sequence[Past], out: Path) -> tuple[list[str], list[str]]:
     good, notes = history.usable(runs)
     done = [r for r in runs if r.options.get("command") == "calibrate" and r.finished]
     notes = [note for note in notes if not any(f" {run.folder}:" in note for run in done)]
+    (good, twice), (done, again) = history.distinct(good), history.distinct(done)
+    notes += twice + again
     if not good and not done:
         raise ValueError("; ".join(["no run is finished", *notes]))
     generated = out / "generated"
@@ -101,7 +105,8 @@ def write(runs: Sequence[Past], out: Path) -> tuple[list[str], list[str]]:
             numbers |= write_part(part.name, chosen, generated)
             pieces.append(f"table/{part.name}")
     report.write_numbers(numbers, generated)
-    figures, further = draw(experiments(good, done), generated)
+    shown, further = comparable(good)
+    figures = draw(experiments(shown, done), generated)
     if good:
         with open(generated / "runs.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(history.numbers(good, history.columns(good)))
@@ -112,17 +117,49 @@ def write(runs: Sequence[Past], out: Path) -> tuple[list[str], list[str]]:
     return pieces + figures, notes + further
 
 
-def draw(ran: dict[str, list[Series]], out: Path) -> tuple[list[str], list[str]]:
-    """Draw the figures for which there are runs; return their names, and lines on what is not."""
-    mixed = [name for name in ROWS if mingled(ran[name])]
-    ran = ran | {name: [] for name in mixed}
-    why = "some runs have the same label and seed: leave some out"
+def draw(ran: dict[str, list[Series]], out: Path) -> list[str]:
+    """Draw the figures for which there are runs; return their names."""
     figures = []
     for name, sources in SOURCES.items():
         if any(ran[source] for source in sources.split()):
             files = (out / f"{name}.{kind}" for kind in ("png", "pdf"))
             figures += [f"figure/{name}"] * all(drawn(FIGURES[name], ran, file) for file in files)
-    return figures, [f"no figure of {name}: {why}" for name in mixed]
+    return figures
+
+
+def comparable(runs: Sequence[Past]) -> tuple[list[Past], list[str]]:
+    """Return the runs that figures show, and a line for each that only the tables have.
+
+    All are of the data set of most runs. Of runs that differ in their rounds or epochs alone those
+    of the most are shown; of central ones those with test figures on their way, if some have them.
+    """
+    counts = Counter(run.options["data"] for run in runs if "data" in run.options)
+    main = max(counts, key=counts.get, default=None)
+    others = [run for run in runs if run.options.get("data", main) != main]
+    why = {id(run): f"most runs are on {main}" for run in others}
+    names = [name for name in history.differing(runs) if name not in LENGTHS]
+    for group in history.rows(runs, names).values():
+        longest = max(group, key=length)
+        for run in group:
+            if length(run) < length(longest):
+                why.setdefault(id(run), f"{longest.folder} is the same but longer")
+    central = [run for run in runs if PARTS[0].holds(run.options)]
+    if any(tested(run) for run in central if id(run) not in why):
+        for run in central:
+            if not tested(run):
+                why.setdefault(id(run), "its log has no test figures, which --eval-test writes")
+    notes = [f"in no figure: {run.folder}: {why[id(run)]}" for run in runs if id(run) in why]
+    return [run for run in runs if id(run) not in why], notes
+
+
+def length(run: Past) -> int:
+    """Return the rounds or epochs of a run."""
+    return run.options.get(f"{run.unit}s") or 0
+
+
+def tested(run: Past) -> bool:
+    """Tell whether a log has test figures on the run's way."""
+    return any("test_acc" in record for record in run.records[:-1])
 
 
 def write_part(name: str, runs: list[Past], out: Path) -> dict[str, str | None]:
@@ -146,8 +183,8 @@ def experiments(runs: list[Past], calibrated: list[Past]) -> dict[str, list[Seri
     dense = [run for run in federated if not masked(run.options)]
     iid = [run for run in dense if run.sharding == "iid"]
     masks = [run for run in federated if masked(run.options)]
-    alike = {trained(run) for run in masks}
-    like_masks = [run for run in dense if trained(run) in alike]
+    alike = {compared_by(run) for run in masks}
+    like_masks = [run for run in dense if compared_by(run) in alike]
     several = len({run.sharding for run in dense}) > 1
     measured = [run for run in calibrated if run.summary.get("density")]
     compared = [run for run in measured if run.summary.get("overlap", {}).get("iou")]
@@ -161,9 +198,9 @@ def experiments(runs: list[Past], calibrated: list[Past]) -> dict[str, list[Seri
     }
 
 
-def trained(run: Past) -> tuple:
-    """Return what trained and for how long: runs are compared where that is the same."""
-    return tuple(run.options.get(name) for name in ("train", "J", "rounds"))
+def compared_by(run: Past) -> tuple:
+    """Return what trained, how long, on which clients: runs are compared where these are alike."""
+    return tuple(run.options.get(name) for name in ("train", "J", "rounds", "sharding"))
 
 
 def curves(runs: list[Past]) -> list[Series]:
@@ -182,13 +219,6 @@ def configurations(runs: list[Past], shown: Sequence[str]) -> list[Series]:
     names = (*shown, *(n for n in columns if n not in (*shown, *TUNED, "command")))
     best = history.best_rates(runs, names)
     return [Series(key, names, group) for key, group in history.rows(best, names).items()]
-
-
-def mingled(rows: list[Series]) -> bool:
-    """Tell whether rows have the same place in a figure, or runs of a row the same seed."""
-    seeds = [[run.options["seed"] for run in row.runs] for row in rows]
-    same = any(len(set(some)) < len(some) for some in seeds)
-    return same or len({row.key for row in rows}) < len(rows)
 
 
 def zipped(out: Path) -> Path:

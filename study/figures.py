@@ -68,6 +68,7 @@ CLASSES = "classes per client $N_c$"
 UP, DOWN = Measure("MB up", "bytes_up", 1e-6), Measure("MB down", "bytes_down", 1e-6)
 FROZEN = {"sparsity": "frozen share", "threshold": "threshold"}  # of a mask's options, in words
 TRAINS = {"head": "the head trains", "all": "everything trains"}
+USUAL = TRAINS["all"]  # which is no title, alone
 OVERLAPS = {
     "ceiling": "one client, two halves of its images",
     "iou": "two clients",
@@ -100,7 +101,7 @@ def draw_curves(name: str, keys: Sequence[str], ran: Ran, path: Path) -> None:
         panels.setdefault(part_of(row.key[0]), {})[curve] = [run.records for run in row.runs]
     logged = {key for row in rows for run in row.runs for r in run.records[1:-1] for key in r}
     keys = [key if key in logged else key.replace("test", "val") for key in keys]
-    plots.plot_bands(panels, path, keys)
+    plots.plot_bands(titled(panels), path, keys)
 
 
 def draw_heterogeneity(ran: Ran, path: Path) -> None:
@@ -112,7 +113,7 @@ def draw_heterogeneity(ran: Ran, path: Path) -> None:
         name = ", ".join(filter(None, [f"$J = {row.options['J']:d}$", row.also(3)]))
         group.setdefault(name, {})[row.classes] = row.values(VALIDATION)
     categories = list(dict.fromkeys(row.classes for row in rows))
-    relations.plot_grouped(panels, path, CLASSES, categories=categories)
+    relations.plot_grouped(titled(panels), path, CLASSES, categories=categories)
 
 
 def draw_bytes(ran: Ran, path: Path) -> None:
@@ -237,6 +238,11 @@ def held_by(options: dict) -> np.ndarray:
 def part_of(trains: str) -> str:
     """Return what a panel says of the part that trains: all, head or a block."""
     return TRAINS.get(trains, f"{trains} trains")
+
+
+def titled(panels: dict[str, dict]) -> dict[str, dict]:
+    """Return panels by their titles; a single one of the usual kind has none."""
+    return {"": panels[USUAL]} if list(panels) == [USUAL] else panels
 
 
 def reached(folder: Path) -> dict[str, float]:

@@ -23,7 +23,7 @@ from study.typeset import formula
 MEASURES = (
     *(VALIDATION, TEST),
     Measure("best validation %", "best_by_validation/val_acc", 100, 2),
-    Measure("test % there", "best_by_validation/test_acc", 100, 2),
+    Measure("test % at best", "best_by_validation/test_acc", 100, 2),
 )
 SEEDS = "seeds"
 ABSENT = "-"  # an option that a run does not have, or leaves off
@@ -31,6 +31,7 @@ LEADING = (  # of the columns; the others follow in the order of the command lin
     *("command", "train", "head", "sharding", "J", "aggregate", "server"),
     *("mask_rule", "sparsity", "threshold", "calibration_rounds", "schedule"),
 )
+TOLD = ("data", "model", "sharding")  # wherever runs differ in them, though others tell the same
 UNCOMPARED = {  # what no row is told by
     *("seed", "name", "runs_dir", "data_dir", "device", "threads", "pixels", "nc", "dirichlet"),
     *("search", "search_lr", "search_weight_decay", "search_schedule", "search_length", "fresh"),
@@ -123,19 +124,29 @@ def columns(runs: Sequence[Past]) -> list[str]:
     The learning rate is the last of them, and among them wherever it differs.
     """
     names = differing(runs)
+    last = [name for name in TUNED if name in names]
+    chosen = splitting(runs, [], [n for n in names if n not in TUNED])
+    split = splitting(runs, chosen, last)
+    return [*chosen, *(n for n in last if n in split or n == "lr")] or ["command"]
+
+
+def splitting(runs: Sequence[Past], before: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Return of these options, in their order, those that split the rows of all before them, and
+    what is TOLD."""
     chosen: list[str] = []
-    for name in [*(n for n in names if n not in TUNED), *(n for n in TUNED if n in names)]:
-        splits = len(rows(runs, [*chosen, name])) > len(rows(runs, chosen))
-        if splits or name == "lr":
+    for name in names:
+        told = name in TOLD and len(rows(runs, [name])) > 1
+        if told or len(rows(runs, [*before, *chosen, name])) > len(rows(runs, [*before, *chosen])):
             chosen.append(name)
-    return chosen or ["command"]
+    return chosen
 
 
 def arranged(runs: Sequence[Past], by: str | None) -> tuple[list[Past], list[str], list[str]]:
     """Return the runs to show, the columns that tell rows apart, and those that were tuned.
 
-    Columns are those of --by, as nc,J, else all that differ. Of a row of --by the learning rate
-    that is best by validation is shown, with the weight decay: a tuned column says which.
+    Columns are those of --by, as nc,J, and what splits their rows; else all that differ. Of a row
+    of --by the learning rate that is best by validation is shown, with the weight decay: a tuned
+    column says which.
 
     Raises:
         ValueError: no run has such an option.
@@ -143,6 +154,7 @@ def arranged(runs: Sequence[Past], by: str | None) -> tuple[list[Past], list[str
     if by is None:
         return list(runs), columns(runs), []
     names = named(runs, by)
+    names += splitting(runs, names, [n for n in differing(runs) if n not in (*names, *TUNED)])
     tuned = [name for name in TUNED if name in differing(runs) and name not in names]
     return best_rates(runs, names), names, tuned
 
@@ -229,6 +241,24 @@ def usable(runs: Iterable[Past]) -> tuple[list[Past], list[str]]:
     return good, notes
 
 
+def distinct(runs: Iterable[Past]) -> tuple[list[Past], list[str]]:
+    """Return a run for each seed of what differs, the longest or else the fullest or the latest,
+    and a line for each other."""
+    runs = list(runs)
+    chosen, notes = [], []
+    for group in rows(runs, [*differing(runs), "seed"]).values():
+        *others, run = sorted(group, key=lambda run: (run.reached, figures(run), run.changed))
+        chosen.append(run)
+        same = f"{run.folder} has the same options and seed, and stands for both"
+        notes += [f"left out: {other.folder}: {same}" for other in others]
+    return chosen, notes
+
+
+def figures(run: Past) -> int:
+    """Return how many kinds of figures a run's log has."""
+    return len({name for record in run.records for name in record})
+
+
 def measures_of(runs: Iterable[Past]) -> list[Measure]:
     """Return the figures that some of the runs have."""
     return [measure for measure in MEASURES if measure.over(runs).values]
@@ -271,19 +301,33 @@ def apart(sample: Sample) -> list[str]:
     return ["" if x is None else f"{x:.6g}" for x in (sample.mean, sample.deviation)]
 
 
-def mixed(runs: Sequence[Past], names: Collection[str]) -> list[str]:
-    """Return a line on what else differs: along with the columns, or within a row.
+def along(runs: Sequence[Past], names: Collection[str], shown: str = "columns") -> list[str]:
+    """Return a line on what else differs, along with the columns.
 
-    Of runs of several commands the options that all of these have.
+    Of runs of several commands the options that all of these have, in which runs that use them
+    differ.
+
+    Args:
+        shown: what the names are in what is shown.
     """
-    groups = rows(runs, list(names)).values()
-    within = list(dict.fromkeys(name for group in groups for name in differing(group)))
     commands = rows(runs, ["command"]).values()
     shared = [n for n in differing(runs) if all(any(n in r.options for r in c) for c in commands)]
-    along = [name for name in shared if name not in (*names, *within)]
-    notes = []
-    if within:
-        notes.append(f"a row holds runs that differ in {', '.join(within)}: --by takes these too")
-    if along:
-        notes.append(f"along with these columns differ: {', '.join(along)}")
-    return notes
+    others = [n for n in shared if n not in names and len(rows(users(runs, n), [n])) > 1]
+    return [f"along with these {shown} differ: {', '.join(others)}"] * bool(others)
+
+
+def users(runs: Iterable[Past], name: str) -> list[Past]:
+    """Return the runs that use an option: one of a mask's only under a mask."""
+    if name in (*MASK, "mask_lr"):
+        return [run for run in runs if run.options.get("mask_rule") is not None]
+    if name in (*SCORING, "freeze_head"):
+        return [run for run in runs if run.options.get(name) is not None]
+    return list(runs)
+
+
+def split_by(runs: Sequence[Past], by: str | None, names: Sequence[str]) -> list[str]:
+    """Return a line on the options that tell rows apart beside those of --by."""
+    further = [name for name in names if name not in named(runs, by)] if by else []
+    return [f"--by {by}: runs differ in {', '.join(further)} too, which is told as well"] * bool(
+        further
+    )

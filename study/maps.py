@@ -26,7 +26,7 @@ def plot_shards(counts: Mapping[str, np.ndarray], path: str | Path) -> Path:
         1, len(counts), figsize=SHAPES[len(counts) > 1], squeeze=False, layout="constrained"
     )
     top = max(2, *(table.max() for table in counts.values()))
-    how = dict(aspect="auto", interpolation="nearest", cmap=CMAP, norm=_logarithmic(top))
+    how = dict(aspect="auto", interpolation="nearest", cmap=_tinted(), norm=_logarithmic(top))
     for axes, (title, table) in zip(panels[0], counts.items(), strict=True):
         image = axes.imshow(np.ma.masked_equal(table, 0), **how)
         if table.shape[0] <= 20 and table.shape[1] <= 12:
@@ -36,8 +36,10 @@ def plot_shards(counts: Mapping[str, np.ndarray], path: str | Path) -> Path:
         axes.locator_params(integer=True)
     panels[0][0].set_ylabel("client")
     bar = figure.colorbar(image, ax=list(panels[0]), label="samples of a class")
+    steps = [n * 10**power for power in range(len(f"{top}")) for n in (1, 2, 5)]
+    bar.set_ticks([n for n in steps if n < 0.8 * top] + [top], minor=False)
+    bar.set_ticks([], minor=True)
     bar.ax.yaxis.set_major_formatter(lambda value, at: f"{value:g}")  # no powers of ten
-    bar.ax.yaxis.set_minor_formatter(lambda value, at: f"{value:g}" if top < 10 else "")
     return save(figure, path)
 
 
@@ -133,6 +135,14 @@ def plot_overlap(
     axes.set_title(f"{title}\n{line}" if title else line)
     figure.colorbar(image, ax=axes, label="IoU", shrink=0.8)
     save(figure, path)
+
+
+def _tinted():
+    """Return the colours of counts, of which that of 1 is no white: white is none."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(colormaps[CMAP](np.linspace(0.2, 1, 256)))
 
 
 def _logarithmic(top: float):

@@ -13,6 +13,7 @@ Palette: Okabe and Ito 2008, readable by the colour-blind.
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -22,7 +23,10 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 MOST = 6  # curves of a panel that can be told apart
-OTHERS = "the others"
+OTHERS = "others, between best and worst"
+LETTERS = 15  # of a legend, an inch
+LEAST = 4  # points of a curve, from which on it leaves room beside it
+CLOSE = 0.15  # of an axis, the share in which the ends of several curves are drawn large
 FORMULA = re.compile(r"(\$(?:N_c|J|\\alpha) = [\w.+-]+\$)")  # that a label may hold
 IMAGES = {"training": "train", "validation": "val", "test": "test"}  # of a log's figures
 AXES = {  # of these
@@ -42,6 +46,7 @@ PRINT = {
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
     "legend.frameon": False,
+    "legend.handlelength": 3.2,  # as long as every dash pattern
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
@@ -132,7 +137,7 @@ def plot_bands(
     """Draw logged figures against rounds or epochs: mean over seeds, and all of them as a band.
 
     Of more than MOST curves in a panel the best and the worst at the end are drawn, the others in
-    grey. Panels share an axis where their ranges are alike.
+    grey. Panels share an axis where their ranges are alike; ends that lie close are drawn large.
 
     Args:
         curves: title of a panel -> label -> the records of each seed's log.
@@ -150,7 +155,9 @@ def plot_bands(
     shown = {title: _shown(drawn, keys, title) for title in titles}
     styles = {label: look(i) for i, label in enumerate(dict.fromkeys(sum(shown.values(), [])))}
     for (key, title), axes in places.items():
-        _draw_bands(axes, drawn[key, title], {label: styles[label] for label in shown[title]})
+        chosen = {label: styles[label] for label in shown[title]}
+        _draw_bands(axes, drawn[key, title], chosen)
+        _enlarge_ends(axes, drawn[key, title], chosen)
         unit = _unit(log for logs in curves[title].values() for log in logs)
         lowest = wide or key == keys[-1]
         axes.set_xlabel(unit if lowest else "")
@@ -158,7 +165,7 @@ def plot_bands(
         axes.locator_params(axis="x", integer=True)
         axes.grid()
         if wide or title == titles[0]:
-            axes.set_ylabel(AXES[key])
+            axes.set_ylabel(AXES.get(key, key.replace("_", " ")))
     for key in keys:
         share([places[key, title] for title in titles])
     return finish(figure, places.values(), path)
@@ -195,6 +202,25 @@ def _draw_bands(axes, bands: Bands, styles: Mapping[str, dict]) -> None:
         style, every = styles[label], max(1, len(x) // 6)
         axes.plot(x, mean, label=plain(label), markevery=every, **style)
         axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
+
+
+def _enlarge_ends(axes, bands: Bands, styles: Mapping[str, dict]) -> None:
+    """Draw the ends of curves that lie close in a panel of their own, where the axes are empty."""
+    bands = {label: band for label, band in bands.items() if label in styles}
+    last = [values[:, -1].mean() for _, values in bands.values()]
+    low, high = axes.get_ylim()
+    shortest = min((len(x) for x, _ in bands.values()), default=0)
+    close = len(bands) > 2 and 0 < max(last) - min(last) < CLOSE * (high - low)
+    if not close or shortest < LEAST:
+        return
+    end = max(x[-1] for x, _ in bands.values())
+    margin = 0.15 * (max(last) - min(last))
+    below = (max(last) + min(last)) / 2 > (low + high) / 2  # the room is below the curves
+    inner = axes.inset_axes([0.5, 0.12 if below else 0.52, 0.48, 0.4])
+    _draw_bands(inner, bands, styles)
+    inner.set(xlim=(0.8 * end, 1.02 * end), ylim=(min(last) - margin, max(last) + margin))
+    inner.tick_params(labelsize=6, labelbottom=False, bottom=False)
+    axes.indicate_inset_zoom(inner, edgecolor="0.5")
 
 
 def _seeds(logs: Sequence[Sequence[dict]], key: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -248,9 +274,25 @@ def finish(figure, axes_of: Iterable, path: str | Path) -> Path:
     if OTHERS in entries:
         entries[OTHERS] = entries.pop(OTHERS)  # last
     if len(entries) > 1:
-        longest = max(len(re.sub(r"[${}_\\\\]", "", label)) for label in entries)
-        columns = max(1, min(len(entries), int(figure.get_figwidth() * 15 / (longest + 6))))
-        further = -(-len(entries) // columns) - 1  # lines
-        figure.set_figheight(figure.get_figheight() + 0.16 * further)
-        figure.legend(entries.values(), entries, loc="outside upper center", ncols=columns)
+        room = int(figure.get_figwidth() * LETTERS)
+        names = [_wrapped(label, room - 8) for label in entries]
+        longest = max(_length(line) for name in names for line in name.split("\n"))
+        columns = max(1, min(len(entries), room // (longest + 8)))
+        tall = [name.count("\n") + 1 for name in names]
+        lines = max(sum(tall[i::columns]) for i in range(columns))
+        figure.set_figheight(figure.get_figheight() + 0.16 * (lines - 1))
+        figure.legend(entries.values(), names, loc="outside upper center", ncols=columns)
     return save(figure, path)
+
+
+def _length(label: str) -> int:
+    """Return how many letters a label has, without its markup."""
+    return len(re.sub(r"[${}_\\\\]", "", label))
+
+
+def _wrapped(label: str, room: int) -> str:
+    """Return a label in lines that fit; no formula is broken."""
+    if _length(label) <= room:
+        return label
+    joined = FORMULA.sub(lambda found: found[0].replace(" ", "\0"), label)
+    return textwrap.fill(joined, room).replace("\0", " ")

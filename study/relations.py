@@ -92,7 +92,9 @@ def _drawn(groups: Mapping[str, Mapping[str, Points]], ylabel: str):
 def _draw_means(axes, points: Points, label: str, style: dict) -> None:
     """Draw means, and bars from the lowest to the highest of several seeds."""
     x, values = zip(*points, strict=True)
-    axes.plot(x, [np.mean(v) for v in values], label=label, **style)
+    means = [np.mean(v) for v in values]
+    hollow = dict(markerfacecolor="none", clip_on=False)  # what lies below is seen, at an edge too
+    axes.plot(x, means, label=label, **hollow, **style)
     for at, v in points:
         if len(v) > 1:
             spread = [[np.mean(v) - min(v)], [max(v) - np.mean(v)]]

@@ -57,7 +57,36 @@ def test_seeds_are_bands_under_the_names_that_are_given(cli, folders, monkeypatc
     assert drawn["path"] == "curves.png"
     status, _, err = cli("plot", *runs, "--split", "test")
     assert status == 2 and "--eval-test" in err
+    status, _, err = cli("plot", *runs, "--metric", "cosine")
+    assert status == 2 and "the figures of these are: val_acc, val_loss" in err
+    assert cli("plot", *runs, "--metric", "val_loss")[0] == 0 and drawn["keys"] == ["val_loss"]
     assert "2 curves, which are nc1; nc5" in cli("plot", *runs, "--labels", "one")[2]
+
+
+def test_a_seed_that_was_run_twice_has_no_deviation(cli, small_data):
+    for name in ("a", "b"):
+        leave(Path("runs") / name, 0.3, eval_every=len(name))
+    status, out, err = cli("table", "runs")
+    assert status == 0 and "| 30.00 |" in out and "±" not in out
+    assert "left out: runs/a" in err and "runs/b has the same options and seed" in err
+
+
+def test_a_plot_says_what_does_not_compare_and_where_seeds_end(cli, small_data, monkeypatch):
+    monkeypatch.setattr(plots, "plot_bands", lambda curves, path, keys: path)
+    leave(Path("runs") / "a", 0.3, data="synthetic")
+    leave(Path("runs") / "b", 0.3, data="synthetic", seed=1, reached=2)
+    leave(Path("runs") / "c", 0.3, data="cifar100", lr=0.2)
+    (Path("runs") / "c" / "log.jsonl").write_text('{"round": 1, "val_acc": 0.1}\n')
+    status, _, err = cli("plot", "runs", "--metric", "accuracy", "--by", "data")
+    assert status == 0 and "(cifar100, synthetic): these curves do not compare" in err
+    assert "synthetic is drawn to round 2" in err
+    err = cli("plot", "runs", "--metric", "loss")[2]
+    assert "left out: runs/c: no val_loss in its log" in err
+
+
+def test_a_run_under_a_mask_is_listed_with_it(cli, small_data):
+    leave(Path("runs") / "a", 0.3, command="centralized", mask_rule="random", sparsity=0.9)
+    assert "random, sparsity 0.9, seed 0" in cli("runs")[1]
 
 
 def test_a_report_of_runs_is_a_folder_and_a_zip(cli, folders):

@@ -88,6 +88,31 @@ def test_of_many_curves_the_best_and_the_worst_have_a_colour(axes_drawn):
     assert accuracy.get_ylabel() == plots.AXES["val_acc"]
 
 
+def test_ends_that_lie_close_are_drawn_large(axes_drawn):
+    plots.plot_bands({"": {f"{i}": [rising(90 + i)] for i in range(3)}}, "unused.pdf")
+    (inner,) = axes_drawn[0].child_axes
+    assert 88 < inner.get_ylim()[0] < 90 and 92 < inner.get_ylim()[1] < 94
+    axes_drawn.clear()
+    plots.plot_bands({"": {f"{i}": [rising(30 * i)] for i in range(1, 4)}}, "unused.pdf")
+    assert not axes_drawn[0].child_axes
+
+
+def test_a_long_label_is_broken_into_lines_that_fit_and_leaves_the_axes_their_height(tmp_path):
+    long = " ".join(["option value"] * 6) + ", $N_c = 5$"
+    lines = plots._wrapped(long, 40).split("\n")
+    assert max(map(len, lines)) <= 40 and "$N_c = 5$" in lines[-1]
+    figure, grid = plots.panels(1, 1)
+    for i in range(7):
+        grid[0][0].plot([0, 1], [0, i], label=f"{long} {i}")
+    height = figure.get_figheight()
+    plots.finish(figure, grid[0], tmp_path / "a.png")
+    assert figure.get_figheight() > height + 0.16 * 13
+
+
+def test_one_sample_is_not_as_white_as_none():
+    assert maps._tinted()(0)[:3] != (1.0, 1.0, 1.0) and maps._tinted()(0)[0] < 0.9
+
+
 def test_panels_share_an_axis_where_their_ranges_are_alike(axes_drawn):
     plots.plot_bands({"a": {"x": [rising(40)]}, "b": {"x": [rising(50)]}}, "unused.pdf")
     assert axes_drawn[0].get_ylim() == axes_drawn[1].get_ylim()

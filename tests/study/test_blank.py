@@ -72,9 +72,25 @@ def test_a_point_of_a_figure_is_a_configuration(tmp_path):
     assert [len(row.runs) for row in ran["heterogeneity"]] == [1] * 4
     assert {row.also(3) for row in ran["heterogeneity"]} == {"rounds 3", "rounds 6"}
     masks = [row.also(3) for row in ran["rules"] if row.key[1] == "least-sensitive"]
-    assert len(set(masks)) == 4 and not blank.mingled(ran["rules"])
-    twice = ran["rules"][0].runs * 2
-    assert blank.mingled([ran["rules"][0]._replace(runs=twice)])
+    assert len(set(masks)) == 4
+    assert len({row.key for row in ran["rules"]}) == len(ran["rules"])
+
+
+def test_figures_show_what_compares_and_say_what_they_leave_out(tmp_path):
+    options = {"data": "cifar100"}
+    leave(tmp_path / "long", 0.4, rounds=6, **options)
+    leave(tmp_path / "other", 0.4, rounds=6, nc=5, **options)
+    leave(tmp_path / "short", 0.3, **options)
+    leave(tmp_path / "demo", 0.9, rounds=6, data="synthetic")
+    for name in ("searched", "tested"):
+        leave(tmp_path / name, 0.4, command="centralized", lr=0.1 * len(name), **options)
+    log = tmp_path / "tested" / "log.jsonl"
+    log.write_text(log.read_text().replace("val_loss", "test_acc"))
+    shown, notes = blank.comparable(history.read_all([tmp_path]))
+    assert {run.name for run in shown} == {"long", "other", "tested"}
+    assert len(notes) == 3 and any("demo: most runs are on" in note for note in notes)
+    assert any("short" in note and "long is the same but longer" in note for note in notes)
+    assert any("searched" in note and "--eval-test" in note for note in notes)
 
 
 def test_an_option_that_a_run_lacks_is_none_in_the_keys_of_its_numbers(tmp_path):

@@ -25,7 +25,15 @@ def test_a_row_is_what_differs_and_a_mean_over_seeds(runs):
     assert names == ["sharding", "lr"]
     heading, *rows = history.lines(runs, names)
     assert heading == [
-        *("sharding", "lr", "validation %", "test %", "best validation %", "test % there", "seeds")
+        *(
+            "sharding",
+            "lr",
+            "validation %",
+            "test %",
+            "best validation %",
+            "test % at best",
+            "seeds",
+        )
     ]
     assert rows[0] == ["iid", "0.1", *["31.00 ± 1.41", "15.50 ± 0.71"] * 2, "2"]
     assert [row[:2] for row in rows[1:]] == [["iid", "0.3"], ["nc1", "0.1"], ["nc5", "0.3"]]
@@ -42,13 +50,48 @@ def test_by_shows_the_rate_that_is_best_by_validation(runs):
         history.arranged(runs, "nonsense")
 
 
+def test_a_row_of_by_holds_seeds_alone(tmp_path):
+    leave(tmp_path / "a", 0.3, J=4)
+    leave(tmp_path / "b", 0.2, J=8)
+    chosen, names, tuned = history.arranged(history.read_all([tmp_path]), "nc")
+    assert (names, tuned) == (["sharding", "J"], [])
+    assert history.split_by(chosen, "nc", names) == [
+        "--by nc: runs differ in J too, which is told as well"
+    ]
+    assert history.split_by(chosen, "nc,J", names) == []
+
+
+def test_a_seed_counts_once(tmp_path):
+    leave(tmp_path / "a", 0.3, eval_every=5, reached=2)
+    leave(tmp_path / "b", 0.2, eval_every=1)
+    leave(tmp_path / "c", 0.1, seed=1)
+    chosen, notes = history.distinct(history.read_all([tmp_path]))
+    assert [run.name for run in chosen] == ["b", "c"]
+    assert notes == [
+        f"left out: {tmp_path / 'a'}: {tmp_path / 'b'} has the same options and seed, "
+        "and stands for both"
+    ]
+
+
+def test_data_set_and_sharding_are_told_though_another_option_follows_them(tmp_path):
+    leave(tmp_path / "a", 0.3, data="synthetic", train="all")
+    leave(tmp_path / "b", 0.2, data="cifar100", nc=5)
+    assert history.columns(history.read_all([tmp_path])) == ["train", "sharding", "data"]
+
+
+def test_a_mask_option_that_its_rule_does_not_use_is_not_told_along(tmp_path):
+    for rule in ("random", "least-sensitive"):
+        leave(tmp_path / rule, 0.3, mask_rule=rule, calibration_rounds=4, damp=0.1)
+    assert history.along(history.read_all([tmp_path]), ["mask_rule"]) == []
+
+
 def test_an_option_that_follows_from_others_is_told_and_no_column(tmp_path):
     leave(tmp_path / "a", 0.3, J=4, rounds=4)
     leave(tmp_path / "b", 0.3, J=8, rounds=2)
     runs = history.read_all([tmp_path])
     assert history.columns(runs) == ["J"]
-    assert history.mixed(runs, ["J"]) == ["along with these columns differ: rounds"]
-    assert "runs that differ in" in history.mixed(runs, ["train"])[0]
+    assert history.along(runs, ["J"]) == ["along with these columns differ: rounds"]
+    assert history.along(runs, ["J"], "labels") == ["along with these labels differ: rounds"]
 
 
 def test_what_is_damaged_or_not_finished_is_named(tmp_path):
@@ -108,7 +151,7 @@ def test_the_path_of_a_mask_is_a_column_where_nothing_else_tells_masks_apart(tmp
     given("a")
     given("b", sparsity=0.9)
     runs = history.read_all([tmp_path])
-    assert history.columns(runs) == ["sparsity"] and history.mixed(runs, ["sparsity"]) == []
+    assert history.columns(runs) == ["sparsity"] and history.along(runs, ["sparsity"]) == []
     given("c", sparsity=0.9)
     assert history.columns(history.read_all([tmp_path])) == ["sparsity", "mask"]
 
@@ -124,4 +167,4 @@ def test_options_of_a_single_command_are_not_told_along(tmp_path):
     leave(tmp_path / "a", 0.3)
     leave(tmp_path / "b", 0.3, command="centralized", epochs=3, nesterov=True, lr=0.3)
     runs = history.read_all([tmp_path])
-    assert history.mixed(runs, ["command"]) == ["along with these columns differ: lr"]
+    assert history.along(runs, ["command"]) == ["along with these columns differ: lr"]
