@@ -101,6 +101,7 @@ def of_training(trial: Trial, costs: Costs, rate: float) -> dict:
     figures = {
         "trained_parameters": learner.entries.size,
         "cuda_graph": trial.cuda_graph,
+        "fused": learner.fuses,
         "images_a_step": batch,
         "images_a_timed_step": trial.batch,
         "step_seconds": rounded(step),
@@ -263,6 +264,7 @@ def described(f: dict) -> list[tuple[str, str]]:
         lines.append(("a training step", f"{timed(f['step_seconds'])} for {speed}"))
         if kernels:
             lines.append(("CUDA graph", f["cuda_graph"]))
+            lines.append(("fused passes", "on" if f["fused"] else "off"))
     if "round_seconds" in f:
         cohort = f"{f['clients_a_round']} clients, {f['steps_a_client']} steps each"
         lines.append(("a round", f"{timed(f['round_seconds'])} for {cohort}"))

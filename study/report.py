@@ -69,7 +69,7 @@ class File(NamedTuple):
 FILES = (
     File("gpu/pilot_masks.csv", 2, (VALIDATION, "test %", "bytes to dense")),
     File("gpu/mask_rates.csv", 3, ("factor",)),
-    File("gpu/score_precision.csv", 1, ("bf16, same images", "fp32, other images")),
+    File("cpu/score_precision.csv", 2, ("fp16", "bf16", "fp32, other images")),
     File("cpu/rates.csv", 4, ("best to matched", "best to functional")),
 )
 

@@ -184,10 +184,12 @@ def test_the_factors_of_the_rate_are_those_of_their_file():
 
 
 def test_the_precision_of_scores_is_that_of_its_file():
-    _, rows = rows_beside("gpu/score_precision.csv")
-    lines = measured("gpu/score_precision.csv")
+    _, rows = rows_beside("cpu/score_precision.csv")
+    lines = measured("cpu/score_precision.csv")
     assert {label: cells for label, *cells in rows} == {
-        column: [line[column] for line in lines] for column in list(lines[0])[1:]
+        f"{labels} labels, {way}": [line[way] for line in lines if line["labels"] == labels]
+        for labels in ("true", "sampled")
+        for way in list(lines[0])[2:]
     }
 
 
