@@ -49,6 +49,7 @@ ON_A_GPU = {  # beside the scales, in gpu/
     "nc5": "nc5-ridge-lr0.003",
     "nc1": "nc1-ridge-lr0.001",
 }
+BESIDE = {"gpu-64px": ("query-key",)}  # scale -> its tables that every report has
 CALIBRATED = "calibrate/iid-least-sensitive-0.9/summary.json"  # a mask of four rounds
 
 
@@ -85,7 +86,7 @@ def write(scale: str, results: Path, out: Path) -> list[str]:
     """
     clear(out)
     with safe_files.contents(results / scale):
-        tables = placed(experiments.at_scale(scale), results / scale)
+        tables = tables_of(scale, results)
         pieces = {f"table/{name}": write_table(name, table, out) for name, table in tables.items()}
         rows = {name: series(table) for name, table in tables.items()}
         for name, draw in FIGURES.items():
@@ -121,10 +122,18 @@ def write_numbers(numbers: dict[str, str | None], out: Path) -> None:
     safe_files.write_json(out / "numbers.json", numbers)
 
 
+def tables_of(scale: str, results: Path) -> dict[str, Experiment]:
+    """Return the experiments of a scale by name, and those of BESIDE that it does not have."""
+    tables: dict[str, Experiment] = {}
+    for other, names in BESIDE.items():
+        every = placed(experiments.at_scale(other), results / other)
+        tables |= {name: every[name] for name in names}
+    return tables | placed(experiments.at_scale(scale), results / scale)
+
+
 def values(scale: str, results: Path) -> dict[str, str | None]:
     """Return what can be quoted of a scale, of the GPU's runs and of the tables that are files."""
-    tables = placed(experiments.at_scale(scale), results / scale)
-    numbers = quotable(tables) | gpu_numbers(results / "gpu")
+    numbers = quotable(tables_of(scale, results)) | gpu_numbers(results / "gpu")
     for file in FILES:
         if lines := lines_of(results / file.path):
             numbers |= line_numbers(file.name, lines, file.width)

@@ -113,7 +113,7 @@ def open_run(
 
 def reached(run: runs.Run) -> dict[str, int]:
     """Return how many rounds or epochs a run has, which no later command makes fewer."""
-    last = run.records()[-1:]
+    last = run.records()[-1:] if run.config_path.exists() else []
     return {
         f"{unit}s": math.ceil(r[unit]) for r in last for unit in ("round", "epoch") if unit in r
     }
