@@ -31,6 +31,7 @@ def scales(monkeypatch):
     known = {"cpu": {"rules": STUB}, "smoke": {"rules": STUB, "heads": STUB}}
     monkeypatch.setattr(experiments, "SCALES", known)
     monkeypatch.setattr(experiments, "at_scale", known.__getitem__)
+    monkeypatch.setattr(report, "BESIDE", {})
 
 
 def finish(folder, rule, seed, val_acc):
