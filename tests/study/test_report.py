@@ -177,7 +177,7 @@ def test_the_text_quotes_what_the_runs_say_and_what_it_was_written_for():
 
 def test_the_text_takes_tables_and_figures_that_are_made():
     text = "".join(path.read_text() for path in LATEX.glob("*.tex") if path.name != "macros.tex")
-    tables = {*experiments.at_scale("cpu")} | {file.name for file in report.FILES}
+    tables = {*report.tables_of("cpu", ROOT / "results")} | {file.name for file in report.FILES}
     named = re.findall(r"\\generated\{([^}]*)\}", text)
     assert len(named) > 5 and {name.removesuffix("-short") for name in named} <= tables
     for path in re.findall(r"\\drawn\{([^}]*)\}", text):
