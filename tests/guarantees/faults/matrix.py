@@ -99,6 +99,7 @@ def start(folder: Path, command: str, processes: int, pipe: tuple[int, int] | No
         place |= dict(MASTER_ADDR="localhost", MASTER_PORT=port)
 
         def prepare(rank=rank, place=place):
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where "&" began it
             if processes > 1:
                 os.environ.update({name: f"{value}" for name, value in place.items()})
             if pipe:
