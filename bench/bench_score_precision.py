@@ -46,8 +46,8 @@ def scores(model: vit.VisionTransformer, inputs, given, labels: str, dtype) -> t
 def overlap(a: torch.Tensor, b: torch.Tensor, sparsity: float) -> float:
     """Return the IoU of the least sensitive entries of two scores."""
     count = masks.budget(len(a), sparsity)
-    kept = masks.keep_lowest(a, count), masks.keep_lowest(b, count)
-    return (kept[0] & kept[1]).sum().item() / (kept[0] | kept[1]).sum().item()
+    entries = masks.keep_lowest(a, count), masks.keep_lowest(b, count)
+    return (entries[0] & entries[1]).sum().item() / (entries[0] | entries[1]).sum().item()
 
 
 def main() -> None:

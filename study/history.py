@@ -111,10 +111,12 @@ def differing(runs: Iterable[Past]) -> list[str]:
     names |= dict.fromkeys(name for run in runs for name in run.options)
     compared = [n for n in names if n not in UNCOMPARED and not n.endswith("_sha256")]
     differ = [n for n in compared if len({text(run.options.get(n)) for run in runs}) > 1]
-    made = (*MASK, *SCORING, "sharding", "seed")
+    makes_masks = (*MASK, *SCORING, "sharding", "seed")
     if "mask" in differ:  # a path: it is told last, and only where nothing else tells masks apart
         differ.remove("mask")
-        differ += ["mask"] * (len(rows(runs, [*made, "mask"])) > len(rows(runs, made)))
+        differ += ["mask"] * (
+            len(rows(runs, [*makes_masks, "mask"])) > len(rows(runs, makes_masks))
+        )
     return differ
 
 
@@ -135,8 +137,8 @@ def splitting(runs: Sequence[Past], before: Sequence[str], names: Iterable[str])
     what is TOLD."""
     chosen: list[str] = []
     for name in names:
-        told = name in TOLD and len(rows(runs, [name])) > 1
-        if told or len(rows(runs, [*before, *chosen, name])) > len(rows(runs, [*before, *chosen])):
+        tells = name in TOLD and len(rows(runs, [name])) > 1
+        if tells or len(rows(runs, [*before, *chosen, name])) > len(rows(runs, [*before, *chosen])):
             chosen.append(name)
     return chosen
 

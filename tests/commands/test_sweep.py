@@ -78,8 +78,8 @@ def long_and_short(monkeypatch):
     short = Row(("short",), (*TINY, "--rounds", "1"), (0.1,), widened=0)
     long = Row(("long",), (*TINY, "--rounds", "100000"), (0.1,), widened=0)
     first = Experiment(("which",), (short,), decides=True)
-    made = {"rules": first, "more": Experiment(("which",), (long, short), folder="rules")}
-    monkeypatch.setattr(experiments, "at_scale", lambda *scale: made)
+    planned = {"rules": first, "more": Experiment(("which",), (long, short), folder="rules")}
+    monkeypatch.setattr(experiments, "at_scale", lambda *scale: planned)
     monkeypatch.setattr(timing, "costs", lambda line: Costs(step=4.0))
 
 

@@ -113,8 +113,8 @@ def calibrations(tmp_path):
     """Two calibrations of one sharding, of other sparsities, and one more of a second seed."""
     overlap = {"iou": 0.4, "ceiling": 0.5, "chance": 0.1, "groups": {"2": 0.6}}
     for name, options in (("a", {"sparsity": 0.5}), ("b", {}), ("c", {"seed": 1})):
-        made = {"command": "calibrate", "mask_rule": "least-sensitive", "sparsity": 0.9}
-        leave(tmp_path / name, 0.1, **made | options)
+        calibrated = {"command": "calibrate", "mask_rule": "least-sensitive", "sparsity": 0.9}
+        leave(tmp_path / name, 0.1, **calibrated | options)
         summary = {"overlap": overlap, "density": {"key.weight": {"0": 0.3}}}
         (tmp_path / name / "summary.json").write_text(json.dumps(summary))
     return history.read_all([tmp_path])

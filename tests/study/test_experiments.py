@@ -125,8 +125,8 @@ def two_runs(monkeypatch):
         Row(("a",), TINY, (0.1,), widened=0),
         Row(("b",), (*TINY, "--head", "ridge", "--val-fraction", "0"), (0.1,), widened=0),
     )
-    made = {"rules": Experiment(("which",), rows)}
-    monkeypatch.setattr(experiments, "at_scale", lambda *scale: made)
+    tables = {"rules": Experiment(("which",), rows)}
+    monkeypatch.setattr(experiments, "at_scale", lambda *scale: tables)
 
 
 @pytest.mark.slow  # processes
@@ -147,9 +147,9 @@ def test_a_sweep_runs_what_is_missing_and_goes_on_past_a_failure(cli, small_data
 
 def test_runs_that_tables_share_count_once_in_the_time_of_all(cli, small_data, monkeypatch):
     shared, own = (Row((name,), (), (0.1, 0.2)) for name in "ab")
-    made = {"rules": Experiment(("which",), (shared,))}
-    made["more"] = Experiment(("which",), (shared, own), folder="rules")
-    monkeypatch.setattr(experiments, "at_scale", lambda *scale: made)
+    tables = {"rules": Experiment(("which",), (shared,))}
+    tables["more"] = Experiment(("which",), (shared, own), folder="rules")
+    monkeypatch.setattr(experiments, "at_scale", lambda *scale: tables)
     price = Costs(step=1e-2)
     monkeypatch.setattr(timing, "costs", lambda line: price)
     folder = small_data / "results" / "smoke" / "rules"
