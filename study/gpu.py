@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 
 from centralized import SCHEDULES
+from masks import RULES
 from study import common
 from study.common import ACCURACY, METHODS, SEEN
 from study.measures import SECONDS, TEST, VALIDATION, Measure
@@ -83,14 +84,15 @@ def heterogeneity(s: Size) -> Experiment:
 
 
 def query_key(s: Size) -> Experiment:
-    """Whether it is their insensitivity, or that least sensitive weights are query and key weights.
+    """What a tenth of the backbone is worth by every rule, everywhere and within query and key.
 
-    All masks keep a tenth of the backbone; N_c = 5.
+    Least sensitive weights lie there: does their insensitivity count, or their place? N_c = 5.
     """
     rows = [s.masked(("dense", "everywhere"), "nc5", "dense", "0")]
-    for rule, where in product(("least-sensitive", "random"), ("everywhere", "query, key")):
-        more = ("--mask-within", *QUERY_KEY) if where != "everywhere" else ()
-        rows.append(s.masked((rule, where), "nc5", rule, "0.9", *more))
+    rows += [s.masked((rule, "everywhere"), "nc5", rule, "0.9") for rule in RULES]
+    for rule in ("least-sensitive", "most-sensitive", "random"):
+        within = ("--mask-within", *QUERY_KEY)
+        rows.append(s.masked((rule, "query, key"), "nc5", rule, "0.9", *within))
     return Experiment(("rule", "within"), tuple(rows), ACCURACY, ("dense", "everywhere"))
 
 
