@@ -39,7 +39,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of the kernels
 NORM_TILE = 2048  # elements of a tile of whole rows, at least one row
 NORM_STEPS = 8  # tiles whose gradients share a partial sum
 COLUMNS, ROWS, STEPS = 128, 16, 4  # the same of tiles that are cut out of rows
-SUM_ROWS, SUM_COLUMNS = 64, 32
+SUM_ROWS, SUM_COLUMNS = 256, 16  # of partial sums: a few hundred rows in one or two loads
 TOLERANCE = 4  # times the precision of a dtype: kernel against reference, of values near 1
 ROUGH = 2.0**-21  # what passes there for fp32's: a GPU's quick division and root err by some units
 

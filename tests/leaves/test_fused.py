@@ -207,14 +207,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 scalars = dict(rows="i32", width="i32", eps="fp32")
 fp32 = {"mean_ptr", "inverse_ptr", "partial_ptr"}
-constants = dict(SUMS=True, ROWS=4, STEPS=2, WIDTH=512, COLUMNS=128)
+norm, tile = dict(zip(("ROWS", "WIDTH"), fused.norm_tile(384))), dict(COLUMNS=fused.COLUMNS)
+tile |= dict(ROWS=fused.ROWS, STEPS=fused.STEPS, SUMS=True)
+blocks = dict.fromkeys(("_bias_gelu_kernel", "_bias_gelu_backward_kernel", "_pack_kernel"), tile)
+blocks["_add_norm_kernel"] = norm
+blocks["_add_norm_backward_kernel"] = norm | dict(STEPS=fused.NORM_STEPS, SUMS=True)
+blocks["_add_up_kernel"] = dict(ROWS=fused.SUM_ROWS, COLUMNS=fused.SUM_COLUMNS)
 kernels = [getattr(fused, name) for name in dir(fused) if name.endswith("_kernel")]
 for capability, half in ((75, "*fp16"), (80, "*bf16"), (90, "*bf16")):
     for kernel in kernels:
         types = {n: "*fp32" if n in fp32 else half for n in kernel.arg_names if n.endswith("_ptr")}
         types |= scalars
         signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
-        chosen = {n: constants[n] for n in kernel.arg_names if n in constants}
+        chosen = {n: x for n, x in blocks[kernel.__name__].items() if n in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=signature, constexprs=chosen)
         built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
         assert f".target sm_{capability}" in built.asm["ptx"], built.asm["ptx"][:400]

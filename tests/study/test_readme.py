@@ -135,6 +135,19 @@ def test_a_figure_of_an_experiment_is_in_its_table(header, row):
         assert any(rounds_to(cell, quoted) for cell in cells), quoted
 
 
+def test_how_many_rows_are_bracketed_is_counted():
+    """Of the rows at the cpu scale that try rates: as many as said, all where the head trains."""
+    rows = []
+    for path in sorted((ROOT / "results" / "cpu").glob("*/table.md")):
+        for header, row in tables(path):
+            cells = dict(zip(header, row, strict=True))
+            if cells.get("of the rates tried"):
+                rows.append((cells.get("trains"), cells["of the rates tried"]))
+    inside = [trains for trains, at in rows if at == "inside"]
+    assert f"{len(inside)} of {len(rows)} rows are" in (ROOT / "results" / "README.md").read_text()
+    assert inside == [trains for trains, _ in rows if trains == "head"]
+
+
 def measured(path):
     """Return the rows of a file below results/, without its comments."""
     lines = (ROOT / "results" / path).read_text().splitlines()
