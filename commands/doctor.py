@@ -1,6 +1,6 @@
 """train.py doctor: what a command will cost on this machine, and where its time goes.
 
-Measured as commands/costs.py says. The products' part of a round is its matrix operations at the
+Measured as commands/trial.py says. The products' part of a round is its matrix operations at the
 rate of a large product measured here; the passes are what is left of the round. The optimiser and
 the average are compared with plain passes over as much memory, as fast as caches make them.
 """
@@ -17,8 +17,9 @@ import torch
 
 import fisher
 import sparse_sgdm
-from commands.costs import Costs, Trial, batch_of, check, cohort_size, evaluated
+from commands.costs import Costs, batch_of, check, cohort_size, evaluated
 from commands.options import GROUPS, Command, Line, parse
+from commands.trial import Trial
 from machine import safe_files
 from machine.device import free_memory
 from machine.rates import copy_bandwidth, pass_seconds, product_rate, synchronise

@@ -4,7 +4,7 @@ counts.
     Times(Path("times.json"), tables).seconds_of(cell)
 
 What parts cost is measured once for every model and image size, on a GPU every batch, as
-commands/costs.py says, with half of the weights masked and a ridge head; a file keeps it.
+commands/trial.py says, with half of the weights masked and a ridge head; a file keeps it.
 Where runs of this machine are done, their row takes what they took, and the estimates of the others
 are corrected by the median of what such rows took over what was estimated. Not counted: start-up,
 diagnostics, noise, compiling; features, which all runs share, are counted apart.
@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from commands.costs import Costs, costs, images_of
+from commands.costs import Costs, images_of
 from commands.options import GROUPS, Command, Line, parse
+from commands.trial import costs
 from machine import safe_files
 from machine.device import choose_device, processor
 from study.measures import SECONDS

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from built import parsed
 
-from commands import costs
+from commands import trial
 from commands.costs import Costs
 from training import probe
 from training.clients import Clients, HeadsTogether
@@ -20,8 +20,8 @@ MEASURED = ("client's local steps", "evaluation", "matrix products and copies")
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Short measurements: what they come to is no matter here."""
-    monkeypatch.setattr(costs, "WHILE", 0.1)
-    monkeypatch.setattr(costs, "SLOW", 1e9)
+    monkeypatch.setattr(trial, "WHILE", 0.1)
+    monkeypatch.setattr(trial, "SLOW", 1e9)
     monkeypatch.setattr(probe, "LONGEST", 0.1)
     monkeypatch.setattr(probe, "FITTED", 200)
 
@@ -103,7 +103,7 @@ def test_a_slow_machine_takes_smaller_steps_and_scales_them(cli, small_data, mon
     assert (whole["images_a_timed_step"], parts["images_a_timed_step"]) == (8, 1)
     assert parts["images_a_step"] == 8
     assert parts["step_seconds"] > 0
-    monkeypatch.setattr(costs, "SLOW", 0.0)
+    monkeypatch.setattr(trial, "SLOW", 0.0)
     monkeypatch.setattr(probe, "evaluation", lambda *given: pytest.fail("timed"))
     figures, out, _ = figures_of(cli)
     assert figures["evaluation_seconds"] > 0 and figures["only_a_step_was_timed"]
@@ -130,8 +130,8 @@ def test_doctor_times_a_mask_of_the_commands_sparsity(cli, learners):
 
 def test_doctor_counts_clipping_a_client_and_noise_a_round(cli, small_data, monkeypatch):
     pytest.importorskip("dp_accounting")
-    monkeypatch.setattr(costs.privacy, "clip_factor", lambda *a, **k: time.sleep(0.1))
-    monkeypatch.setattr(costs.privacy, "add_noise_", lambda *a, **k: time.sleep(0.2))
+    monkeypatch.setattr(trial.privacy, "clip_factor", lambda *a, **k: time.sleep(0.1))
+    monkeypatch.setattr(trial.privacy, "add_noise_", lambda *a, **k: time.sleep(0.2))
     figures, *_ = figures_of(cli, "--dp-noise", 1, "--dp-clip", 0.1)
     spent = figures["round_seconds"] - 3 * 4 * figures["step_seconds"]
     assert 0.5 <= spent < 2  # three clients, one round
