@@ -23,7 +23,7 @@ from machine.device import exact_products
 from train import COMMANDS
 from training.calibration import Calibration
 from training.features import set_fitted_head
-from training.session import git_commit
+from training.run_folder import git_commit
 from training.workspace import Workspace
 
 PATH = Path(__file__).resolve().parent.parent / "results" / "cpu" / "shares.csv"

@@ -10,9 +10,11 @@ import numpy as np
 from commands.options import GROUPS, Line
 from machine.status import print_figures
 from study import maps
-from training import session
-from training.calibration import Calibration, cached_mask
+from training import run_folder
+from training.agreement import agreement
+from training.calibration import Calibration
 from training.features import set_fitted_head
+from training.mask_cache import cached_mask
 from training.mask_file import density_table
 from training.workspace import Workspace
 
@@ -25,7 +27,7 @@ def run(line: Line) -> None:
     o, started = line.groups, time.monotonic()
     workspace = Workspace(o.source, o.machine, o.backbone)
     shards, model = workspace.shards(o.sharding), workspace.build_model()
-    folder = session.open_run(workspace, model, line.name, line.stored, shards)
+    folder = run_folder.open_run(workspace, model, line.name, line.stored, shards)
     with folder.opening():
         set_fitted_head(workspace, model, o.fitted_head.head, o.fitted_head.head_images)
         calibration = Calibration(workspace, model, o.masking, shards, o.graph.cuda_graph)
@@ -35,7 +37,7 @@ def run(line: Line) -> None:
     print_density(kinds, layers, density)
     figures = {name: mask.origin[name] for name in SHOWN} | {"mask_bytes": mask.bytes}
     print_figures(figures)
-    overlap = calibration.agreement()
+    overlap = agreement(calibration)
     print_overlap(overlap)
     table = {
         kind: dict(zip(layers, row, strict=True))

@@ -11,7 +11,7 @@ from centralized import Centralized
 from commands.options import GROUPS, Line, learner_options
 from commands.search import search_then_train
 from study.plots import plot_curves
-from training import session
+from training import run_folder, session
 from training.learner import Learner
 from training.mirrors import mirror
 from training.watching import head_note
@@ -32,8 +32,8 @@ def train(workspace: Workspace, line: Line, name: str, test: bool) -> dict:
     summary."""
     o, epochs = line.groups, line.groups.epochs.epochs
     model = workspace.build_model()
-    folder = session.open_run(workspace, model, name, line.stored)
-    if summary := session.finished_summary(folder, "epoch", epochs, o.watching.early_stop):
+    folder = run_folder.open_run(workspace, model, name, line.stored)
+    if summary := run_folder.finished_summary(folder, "epoch", epochs, o.watching.early_stop):
         mirror(folder, "epoch", o.watching)([])
         return summary
     with folder.opening():

@@ -13,7 +13,7 @@ import data
 import masks
 from commands.options import Line
 from federated.cohort import sample_clients
-from training import calibration
+from training import agreement
 
 COUNTED = ("fedavg", "centralized", "ridge", "calibrate")
 
@@ -126,7 +126,7 @@ def scored(o: dict) -> int:
     """Return how many images are scored, those of `calibrate`'s comparison of clients included."""
     count = max(1, round(o["calibration_fraction"] * o["clients"])) if "clients" in o else 1
     share = max(1, o["calibration_images"] // count)
-    compared = (min(calibration.OVERLAP_CLIENTS, count) + count) * share
+    compared = (min(agreement.CLIENTS, count) + count) * share
     rounds = o["calibration_rounds"] * count * share
     return rounds + (compared if o["command"] == "calibrate" else 0)
 

@@ -19,7 +19,7 @@ from federated.privacy import Privacy, epsilon
 from machine import ranks, runs
 from machine.device import choose_device, exact_place, free_memory
 from study.plots import plot_curves
-from training import session
+from training import run_folder, session
 from training.diagnostics import Diagnostics
 from training.learner import Learner
 from training.mask_file import Mask
@@ -71,9 +71,9 @@ def train(
     o, rounds = line.groups, line.groups.rounds.rounds
     with workspace.group.first_then_others():
         model = workspace.build_model()
-        folder = session.open_run(workspace, model, name, line.stored, shards)
+        folder = run_folder.open_run(workspace, model, name, line.stored, shards)
         patience = o.watching.early_stop
-        if summary := session.finished_summary(folder, "round", rounds, patience):
+        if summary := run_folder.finished_summary(folder, "round", rounds, patience):
             mirror(folder, "round", o.watching)([])
             return summary
         with folder.opening():

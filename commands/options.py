@@ -38,7 +38,8 @@ from training.learner import Training
 from training.naming import default_name
 from training.outcome import Recipe
 from training.rounds import Federation, Rounds
-from training.session import LearnerOptions, Running
+from training.run_folder import Running
+from training.session import LearnerOptions
 from training.watching import Watching
 from training.workspace import Backbone, Sharding, Source
 

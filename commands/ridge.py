@@ -11,7 +11,7 @@ import head
 from commands.options import GROUPS, Line
 from machine.device import exact_place
 from machine.status import print_figures
-from training import session
+from training import run_folder
 from training.features import features, fit_head
 from training.workspace import Workspace
 
@@ -23,7 +23,7 @@ def run(line: Line) -> None:
     o, started = line.groups, time.monotonic()
     workspace = Workspace(o.source, o.machine, o.backbone)
     shards, model = workspace.shards(o.sharding), workspace.build_model()
-    folder = session.open_run(workspace, model, line.name, line.stored, shards)
+    folder = run_folder.open_run(workspace, model, line.name, line.stored, shards)
     parts, place = ("train", "test"), exact_place(workspace.device)
     rows, test_rows = (features(workspace, model, part).to(place) for part in parts)
     labels, test_labels = (workspace.sets[part].labels.to(place) for part in parts)

@@ -1,17 +1,15 @@
-"""From options to a mask: what takes part, who scores it on which images, where masks are kept."""
+"""From options to a mask: what takes part, and who scores it on which images."""
 
 from __future__ import annotations
 
 import copy
 import fnmatch
 import functools
-import hashlib
 import itertools
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
@@ -23,19 +21,14 @@ import fisher
 import masks
 import model as vit
 from federated.cohort import sample_clients
-from machine import safe_files
 from machine.cuda_graph import GraphedStep
 from machine.device import exact_products
 from machine.status import Status
-from training.mask_file import Mask, given_mask, say_rounds
+from training.mask_file import Mask, say_rounds
 
 if TYPE_CHECKING:
-    from machine.runs import Run
     from training.workspace import Workspace
 
-MAKERS = fisher.__file__, masks.__file__, __file__  # the code that decides what a mask keeps
-OVERLAP_CLIENTS = 10  # whose masks are compared
-GROUPS = (1, 2, 5, 10, 20, 50)  # sizes of the groups of clients whose masks are compared
 FP16_SCALES = 256.0, 16.0  # on scores, tried in turn: training's 2^14, of a mean over 64 images
 
 
@@ -343,108 +336,6 @@ class Calibration:
         }
         return Mask(self.shapes, mask, origin)
 
-    def agreement(self) -> dict:
-        """Compare the masks that clients would make alone, in one round on half of their images.
-
-        Returns:
-            what `masks.overlap` says, and of how many clients and images each.
-        """
-        clients = [k for k in self.clients if len(self.images(k)) > 1][:OVERLAP_CLIENTS]
-        if not self.scores or not clients:
-            return {}
-        try:
-            with exact_products():
-                images = [self.images(k) for k in clients]
-                halves = [
-                    [self.mask_by(self.client_keys(half)) for half in np.array_split(index, 2)]
-                    for index in images
-                ]
-                groups = self.group_agreement()
-        except masks.NothingKept:
-            return {}
-        counts = {"clients": len(clients), "images": (len(images[-1]) + 1) // 2}
-        return masks.overlap(halves) | counts | {"groups": groups}
-
-    def group_agreement(self) -> dict[str, float]:
-        """Return the IoU of the masks that two groups of m clients make, for several m.
-
-        The groups share no client; their scores are added up weighted by samples.
-        """
-        half, ious, weight = len(self.clients) // 2, {}, np.zeros((2, 1))
-        sides = torch.zeros(2, len(self.theta), dtype=torch.float64, device=self.theta.device)
-        for m in range(1, half + 1):
-            for i, client in enumerate((self.clients[m - 1], self.clients[-m])):
-                weight[i] += len(self.shards[client])
-                sides[i] += len(self.shards[client]) * self.client_keys(self.images(client))
-            if m in GROUPS or m == half:
-                means = (sides / torch.from_numpy(weight).to(sides)).to(self.theta.dtype)
-                first, second = map(self.mask_by, means)
-                ious[f"{m}"] = masks.overlap([(first, first), (second, second)])["iou"]
-        return ious
-
     def mask_by(self, keys: Tensor) -> Tensor:
         """Return the mask (P,) that these keys make in one round."""
         return masks.calibrate(self.theta, lambda alive, keep: keys, rounds=1, **self.limits).cpu()
-
-
-def cached_mask(calibration: Calibration) -> Mask:
-    """Return the calibration's mask, from <data-dir>/masks where it was made before."""
-    workspace, model, preprocess = calibration.workspace, calibration.model, calibration.preprocess
-    options = calibration.options._replace(score_precision=calibration.score_precision)
-    made_from = [*options, calibration.seed, workspace.source.data]
-    made_from += [preprocess.image_size, preprocess.scale.tolist(), preprocess.shift.tolist()]
-    made_from += [vit.fingerprint(model), workspace.device.type, safe_files.BOUND]
-    digest = hashlib.sha256(repr(made_from).encode())
-    for tensor in (model.head.weight, model.head.bias):
-        digest.update(tensor.detach().cpu().numpy().tobytes())
-    for shard in calibration.shards:
-        digest.update(len(shard).to_bytes(8, "little") + shard.tobytes())
-    for file in MAKERS:
-        digest.update(Path(file).read_bytes())
-    purpose = digest.hexdigest()
-    path = workspace.folder("masks") / f"{purpose[:16]}.pt"
-    if workspace.keeps(path):
-        try:
-            mask = Mask.load(path, model, purpose)
-        except ValueError as error:
-            print(f"warning: {error}; made again", file=sys.stderr)
-        else:
-            print(f"mask taken from {path}, made {mask.origin['date']}; --fresh makes it anew")
-            options = calibration.options
-            say_rounds(mask.origin["rounds"], options.mask_rule, options.consensus)
-            return mask
-    mask = calibration.make()
-    try:
-        safe_files.forget_asides(path.parent, safe_files.DAY)
-        mask.save(path, purpose)
-    except OSError as error:
-        print(f"warning: the mask is not kept for other runs: {error}", file=sys.stderr)
-    return mask
-
-
-def find_mask(
-    workspace: Workspace,
-    model: vit.VisionTransformer,
-    file: str | None,
-    options: Masking,
-    shards: list[np.ndarray],
-    run: Run,
-    cuda_graph: str = "auto",
-) -> Mask | None:
-    """Return the run's mask, kept as its mask.pt: --mask's, or one made by --mask-rule; else None.
-
-    Args:
-        file: of --mask; cuda_graph: of --cuda-graph.
-    """
-    path: Path = run.folder / "mask.pt"
-    if file is not None:
-        mask = given_mask(file, model, path)
-    elif options.mask_rule is None:
-        return None
-    elif path.exists():
-        return Mask.load(path, model, run.purpose("mask.pt"))
-    else:
-        mask = cached_mask(Calibration(workspace, model, options, shards, cuda_graph))
-    if not path.exists():
-        mask.save(path, run.purpose("mask.pt"))
-    return mask

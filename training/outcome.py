@@ -18,10 +18,10 @@ from machine import runs, safe_files
 from machine.device import Machine
 from machine.safe_files import DamagedFile
 from machine.status import Status
-from training.calibration import find_mask
 from training.clients import Clients
 from training.features import set_fitted_head
 from training.learner import Learner
+from training.mask_cache import find_mask
 from training.rounds import Federation, client_terms
 from training.session import LearnerOptions, prepare
 from training.workspace import Backbone, Sharding, Source, Workspace

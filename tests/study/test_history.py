@@ -6,7 +6,7 @@ from past import leave
 from machine import safe_files
 from study import history
 from study.past import Past
-from training import naming, session
+from training import naming, run_folder
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_rows_have_names_that_a_reader_knows():
 
 
 def test_what_may_change_while_a_run_goes_on_tells_no_row_apart():
-    assert history.UNCOMPARED | {"rounds", "epochs"} >= naming.FREE | session.SEARCHES
+    assert history.UNCOMPARED | {"rounds", "epochs"} >= naming.FREE | run_folder.SEARCHES
 
 
 def test_a_finished_run_has_the_accuracy_of_its_summary(tmp_path):

@@ -12,13 +12,14 @@ from conftest import assert_frozen_stayed
 
 import flat
 import masks
-import training.calibration
 from fisher import fisher_diagonal
 from machine import safe_files
 from machine.runs import Run
-from training import calibration
-from training.calibration import Calibration, cached_mask, replay_on, score_dtype
+from training import calibration, mask_cache
+from training.agreement import agreement, group_agreement
+from training.calibration import Calibration, replay_on, score_dtype
 from training.features import set_fitted_head
+from training.mask_cache import cached_mask
 from training.mask_file import Mask, density_table
 from training.workspace import Workspace
 
@@ -433,7 +434,7 @@ def test_calibrate_writes_a_mask_that_fedavg_takes(cli, small_data):
 
 def test_groups_of_clients_agree_as_far_as_their_masks_overlap(small_data):
     calibration = prepare(small_data, "--clients", 5, "--calibration-images", 25)
-    groups = calibration.group_agreement()
+    groups = group_agreement(calibration)
     assert list(groups) == ["1", "2"]
     keys = [calibration.client_keys(calibration.images(k)).double() for k in range(5)]
     sizes = [len(shard) for shard in calibration.shards]
@@ -466,7 +467,7 @@ def test_a_mask_that_other_code_made_is_not_taken(small_data, monkeypatch, tmp_p
     cached_mask(calibration)
     edited = tmp_path / "masks.py"
     edited.write_text("# another version")
-    monkeypatch.setattr(training.calibration, "MAKERS", (*training.calibration.MAKERS, edited))
+    monkeypatch.setattr(mask_cache, "MAKERS", (*mask_cache.MAKERS, edited))
     cached_mask(calibration)
     assert len(list((small_data / "masks").iterdir())) == 2
 
@@ -611,9 +612,9 @@ def test_clients_whose_own_masks_are_empty_are_not_compared(small_data):
     calibration = prepare(small_data, *options)
     keys = torch.stack([calibration.client_keys(calibration.images(k)) for k in range(10)])
     top = -keys.mean(dim=0).min().item()  # of the mean: half of a client's images has lower ones
-    assert prepare(small_data, *options, "--sparsity", 0.9).agreement()
+    assert agreement(prepare(small_data, *options, "--sparsity", 0.9))
     calibration = prepare(small_data, *options, "--threshold", 0.99 * top)
-    assert calibration.make().trains.any() and calibration.agreement() == {}
+    assert calibration.make().trains.any() and agreement(calibration) == {}
 
 
 @pytest.mark.parametrize("damage", ["cut", "another's"])

@@ -20,7 +20,7 @@ import torch
 from world import ROOT, Tally, canonical, fresh, reference, run, wait_for
 
 from machine import runs, safe_files
-from training import session
+from training import run_folder
 
 WRITES_ALL = (  # every kind of file that a run writes
     "fedavg --data synthetic --clients 4 --fraction 0.5 --J 1 --batch-size 8 --name x --rounds 1 "
@@ -61,7 +61,7 @@ class AtOperation:
                 file.write(half)
 
     def install(self) -> None:
-        """Patch what safe_files.py, runs.py and session.py write by."""
+        """Patch what safe_files.py, runs.py and run_folder.py write by."""
         at = self
 
         class File:
@@ -95,7 +95,7 @@ class AtOperation:
 
         os_unlink = os.unlink
         torch.save = save_bytes
-        safe_files.open = runs.open = session.open = File
+        safe_files.open = runs.open = run_folder.open = File
         pathlib.Path.write_text = lambda p, text, **_: at.write(p, text.encode())
         pathlib.Path.write_bytes = at.write
         for name in ("fsync", "replace", "rename", "unlink", "truncate", "mkdir"):

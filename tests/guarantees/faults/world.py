@@ -33,11 +33,11 @@ import train  # noqa: E402
 from commands import centralized, fedavg  # noqa: E402
 from machine import runs  # noqa: E402
 from machine.safe_files import SEAL  # noqa: E402
-from training import session  # noqa: E402
+from training import run_folder  # noqa: E402
 
 SMALL = data.synthetic_dataset(samples_per_class=10)
 data.synthetic_dataset = lambda: SMALL
-session.git_commit = lambda: "faults"  # quicker; so are curves that nobody sees
+run_folder.git_commit = lambda: "faults"  # quicker; so are curves that nobody sees
 fedavg.plot_curves = centralized.plot_curves = lambda logs, path: Path(path).touch()
 SAVE_SECONDS = 0.05  # between checkpoints; a run outside these tests has 60
 runs.drive.__kwdefaults__["save_seconds"] = SAVE_SECONDS
