@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from commands import study, timing
+from commands import cells, study, timing
 from commands.costs import Costs
 from commands.fedavg import seen
 from study import experiments
@@ -19,7 +19,7 @@ from study.tables import Experiment, Row
 KILLED = """
 import os, signal, subprocess, sys
 sys.path.insert(0, sys.argv[1])
-from commands.study import end_with_parent
+from machine.ranks import end_with_parent
 print(subprocess.Popen(["sleep", "60"], preexec_fn=end_with_parent).pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -53,10 +53,10 @@ def test_a_run_that_two_tables_share_starts_once(tmp_path, monkeypatch):
         is_alive = lambda self: False  # noqa: E731
 
     context = argparse.Namespace(Process=Process, set_forkserver_preload=lambda names: None)
-    monkeypatch.setattr(study.multiprocessing, "get_context", lambda kind: context)
-    monkeypatch.setattr(study, "wait", lambda sentinels, seconds: None)
+    monkeypatch.setattr(cells.multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.setattr(cells, "wait", lambda sentinels, seconds: None)
     twice = lambda failed: [] if started else [(tmp_path, cell), (tmp_path, cell)]  # noqa: E731
-    assert study.run_cells(twice, jobs=2) == set()
+    assert cells.run_cells(twice, jobs=2) == set()
     assert len(started) == 1
 
 
