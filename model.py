@@ -323,7 +323,7 @@ def position_matrix(grid: int, height: int, width: int) -> Tensor:
 
 
 def build_vit(name: str, classes: int, seed: int = 0) -> VisionTransformer:
-    """Build a model by `seed`: truncated normal weights, zero biases and a zero head.
+    """Build a model by `seed`: normal weights, the same in every torch; zero biases and head.
 
     Raises:
         ValueError: the name is not in MODELS.
@@ -335,7 +335,7 @@ def build_vit(name: str, classes: int, seed: int = 0) -> VisionTransformer:
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in model.named_parameters():
         if parameter.dim() > 1 and not key.startswith("head."):
-            nn.init.trunc_normal_(parameter, std=shape.std, a=-2.0, b=2.0, generator=generator)
+            nn.init.normal_(parameter, std=shape.std, generator=generator)
         elif not key.startswith(("norm", "blocks")) or key.endswith("bias"):
             nn.init.zeros_(parameter)
     return model
