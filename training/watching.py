@@ -116,6 +116,7 @@ def end_figures(learner: Learner, last: Tensor, best: Tensor | None) -> tuple[di
 
     The learner holds the last ones then. None: nothing was validated.
     """
+    last = last.clone()  # it may be what the learner loads into
     same, figures = best is not None and best.equal(last.to(best.device)), []
     for theta in (None if same else best, last):
         if theta is not None:

@@ -68,3 +68,11 @@ def test_the_test_set_is_looked_at_for_the_last_and_the_best_weights():
     loaded.clear()
     assert end_figures(learner, last, last.clone()) == ({"test_acc": 0.5}, {"test_acc": 0.5})
     assert len(loaded) == 1 and end_figures(learner, last, None)[1] == {}
+
+
+def test_the_last_weights_may_be_those_that_the_learner_holds():
+    theta, best = torch.ones(2), torch.zeros(2)  # as centrally: loading changes them
+    entries = SimpleNamespace(load=theta.copy_)
+    learner = SimpleNamespace(entries=entries, evaluate=lambda sets: {"test_acc": theta[0].item()})
+    assert end_figures(learner, theta, best) == ({"test_acc": 1.0}, {"test_acc": 0.0})
+    assert theta.equal(torch.ones(2))
