@@ -45,11 +45,11 @@ def calibrations(sharding: str, rounds_wanted: list[int], data_dir: str):
         words += f" --model vit_ti16 --weights {data_dir}/vit_tiny_patch16_224.pth --image-size 64"
         words += " --nc 1" * (sharding == "nc1")
         o = parse(words.split(), COMMANDS).groups
-        workspace = workspace or Workspace(o.source, o.machine, o.backbone)
+        workspace = workspace or Workspace(o.source, o.machine, o.backbone, sharding=o.sharding)
         model = workspace.build_model()
         with torch.no_grad():
             set_fitted_head(workspace, model, o.fitted_head.head, None)
-        calibration = Calibration(workspace, model, o.masking, workspace.shards(o.sharding))
+        calibration = Calibration(workspace, model, o.masking, workspace.shards)
         if undamped is None:
             with exact_products():
                 undamped = {

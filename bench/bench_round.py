@@ -132,7 +132,7 @@ def measure(name: str, graph: str, fused: str, options: argparse.Namespace) -> l
     arguments += f" --cuda-graph {graph}" + (f" --fused {fused}" if fused else "")
     o, workspace = opened(arguments)
     precision = str(workspace.dtype).removeprefix("torch.")
-    shards, device = workspace.shards(o.sharding), workspace.device.type
+    shards, device = workspace.shards, workspace.device.type
     learner = build_learner(workspace, o)
     federation, floor = build_loop(learner, o, shards), Floor(workspace, o, shards)
     sums = []

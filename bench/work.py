@@ -29,8 +29,8 @@ COMMANDS = {"fedavg": Command(federated_command.run, federated_command.OPTIONS)}
 
 def opened(arguments: str) -> tuple[SimpleNamespace, Workspace]:
     """Return the groups of options of a fedavg command line, and its workspace."""
-    options = parse(arguments.split(), COMMANDS).groups
-    return options, Workspace(options.source, options.machine, options.backbone)
+    o = parse(arguments.split(), COMMANDS).groups
+    return o, Workspace(o.source, o.machine, o.backbone, sharding=o.sharding)
 
 
 def build_learner(
@@ -67,7 +67,7 @@ class Work:
         self.arguments, self.best, self.trains = arguments, best, trains
         self.options, self.workspace = opened(arguments)
         self.rounds = self.options.rounds.rounds
-        self.shards = self.workspace.shards(self.options.sharding)
+        self.shards = self.workspace.shards
         self.images = self.workspace.sets["train"]
         self.sizes = [len(shard) for shard in self.shards]
         assert len(set(self.sizes)) == 1  # so that peers' unweighted means are FedAvg's

@@ -25,8 +25,8 @@ SHOWN = ("entries", "kept", "images", "clients", "bytes_up", "bytes_down", "seco
 def run(line: Line) -> None:
     """Make a mask from the clients' data; write it, its density by layer, and a picture of that."""
     o, started = line.groups, time.monotonic()
-    workspace = Workspace(o.source, o.machine, o.backbone)
-    shards, model = workspace.shards(o.sharding), workspace.build_model()
+    workspace = Workspace(o.source, o.machine, o.backbone, sharding=o.sharding)
+    shards, model = workspace.shards, workspace.build_model()
     folder = run_folder.open_run(workspace, model, line.name, line.stored, shards)
     with folder.opening():
         set_fitted_head(workspace, model, o.fitted_head.head, o.fitted_head.head_images)

@@ -57,18 +57,14 @@ def run(line: Line) -> None:
     """
     o = line.groups
     with ranks.launched_group() as group:
-        workspace = Workspace(o.source, o.machine, o.backbone, group)
-        with group.first_then_others():
-            shards = workspace.shards(o.sharding)
-        search_then_train(line, group, partial(train, workspace, shards))
+        workspace = Workspace(o.source, o.machine, o.backbone, group, o.sharding)
+        search_then_train(line, group, partial(train, workspace))
 
 
-def train(
-    workspace: Workspace, shards: list[np.ndarray], line: Line, name: str, test: bool
-) -> dict:
+def train(workspace: Workspace, line: Line, name: str, test: bool) -> dict:
     """Run one federated training in its folder, perhaps looking at the test set; returns its
     summary."""
-    o, rounds = line.groups, line.groups.rounds.rounds
+    o, rounds, shards = line.groups, line.groups.rounds.rounds, workspace.shards
     with workspace.group.first_then_others():
         model = workspace.build_model()
         folder = run_folder.open_run(workspace, model, name, line.stored, shards)

@@ -135,8 +135,8 @@ def run_shards(line: Line) -> None:
     o = line.groups
     shardings, tables = o.shardings.each(), {}
     for sharding in shardings:
-        workspace = Workspace(o.source, o.machine)  # --cover partial changes what trains
-        shards, labels = workspace.shards(sharding), workspace.dataset.train.labels.numpy()
+        workspace = Workspace(o.source, o.machine, sharding=sharding)
+        shards, labels = workspace.shards, workspace.dataset.train.labels.numpy()
         counts = np.stack([np.bincount(labels[s], minlength=workspace.classes) for s in shards])
         if len(shardings) > 1:
             print(f"{sharding.name}: ", end="")

@@ -21,8 +21,8 @@ OPTIONS = GROUPS["ridge"]
 def run(line: Line) -> None:
     """Solve the ridge head centrally and from the clients' sums, and compare the two."""
     o, started = line.groups, time.monotonic()
-    workspace = Workspace(o.source, o.machine, o.backbone)
-    shards, model = workspace.shards(o.sharding), workspace.build_model()
+    workspace = Workspace(o.source, o.machine, o.backbone, sharding=o.sharding)
+    shards, model = workspace.shards, workspace.build_model()
     folder = run_folder.open_run(workspace, model, line.name, line.stored, shards)
     parts, place = ("train", "test"), exact_place(workspace.device)
     rows, test_rows = (features(workspace, model, part).to(place) for part in parts)

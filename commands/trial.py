@@ -67,12 +67,11 @@ class Trial:
         o = trial_of(line).groups
         o.source = o.source._replace(data_dir=folder)
         self.line, self.groups = line, o
-        self.workspace = Workspace(o.source, o.machine, o.backbone)
+        sharding = vars(o).get("sharding")
+        self.workspace = Workspace(o.source, o.machine, o.backbone, sharding=sharding)
         self.learner: Learner | None = None
         self.cuda_graph = "off (no CUDA device)"
-        self.shards = [self.workspace.train_index]
-        if "clients" in line.stored:
-            self.shards = self.workspace.shards(o.sharding)
+        self.shards = self.workspace.shards
         if line.stored.get("batch_size") == "full":  # as many images as in the run
             index = np.resize(self.workspace.train_index, batch_of(line.stored))
             self.shards = [index] * len(self.shards)

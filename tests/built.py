@@ -24,8 +24,8 @@ def build_learner(folder: Path, *arguments: object) -> tuple[Learner, list, Line
     """Return the learner of a fedavg command line, its shards and the line itself."""
     line = parsed("fedavg", "--data-dir", folder, *arguments)
     o = line.groups
-    workspace = Workspace(o.source, o.machine, o.backbone)
-    shards = workspace.shards(o.sharding)
+    workspace = Workspace(o.source, o.machine, o.backbone, sharding=o.sharding)
+    shards = workspace.shards
     model, run = workspace.build_model(), Run(folder)
     learner = prepare(workspace, model, run, shards, learner_options(o))
     return learner, shards, line

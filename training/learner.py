@@ -296,5 +296,6 @@ class Learner:
         return self.workspace.environment() | {
             "activations_kept": self.keeps_activations,
             "fused": self.fuses,
+            "mask": None if self.mask is None else self.mask.sha256,  # whose entries theta has
             "micro_batch": self.training.micro_batch,
         }

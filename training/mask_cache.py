@@ -72,6 +72,9 @@ def find_mask(
 
     Args:
         file: of --mask; cuda_graph: of --cuda-graph.
+
+    Raises:
+        ValueError: mask.pt is gone, and the one made anew is not that of the run's checkpoint.
     """
     path: Path = run.folder / "mask.pt"
     if file is not None:
@@ -82,6 +85,20 @@ def find_mask(
         return Mask.load(path, model, run.purpose("mask.pt"))
     else:
         mask = cached_mask(Calibration(workspace, model, options, shards, cuda_graph))
+        check_remade(mask, run, path)
     if not path.exists():
         mask.save(path, run.purpose("mask.pt"))
     return mask
+
+
+def check_remade(mask: Mask, run: Run, path: Path) -> None:
+    """Raise ValueError where a mask made in place of a lost one is not that of the checkpoint."""
+    if (checkpoint := run.load()) is None:
+        return
+    with safe_files.contents(run.checkpoint_path):
+        before = (checkpoint["state"]["environment"] or {}).get("mask")
+    if before != mask.sha256:
+        raise ValueError(
+            f"{path} is gone, and a mask made anew here is not known to be the checkpoint's: put "
+            "the run's own file in its place, or take another --name"
+        )

@@ -77,14 +77,13 @@ class Outcome:
     @functools.cached_property
     def workspace(self) -> Workspace:
         """The run's data, on this command's device."""
-        return Workspace(self.recipe.source, self.recipe.machine, self.recipe.backbone)
+        recipe = self.recipe
+        return Workspace(recipe.source, recipe.machine, recipe.backbone, sharding=recipe.sharding)
 
-    @functools.cached_property
+    @property
     def shards(self) -> list[np.ndarray]:
         """The clients' indices into the training images; centrally there is one client."""
-        if self.recipe.sharding is None:
-            return [self.workspace.train_index]
-        return self.workspace.shards(self.recipe.sharding)
+        return self.workspace.shards
 
     @property
     def suffices(self) -> bool:

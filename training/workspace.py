@@ -84,7 +84,14 @@ class Sharding(NamedTuple):
 
 
 class Workspace:
-    """The data set, its splits and the device of one command; builds models with their weights."""
+    """The data set, its splits and the device of one command; builds models with their weights.
+
+    Args:
+        sharding: who holds which training images; None: one client holds all of them.
+
+    shards has each client's indices into the training images, train_index all of these: images of
+    classes that nobody holds (--cover partial) do not train.
+    """
 
     def __init__(
         self,
@@ -92,6 +99,7 @@ class Workspace:
         machine: Machine,
         backbone: Backbone | None = None,
         group: OneProcess | None = None,
+        sharding: Sharding | None = None,
     ):
         self.source, self.machine, self.backbone = source, machine, backbone
         self.began = time.time()
@@ -107,17 +115,34 @@ class Workspace:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         with self.group.first_then_others():  # the first one downloads
             self.dataset = data.DATASETS[source.data].load(source.data_dir)
+            self._split(sharding)
         self.classes = len(self.dataset.classes)
         self.sets = {
             name: getattr(self.dataset, name).to(self.device) for name in ("train", "test")
         }
-        self.train_index, self.val_index = data.split_validation(
-            self.dataset.train.labels.numpy(), source.val_fraction, source.seed
-        )
-        if source.val_fraction and not len(self.val_index):
-            raise ValueError(
-                f"--val-fraction {source.val_fraction:g} holds out no image of any class"
+
+    def _split(self, sharding: Sharding | None) -> None:
+        """Hold out the validation images, and share the others out."""
+        labels, seed = self.dataset.train.labels.numpy(), self.source.seed
+        share = self.source.val_fraction
+        self.train_index, self.val_index = data.split_validation(labels, share, seed)
+        if share and not len(self.val_index):
+            raise ValueError(f"--val-fraction {share:g} holds out no image of any class")
+        self.shards = [self.train_index]
+        if sharding is None:
+            return
+        clients, nc, dirichlet, cover = sharding
+        trained, everyone = labels[self.train_index], cover == "all"
+        try:
+            parts = data.shard(
+                trained, clients, nc=nc, dirichlet=dirichlet, seed=seed, cover=everyone
             )
+        except ValueError as error:
+            options = f"--clients {clients}" + (f" --nc {nc}" if nc is not None else "")
+            raise ValueError(f"{options}: {error}") from None
+        self.shards = [self.train_index[part] for part in parts]
+        if not everyone:
+            self.train_index = np.sort(np.concatenate(self.shards))
 
     @functools.cached_property
     def eval_batch(self) -> int:
@@ -129,25 +154,6 @@ class Workspace:
         shape = vit.MODELS[self.backbone.model]
         tokens = 1 + (self.backbone.image_size // shape.patch) ** 2
         return min(EVAL_BATCH, max(8, CPU_ACTIVATIONS // (tokens * shape.width)))
-
-    def shards(self, sharding: Sharding) -> list[np.ndarray]:
-        """Return each client's indices into the training images.
-
-        Images of classes that nobody holds (--cover partial) are left out of training.
-        """
-        clients, nc, dirichlet, cover = sharding
-        labels, seed = self.dataset.train.labels.numpy()[self.train_index], self.source.seed
-        try:
-            parts = data.shard(
-                labels, clients, nc=nc, dirichlet=dirichlet, seed=seed, cover=cover == "all"
-            )
-        except ValueError as error:
-            options = f"--clients {clients}" + (f" --nc {nc}" if nc is not None else "")
-            raise ValueError(f"{options}: {error}") from None
-        shards = [self.train_index[part] for part in parts]
-        if cover == "partial":
-            self.train_index = np.sort(np.concatenate(shards))
-        return shards
 
     def classes_without_client(self) -> list[str]:
         """Name the classes of which no image trains."""

@@ -20,6 +20,8 @@ from commands.options import Command
 from machine import streams
 from machine.runs import Run
 from machine.safe_files import save_checked
+from training import mask_cache
+from training.mask_file import Mask
 
 TINY = ("--data", "synthetic", "--clients", 10, "--fraction", 0.2, "--J", 1, "--batch-size", 4)
 FEDAVG = ("fedavg", *TINY, "--name", "x", "--threads", 1)
@@ -347,3 +349,33 @@ def test_a_picture_is_named_as_it_is_written(cli, finished, small_data, out, wri
         assert status == 0 and said.endswith(f"written to {written}\n"), err
         assert Path(written).stat().st_size and not Path(out).with_suffix("").is_file()
         Path(written).unlink()
+
+
+def test_a_mask_made_anew_must_be_the_checkpoints(cli, finished, monkeypatch):
+    """theta holds its entries alone: under another mask each would land elsewhere."""
+    (finished / "mask.pt").unlink()
+    assert cli("eval", finished)[0] == 0 and (finished / "mask.pt").exists()
+    (finished / "mask.pt").unlink()
+    made = mask_cache.cached_mask
+
+    def another(calibration):
+        mask = made(calibration)
+        return Mask(mask.shapes, mask.trains.roll(1), mask.origin)
+
+    monkeypatch.setattr(mask_cache, "cached_mask", another)
+    for command in (("eval", finished), (*MASKED, "--rounds", 2)):
+        assert "mask.pt is gone" in refused(cli, *command)
+    assert not (finished / "mask.pt").exists()
+
+
+def test_a_head_fitted_anew_is_that_of_the_clients_images(cli, small_data):
+    """Under --cover partial no image of a class without a client takes part."""
+    options = ("--cover", "partial", "--clients", 5, "--nc", 2, "--head", "ridge", "--J", 1)
+    assert cli("fedavg", "--data", "synthetic", *options, "--rounds", 1, "--name", "x")[0] == 0
+    path = small_data / "runs" / "x" / "head.pt"
+    before = path.read_bytes()
+    path.unlink()
+    for file in (small_data / "data").rglob("*.pt"):
+        file.unlink()
+    assert cli("export", "runs/x", "x.pth", "--with-head")[0] == 0
+    assert path.read_bytes() == before

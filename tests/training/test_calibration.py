@@ -38,10 +38,10 @@ QUICK = ("--calibration-rounds", 1)
 def prepare(folder, *arguments):
     """Return a calibration of the synthetic data's clients."""
     o = parsed("calibrate", "--data-dir", folder, "--clients", 10, *arguments).groups
-    workspace = Workspace(o.source, o.machine, o.backbone)
+    workspace = Workspace(o.source, o.machine, o.backbone, sharding=o.sharding)
     model = workspace.build_model()
     set_fitted_head(workspace, model, o.fitted_head.head, o.fitted_head.head_images)
-    return Calibration(workspace, model, o.masking, workspace.shards(o.sharding))
+    return Calibration(workspace, model, o.masking, workspace.shards)
 
 
 def rounds(loop, total):

@@ -11,7 +11,6 @@ from leaves.test_model import dino_checkpoint
 import model as vit
 from training import outcome
 from training.outcome import by_class, spread, validation_share
-from training.workspace import Sharding
 
 TINY = (
     *("fedavg", "--data", "synthetic", "--rounds", 2, "--clients", 10, "--fraction", 0.3),
@@ -182,7 +181,7 @@ def test_the_evaluation_of_clients_is_that_of_their_images(cli, small_data, lear
     # four validation images a class
     assert np.mean(list(figures["by_class"].values())) == pytest.approx(whole["val_acc"])
     workspace = learner.workspace
-    shard = workspace.shards(Sharding(20, nc=5 if "--nc" in extra else None))[19]
+    shard = workspace.shards[19]
     labels = workspace.dataset.train.labels.numpy()
     counts = np.bincount(labels[shard], minlength=100)
     share = validation_share(labels[workspace.val_index], counts, seed=0, client=19)
