@@ -19,16 +19,14 @@ from collections.abc import Callable
 import torch
 
 import fedavg
-from commands import calibrate, centralized, doctor, inspect, merge, ridge, study, tables
+from commands import calibrate, centralized, doctor, inspect, merge, ridge, spread, study, tables
 from commands import fedavg as federated_command
 from commands.options import Command, Line, parse
 from machine import ranks, runs, streams
 from machine.ranks import LostProcess, ToldByFirst
 
 COMMANDS = {
-    "fedavg": Command(
-        federated_command.run, federated_command.OPTIONS, federated_command.processes
-    ),
+    "fedavg": Command(federated_command.run, federated_command.OPTIONS, spread.processes),
     "centralized": Command(centralized.run, centralized.OPTIONS),
     "ridge": Command(ridge.run, ridge.OPTIONS),
     "calibrate": Command(calibrate.run, calibrate.OPTIONS),

@@ -9,7 +9,7 @@ import torch
 import data
 from centralized import Centralized
 from commands.options import GROUPS, Line, learner_options
-from commands.search import search_then_train
+from commands.search import searched
 from study.plots import plot_curves
 from training import run_folder, session
 from training.learner import Learner
@@ -24,7 +24,10 @@ def run(line: Line) -> None:
     """Train on all training data; with --search choose learning rate and weight decay first."""
     o = line.groups
     workspace = Workspace(o.source, o.machine, o.backbone)
-    search_then_train(line, workspace.group, partial(train, workspace))
+    name = line.name  # before a search: the rate is a part of it
+    if o.search.search:
+        line = searched(line, workspace.group, partial(train, workspace))
+    train(workspace, line, name, test=True)
 
 
 def train(workspace: Workspace, line: Line, name: str, test: bool) -> dict:

@@ -42,20 +42,16 @@ class Train(Protocol):
     def __call__(self, line: Line, name: str, test: bool) -> dict: ...
 
 
-def search_then_train(line: Line, group: OneProcess, train: Train) -> None:
-    """Train once; with --search, first short runs over the grid, the best by validation chosen.
+def searched(line: Line, group: OneProcess, train: Train) -> Line:
+    """Return the command line with the options that do best by validation in short runs.
 
-    The best of them is the beginning of the run, or all of it, where its length does not change
+    The best of these is the beginning of the run, or all of it, where its length does not change
     what it does.
 
     Args:
         train: test: is the run evaluated on the test set?
     """
-    name, search = line.name, line.groups.search
-    if not search.search:
-        train(line, name, test=True)
-        return
-    folder = Path(line.stored["runs_dir"]) / name
+    search, folder = line.groups.search, Path(line.stored["runs_dir"]) / line.name
     runs.Run(folder).check()  # before search.json goes there
     if line.stored["eval_test"]:
         print("search: tries look at validation alone, --eval-test is of the run that follows")
@@ -80,7 +76,7 @@ def search_then_train(line: Line, group: OneProcess, train: Train) -> None:
                 take_over(folder / "search" / place(best), folder)
     else:
         print(f"search: a {best.schedule} schedule is of the run's length: it is trained anew")
-    train(final, name, test=True)
+    return final
 
 
 def accuracy_of(tried: Try, line: Line, train: Train) -> float:

@@ -8,7 +8,7 @@ import torch
 from built import build_loop, parsed
 from conftest import assert_frozen_stayed
 
-from commands import fedavg
+from commands import accounts, fedavg
 from federated import methods, privacy
 from federated.cohort import sample_poisson
 
@@ -22,7 +22,7 @@ TINY = (
 def accountant(monkeypatch):
     """Stands in for the accountant where it is not installed; its epsilon counts rounds."""
     monkeypatch.setattr(privacy, "check_accountant", lambda: None)
-    monkeypatch.setattr(fedavg, "epsilon", lambda noise, fraction, rounds, delta: float(rounds))
+    monkeypatch.setattr(accounts, "epsilon", lambda noise, fraction, rounds, delta: float(rounds))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_private_run_tells_what_it_spent(cli, small_data, accountant, learners
     summary = json.loads((folder / "summary.json").read_text())["privacy"]
     assert (summary["epsilon"], summary["dp_noise"], summary["dp_delta"]) == (3.0, 0.8, 1e-5)
     said = err.count("fitted") + err.count("calibrated")
-    assert len(summary["not_covered"]) == said + len(fedavg.NEVER_COVERED)
+    assert len(summary["not_covered"]) == said + len(accounts.NEVER_COVERED)
     assert bool(said) == ("--head" in extra) and not summary["protects"]
     (learner,) = learners
     flat = learner.flat

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 
 from commands import cells, study, timing
+from commands.accounts import seen
 from commands.costs import Costs
-from commands.fedavg import seen
 from study import experiments
 from study.tables import Experiment, Row
 

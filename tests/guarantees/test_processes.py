@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, needs_cuda
 
 import train
-from commands import fedavg
+from commands import spread
 from commands.options import parse
 from machine import ranks
 from machine.ranks import processes_that_pay
@@ -127,14 +127,14 @@ def test_processes_are_forked_where_that_pays(expected, changed):
 def test_auto_asks_what_a_command_is(monkeypatch, tmp_path, expected, line):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(fedavg, "free_memory", lambda device: 8e9)
+    monkeypatch.setattr(spread, "free_memory", lambda device: 8e9)
     monkeypatch.setattr(ranks, "CAN_FORK", True)
-    assert fedavg.processes(parse(f"fedavg {line}".split(), train.COMMANDS)) == expected
+    assert spread.processes(parse(f"fedavg {line}".split(), train.COMMANDS)) == expected
     for name, value in (("CAN_FORK", False), ("launched", lambda: 2)):
         with monkeypatch.context() as patch:
             patch.setattr(ranks, name, value)
             if "--processes" not in line:
-                assert fedavg.processes(parse(f"fedavg {line}".split(), train.COMMANDS)) == 1
+                assert spread.processes(parse(f"fedavg {line}".split(), train.COMMANDS)) == 1
 
 
 @pytest.mark.parametrize(("began", "expected"), [(2, 1), (1, 2), (None, 2)])
@@ -143,14 +143,23 @@ def test_a_run_goes_on_in_as_many_threads_as_it_began_with(
 ):
     line = parse(["fedavg", "--data", "synthetic"], train.COMMANDS)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(fedavg, "free_memory", lambda device: 8e9 if began is None else 0)
+    monkeypatch.setattr(spread, "free_memory", lambda device: 8e9 if began is None else 0)
     if began:
         folder = small_data / "runs" / line.name
         folder.mkdir(parents=True)
         (folder / "config.json").touch()
     config = {"environment": {"threads": began}}
-    monkeypatch.setattr(fedavg.runs.Run, "config", lambda run: config)
-    assert fedavg.processes(line) == expected
+    monkeypatch.setattr(spread.runs.Run, "config", lambda run: config)
+    assert spread.processes(line) == expected
+
+
+def test_a_run_of_one_thread_goes_on_in_no_more_processes_than_fit(monkeypatch):
+    line = parse(["fedavg", "--data", "synthetic", "--fraction", "0.1"], train.COMMANDS)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(spread, "threads_of", lambda line: 1)
+    for memory, expected in ((8e9, 4), (1e12, 10), (1e9, 2)):
+        monkeypatch.setattr(spread, "free_memory", lambda device, memory=memory: memory)
+        assert spread.processes(line) == expected
 
 
 def test_processes_are_refused_where_they_cannot_be(cli, monkeypatch):
@@ -255,6 +264,14 @@ def test_the_first_process_takes_the_others_along(tmp_path):
 def test_what_all_processes_meet_is_told_once(tmp_path):
     status, _, err = ended(start(tmp_path, "--processes", 2, "--lr", 1e30))
     assert status == 2 and err.count("train.py: error: ") == err.count("\n") == 1, err
+
+
+@slow
+def test_what_all_processes_meet_before_the_first_round_leaves_nothing(tmp_path):
+    masked = ("--local-norm", "--mask-rule", "random", "--mask-scope", "*.qkv.weight")
+    status, _, err = ended(start(tmp_path, "--processes", 2, "--head", "ridge", *masked))
+    assert status == 2 and err.count("train.py: error") == 1, err
+    assert not (tmp_path / "runs" / "x").exists()
 
 
 @slow
