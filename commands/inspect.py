@@ -13,8 +13,8 @@ from machine import safe_files
 from machine.device import Machine
 from machine.status import print_figures
 from study import maps
-from training import outcome
-from training.outcome import Best, Outcome
+from training.outcome import Best, Outcome, export
+from training.per_client import per_client
 from training.workspace import NORMALISATIONS, Sharding, Source, Workspace
 
 
@@ -100,7 +100,7 @@ def run_eval(line: Line) -> None:
     if not o.per_client:
         print_figures(finished.reached | finished.learner().evaluate())
         return
-    figures = outcome.per_client(finished, (o.clients_evaluated or 0) * o.personalised)
+    figures = per_client(finished, (o.clients_evaluated or 0) * o.personalised)
     print_clients(figures)
     safe_files.write_json(finished.run.folder / "per_client.json", figures)
     print(f"written to {finished.run.folder / 'per_client.json'}")
@@ -122,7 +122,7 @@ def draw_clients(figures: dict, path: Path) -> Path:
 def run_export(line: Line) -> None:
     """Write a run's weights for --weights, timm or DINO's own code: tensors under DINO's keys."""
     finished, o = outcome_of(line), line.groups.export
-    outcome.export(finished.model(), Path(o.file), with_head=o.with_head)
+    export(finished.model(), Path(o.file), with_head=o.with_head)
     reached = " ".join(f"{unit} {at}" for unit, at in finished.reached.items())
     model, pixels = finished.recipe.backbone.model, finished.workspace.normalisation()
     mean, std = NORMALISATIONS[pixels]
