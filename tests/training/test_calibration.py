@@ -40,7 +40,7 @@ def prepare(folder, *arguments):
     o = parsed("calibrate", "--data-dir", folder, "--clients", 10, *arguments).groups
     workspace = Workspace(o.source, o.machine, o.backbone)
     model = workspace.build_model()
-    set_fitted_head(workspace, model, o.fitted_head.head, o.fitted_head.head_images)
+    set_fitted_head(workspace, model, o.scoring_head.head, o.scoring_head.head_images)
     return Calibration(workspace, model, o.masking, workspace.shards(o.sharding))
 
 
