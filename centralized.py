@@ -63,7 +63,7 @@ def learning_rate(
 class Schedule(NamedTuple):
     """How the learning rate goes on."""
 
-    schedule: Annotated[str, "learning rate over rounds or epochs", SCHEDULES] = "constant"
+    schedule: Annotated[str, "learning rate over the run", SCHEDULES] = "constant"
     warmup: Annotated[float, "rounds or epochs of linear warm-up", ">= 0"] = 0
     decay: Annotated[
         float | None,

@@ -19,7 +19,19 @@ from collections.abc import Callable
 import torch
 
 import fedavg
-from commands import calibrate, centralized, doctor, inspect, merge, ridge, spread, study, tables
+from commands import (
+    calibrate,
+    centralized,
+    doctor,
+    inspect,
+    merge,
+    report,
+    ridge,
+    shards,
+    spread,
+    sweep,
+    tables,
+)
 from commands import fedavg as federated_command
 from commands.options import Command, Line, parse
 from machine import ranks, runs, streams
@@ -31,9 +43,9 @@ COMMANDS = {
     "ridge": Command(ridge.run, ridge.OPTIONS),
     "calibrate": Command(calibrate.run, calibrate.OPTIONS),
     "doctor": Command(doctor.run, doctor.OPTIONS),
-    "shards": Command(inspect.run_shards, inspect.SHARDS),
-    "sweep": Command(study.run_sweep, study.SWEEP),
-    "report": Command(study.run_report, study.REPORT),
+    "shards": Command(shards.run, shards.OPTIONS),
+    "sweep": Command(sweep.run, sweep.OPTIONS),
+    "report": Command(report.run, report.OPTIONS),
     "eval": Command(inspect.run_eval, inspect.EVAL),
     "merge": Command(merge.run, merge.OPTIONS),
     "export": Command(inspect.run_export, inspect.EXPORT),

@@ -48,7 +48,7 @@ def calibrations(sharding: str, rounds_wanted: list[int], data_dir: str):
         workspace = workspace or Workspace(o.source, o.machine, o.backbone, sharding=o.sharding)
         model = workspace.build_model()
         with torch.no_grad():
-            set_fitted_head(workspace, model, o.fitted_head.head, None)
+            set_fitted_head(workspace, model, o.scoring_head.head, None)
         calibration = Calibration(workspace, model, o.masking, workspace.shards)
         if undamped is None:
             with exact_products():

@@ -111,22 +111,16 @@ def build_parser(
             more = len(names) - len(shown)
             subparser.epilog = f"{more} more options: train.py {name} --help-all"
         for group in command.options:
-            add_group(subparser, group, names, shown)
+            add_group(subparser, group, shown)
     return parser
 
 
-def add_group(
-    parser: argparse.ArgumentParser, group: type, names: Sequence[str], shown: Collection[str]
-) -> None:
-    """Declare a group's options.
-
-    Args:
-        names: of all options of the command; shown: of those in --help.
-    """
+def add_group(parser: argparse.ArgumentParser, group: type, shown: Collection[str]) -> None:
+    """Declare a group's options, of which those that are `shown` are in --help."""
     title = " ".join((group.__doc__ or "").split()).rstrip(".")
     add = parser.add_argument_group(title[:1].lower() + title[1:]).add_argument
     for name, hint in annotated(group).items():
-        add_option(add, name, hint, group._field_defaults.get(name), names, name in shown)
+        add_option(add, name, hint, group._field_defaults.get(name), name in shown)
 
 
 @functools.cache
@@ -135,14 +129,11 @@ def annotated(group: type) -> dict[str, Any]:
     return typing.get_type_hints(group, include_extras=True)
 
 
-def add_option(
-    add: Callable, name: str, hint: Any, default: Any, command: Sequence[str], shown: bool
-) -> None:
+def add_option(add: Callable, name: str, hint: Any, default: Any, shown: bool) -> None:
     """Declare one option.
 
     Args:
         add: add_argument of a parser or a group of it.
-        command: the names of all options of the command.
         shown: is it in --help?
     """
     hint, *notes = typing.get_args(hint)
@@ -174,7 +165,7 @@ def add_option(
         settings["choices"] = choices
     elif bound is not None:
         settings["type"] = number(int if int in allowed else float, bound)
-    settings["help"] = helped(name, text, default, command) if shown else argparse.SUPPRESS
+    settings["help"] = helped(name, text, default) if shown else argparse.SUPPRESS
     if place == "remainder":
         settings["nargs"] = argparse.REMAINDER
     if place is not None:
@@ -185,12 +176,8 @@ def add_option(
     add(*names, **settings)
 
 
-def helped(name: str, text: str, default: Any, command: Sequence[str]) -> str:
-    """Return an option's help with its default, unless it says that itself.
-
-    Args:
-        command: the names of all options of the command, which has no help on others.
-    """
+def helped(name: str, text: str, default: Any) -> str:
+    """Return an option's help with its default, unless it says that itself."""
     shown = default
     if default is None:
         shown = by_data(name)
@@ -198,9 +185,6 @@ def helped(name: str, text: str, default: Any, command: Sequence[str]) -> str:
         shown = f"{default:g}"
     if "[" not in text and shown is not None and shown is not False:
         text = f"{text} [{shown}]"
-    text = text.replace("rounds or epochs", "rounds" if "rounds" in command else "epochs")
-    if "nc" not in command:
-        text = re.sub(r", with --nc [^;\]]*", "", text)
     return text.replace("%", "%%")
 
 

@@ -29,7 +29,7 @@ def run(line: Line) -> None:
     shards, model = workspace.shards, workspace.build_model()
     folder = run_folder.open_run(workspace, model, line.name, line.stored, shards)
     with folder.opening():
-        set_fitted_head(workspace, model, o.fitted_head.head, o.fitted_head.head_images)
+        set_fitted_head(workspace, model, o.scoring_head.head, o.scoring_head.head_images)
         calibration = Calibration(workspace, model, o.masking, shards, o.graph.cuda_graph)
         mask = cached_mask(calibration)
     mask.save(folder.folder / "mask.pt")

@@ -33,7 +33,7 @@ from masks import needs_scores
 from training.calibration import GivenMask, Masking
 from training.clients import LocalSteps
 from training.diagnostics import Diagnosing
-from training.features import FittedHead, Head
+from training.features import Head, ScoringHead
 from training.learner import Training
 from training.naming import default_name
 from training.outcome import Recipe
@@ -82,7 +82,7 @@ GROUPS = {  # of the commands that make runs
     ),
     "centralized": (Epochs, *TRAINED, *BASE),
     "ridge": (Sharding, *BASE),
-    "calibrate": (Masking, FittedHead, Graph, Sharding, *BASE),
+    "calibrate": (Masking, ScoringHead, Graph, Sharding, *BASE),
 }
 
 

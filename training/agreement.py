@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import masks
 from machine.device import exact_products
@@ -30,7 +31,7 @@ def agreement(calibration: Calibration) -> dict:
     try:
         with exact_products():
             pairs = [
-                [calibration.mask_by(calibration.client_keys(half)) for half in pair]
+                [mask_by(calibration, calibration.client_keys(half)) for half in pair]
                 for pair in halves
             ]
             groups = group_agreement(calibration)
@@ -55,6 +56,11 @@ def group_agreement(calibration: Calibration) -> dict[str, float]:
             sides[i] += samples * calibration.client_keys(calibration.images(client))
         if m in GROUPS or m == half:
             means = (sides / torch.from_numpy(weight).to(sides)).to(theta.dtype)
-            first, second = map(calibration.mask_by, means)
+            first, second = (mask_by(calibration, keys) for keys in means)
             ious[f"{m}"] = masks.overlap([(first, first), (second, second)])["iou"]
     return ious
+
+
+def mask_by(calibration: Calibration, keys: Tensor) -> Tensor:
+    """Return the mask (P,) that these keys make in one round."""
+    return calibration.masked(lambda alive, keep: keys, rounds=1).cpu()

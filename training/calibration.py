@@ -24,12 +24,16 @@ from federated.cohort import sample_clients
 from machine.cuda_graph import GraphedStep
 from machine.device import exact_products
 from machine.status import Status
-from training.mask_file import Mask, say_rounds
+from training.mask_file import Mask, by_kind, by_name, say_rounds
 
 if TYPE_CHECKING:
     from training.workspace import Workspace
 
-FP16_SCALES = 256.0, 16.0  # on scores, tried in turn: training's 2^14, of a mean over 64 images
+FP16_ATTEMPTS = (  # types of the passes, and scales: training's 2^14 is of a mean over 64 images
+    (torch.float16, 256.0),
+    (torch.float16, 16.0),
+    (torch.float32, 1.0),
+)
 
 
 class GivenMask(NamedTuple):
@@ -155,45 +159,36 @@ class Calibration:
                 f"--sparsity {options.sparsity:g} keeps none of the {len(self.theta)} entries of "
                 f"--mask-scope {' '.join(options.mask_scope)}"
             )
-        sizes = [math.prod(shape) for shape in self.shapes.values()]
-        for (name, shape), part in zip(self.shapes.items(), self.theta.split(sizes), strict=True):
-            parameters[name].data = part.view(shape)  # scoring sees what happens to theta
+        for name, part in by_name(self.shapes, self.theta).items():
+            parameters[name].data = part  # scoring sees what happens to theta
         self.clients = sample_clients(
             len(shards), options.calibration_fraction, seed=self.seed, round=0
         )
         if (options.quorum or 0) > len(self.clients):
             raise ValueError(f"--quorum {options.quorum}: only {len(self.clients)} clients score")
         self.scores = masks.needs_scores(options.mask_rule)
-        self.score_in(score_dtype(options.score_precision, workspace.dtype, workspace.device))
+        dtype = score_dtype(options.score_precision, workspace.dtype, workspace.device)
+        self.attempts = iter(FP16_ATTEMPTS if dtype == torch.float16 else [(dtype, 1.0)])
+        self.score_by(*next(self.attempts))
         draws = data.random(self.seed, "calibration labels")
         self.uniform = torch.from_numpy(draws.random(len(workspace.dataset.train.labels)))
         self.sign = masks.RULES[options.mask_rule].sign
-        self.limits = dict(
-            sparsity=options.sparsity,
-            threshold=None if options.threshold is None else self.sign * options.threshold,
-            group_sizes=sizes if options.per_tensor else None,
-            within=self.within(options.mask_within),
-        )
+        self.within = self.entries_within(options.mask_within)
 
-    def score_in(self, dtype: torch.dtype) -> None:
-        """Take the passes that score in this type from now on; the head stays in fp32."""
+    def score_by(self, dtype: torch.dtype, scale: float) -> None:
+        """Take the passes that score in this type, at this scale; the head stays in fp32."""
         self.dtype, self.scored = dtype, self.model
-        self.scales = [*FP16_SCALES] if dtype == torch.float16 else [1.0]
         self.preprocess = self.workspace.preprocess(dtype)
         if dtype != torch.float32:
             self.scored = copy.deepcopy(self.model)
             for name, parameter in self.scored.named_parameters():
                 parameter.data = parameter.data.to(torch.float32 if name in vit.HEAD else dtype)
-        self.next_scale()
-
-    def next_scale(self) -> None:
-        """Make the Scorer of the next scale."""
         self.scorer = fisher.Scorer(
             self.scored,
             parameters=self.names,
             labels=self.options.fisher_labels,
             score=self.options.fisher_score,
-            scale=self.scales.pop(0),
+            scale=scale,
             replay=replay_on(self.workspace.device, self.cuda_graph),
         )
 
@@ -202,7 +197,7 @@ class Calibration:
         """The type of the passes that score, by its name."""
         return str(self.dtype).removeprefix("torch.")
 
-    def within(self, patterns: list[str] | None) -> Tensor | None:
+    def entries_within(self, patterns: list[str] | None) -> Tensor | None:
         """Return the entries (P,) of the kinds that match one of the patterns; None: all.
 
         Raises:
@@ -210,23 +205,23 @@ class Calibration:
         """
         if patterns is None:
             return None
-        everything = torch.ones(len(self.theta), dtype=torch.bool, device=self.theta.device)
-        parts = Mask(self.shapes, everything, {}).kinds()
-        kinds = dict.fromkeys(kind for kind, _ in parts)
-        for pattern in patterns:
-            if not fnmatch.filter(kinds, pattern):
+        within = torch.zeros_like(self.theta, dtype=torch.bool)
+        kinds = list(dict.fromkeys(kind for _, kind, _ in by_kind(self.shapes, within)))
+        chosen = {pattern: fnmatch.filter(kinds, pattern) for pattern in patterns}
+        for pattern, matches in chosen.items():
+            if not matches:
                 raise ValueError(
                     f"--mask-within {pattern}: no such kind; there are {', '.join(kinds)}"
                 )
-        chosen = {kind for p in patterns for kind in fnmatch.filter(kinds, p)}
-        pieces = [torch.full_like(part, kind in chosen).flatten() for kind, part in parts]
-        within, count = torch.cat(pieces), masks.budget(len(self.theta), self.options.sparsity or 0)
+        for _, kind, piece in by_kind(self.shapes, within):
+            piece.fill_(any(kind in matches for matches in chosen.values()))
+        count = masks.budget(len(self.theta), self.options.sparsity or 0)
         if self.options.sparsity is not None and count > int(within.sum()):
             raise ValueError(
                 f"--mask-within {' '.join(patterns)}: {int(within.sum()):,} entries, and "
                 f"--sparsity {self.options.sparsity:g} keeps {count:,} of all"
             )
-        return within.to(self.theta.device)
+        return within
 
     def images(self, client: int) -> np.ndarray:
         """Draw the client's calibration images from its training shard, without replacement."""
@@ -236,31 +231,29 @@ class Calibration:
 
     def sensitivity(self, index: np.ndarray) -> Tensor:
         """Return the sensitivities (P,) on these training images of the model as it stands."""
-        options, train = self.options, self.workspace.sets["train"]
-
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            for chunk in data.in_chunks(len(index), fisher.BATCH):
-                at = torch.from_numpy(index[chunk])
-                true = options.fisher_labels == "true"
-                at_device = at.to(train.labels.device)
-                labels = train.labels[at_device] if true else self.uniform[at]
-                yield self.preprocess(train.images[at_device]), labels
-
-        if self.scored is not self.model:
-            with torch.no_grad():
-                torch._foreach_copy_([*self.scored.parameters()], [*self.model.parameters()])
-        try:
-            scores = self.scorer.diagonal(batches())
-        except fisher.NotFinite:
-            if self.dtype != torch.float16:
-                raise
-            if self.scales:
-                self.next_scale()
-            else:
+        while True:
+            if self.scored is not self.model:
+                with torch.no_grad():
+                    torch._foreach_copy_([*self.scored.parameters()], [*self.model.parameters()])
+            try:
+                scores = self.scorer.diagonal(self.batches(index))
+                return torch.cat([scores[name].flatten() for name in self.names])
+            except fisher.NotFinite:
+                if self.dtype != torch.float16:
+                    raise
+            self.score_by(*next(self.attempts))
+            if self.dtype == torch.float32:
                 print("scores leave the range of fp16: scoring goes on in fp32", file=sys.stderr)
-                self.score_in(torch.float32)
-            return self.sensitivity(index)
-        return torch.cat([scores[name].flatten() for name in self.names])
+
+    def batches(self, index: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield these training images with their labels, or with the numbers that draw them."""
+        train = self.workspace.sets["train"]
+        for chunk in data.in_chunks(len(index), fisher.BATCH):
+            at = torch.from_numpy(index[chunk])
+            at_device = at.to(train.labels.device)
+            true = self.options.fisher_labels == "true"
+            labels = train.labels[at_device] if true else self.uniform[at]
+            yield self.preprocess(train.images[at_device]), labels
 
     def client_keys(self, index: np.ndarray, total: Tensor | None = None, share: float = 1.0):
         """Return the keys (P,) by which a client that holds these images would rank alone.
@@ -303,14 +296,7 @@ class Calibration:
 
         try:
             with exact_products():
-                mask = masks.calibrate(
-                    self.theta,
-                    keys,
-                    rounds=rounds,
-                    damp=options.damp,
-                    report=report,
-                    **self.limits,
-                )
+                mask = self.masked(keys, rounds, report)
         except masks.NothingKept as error:
             low, high = sorted((self.sign * error.low, self.sign * error.high))
             raise ValueError(
@@ -336,6 +322,22 @@ class Calibration:
         }
         return Mask(self.shapes, mask, origin)
 
-    def mask_by(self, keys: Tensor) -> Tensor:
-        """Return the mask (P,) that these keys make in one round."""
-        return masks.calibrate(self.theta, lambda alive, keep: keys, rounds=1, **self.limits).cpu()
+    def masked(
+        self,
+        keys: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor],
+        rounds: int,
+        report: Callable[[masks.CalibrationRound], None] | None = None,
+    ) -> Tensor:
+        """Return the mask (P,) that `masks.calibrate` makes of these keys under the options."""
+        threshold, per_tensor = self.options.threshold, self.options.per_tensor
+        return masks.calibrate(
+            self.theta,
+            keys,
+            sparsity=self.options.sparsity,
+            threshold=None if threshold is None else self.sign * threshold,
+            rounds=rounds,
+            damp=self.options.damp,
+            group_sizes=[math.prod(s) for s in self.shapes.values()] if per_tensor else None,
+            within=self.within,
+            report=report,
+        )

@@ -48,7 +48,7 @@ class Head(NamedTuple):
     ] = None
 
 
-class FittedHead(NamedTuple):
+class ScoringHead(NamedTuple):
     """Head to score under."""
 
     head: Annotated[str, "trained first, or closed form", ("probe", "ridge")] = "ridge"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -67,17 +67,7 @@ class Mask:
 
     def parts(self) -> dict[str, Tensor]:
         """Return name -> bool tensor of the parameter's shape."""
-        sizes = [math.prod(shape) for shape in self.shapes.values()]
-        pairs = zip(self.shapes.items(), self.trains.split(sizes), strict=True)
-        return {name: part.view(shape) for (name, shape), part in pairs}
-
-    def kinds(self) -> list[tuple[str, Tensor]]:
-        """Return the kind of each part of each parameter, and the part's bools, in order."""
-        pairs = []
-        for name, part in self.parts().items():
-            _, kinds = layer_and_kinds(name)
-            pairs += zip(kinds, part.chunk(len(kinds)), strict=True)
-        return pairs
+        return by_name(self.shapes, self.trains)
 
     def trained(self, names: Iterable[str]) -> list[str]:
         """Return those of some parameters that are not frozen throughout."""
@@ -181,6 +171,24 @@ def say_rounds(rounds: Iterable[dict], rule: str, consensus: str) -> None:
         print(f"calibration round {step['round']}: {alive}{scores}", flush=True)
 
 
+def by_name(shapes: dict[str, tuple[int, ...]], entries: Tensor) -> dict[str, Tensor]:
+    """Return views of some parameters' entries (P,), end to end: name -> a tensor of its shape."""
+    parts = entries.split([math.prod(shape) for shape in shapes.values()])
+    return {
+        name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    }
+
+
+def by_kind(
+    shapes: dict[str, tuple[int, ...]], entries: Tensor
+) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield layer, kind and view of all that `by_name` returns, query, key and value apart."""
+    for name, part in by_name(shapes, entries).items():
+        layer, kinds = layer_and_kinds(name)
+        for kind, piece in zip(kinds, part.chunk(len(kinds)), strict=True):
+            yield layer, kind, piece
+
+
 def layer_and_kinds(name: str) -> tuple[str, list[str]]:
     """Split a parameter's name into its layer ("embed", "0", ..., "norm") and the kinds it holds.
 
@@ -197,13 +205,10 @@ def layer_and_kinds(name: str) -> tuple[str, list[str]]:
 
 def density_table(mask: Mask) -> tuple[list[str], list[str], np.ndarray]:
     """Return kinds, layers and the kept share (kinds, layers) of their entries; NaN where none."""
-    layers, kinds = [], []
-    cells: dict[tuple[str, str], float] = {}
-    for name, part in mask.parts().items():
-        layer, tensor_kinds = layer_and_kinds(name)
-        layers += [layer] * (layer not in layers)
-        kinds += [kind for kind in tensor_kinds if kind not in kinds]
-        for kind, piece in zip(tensor_kinds, part.chunk(len(tensor_kinds)), strict=True):
-            cells[layer, kind] = piece.double().mean().item()
+    cells = {
+        (layer, kind): piece.double().mean().item()
+        for layer, kind, piece in by_kind(mask.shapes, mask.trains)
+    }
+    layers, kinds = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
     table = np.array([[cells.get((layer, kind), np.nan) for layer in layers] for kind in kinds])
     return kinds, layers, table

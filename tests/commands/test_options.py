@@ -66,7 +66,6 @@ def test_a_commands_help_speaks_of_its_own_options(command):
     for option in ACTIONS[command]:
         spoken = re.findall(r"(?<!-)--[a-zA-Z][\w-]*", option.help)
         assert flags.issuperset(spoken), option.dest
-        assert "rounds or epochs" not in option.help
 
 
 def test_help_shows_what_most_runs_need_and_help_all_the_rest(capsys):

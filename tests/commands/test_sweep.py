@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from commands import cells, study, timing
+from commands import cells, sweep, timing
 from commands.accounts import seen
 from commands.costs import Costs
 from study import experiments
@@ -140,7 +140,7 @@ def test_a_file_of_other_runs_is_not_taken_in(cli, small_data, long_and_short, c
 def test_the_later_tables_wait_for_one_that_decides(monkeypatch, cli, small_data, long_and_short):
     asked = []
     monkeypatch.setattr(
-        study, "run_cells", lambda missing, *more: asked.extend(missing(set())) or set()
+        sweep, "run_cells", lambda missing, *more: asked.extend(missing(set())) or set()
     )
     listed(cli)
     assert [cell.row for _, cell in asked] == ["short"]

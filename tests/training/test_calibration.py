@@ -20,7 +20,7 @@ from training.agreement import agreement, group_agreement
 from training.calibration import Calibration, replay_on, score_dtype
 from training.features import set_fitted_head
 from training.mask_cache import cached_mask
-from training.mask_file import Mask, density_table
+from training.mask_file import Mask, by_kind, density_table
 from training.workspace import Workspace
 
 DATA = ("--data", "synthetic", "--clients", 10)
@@ -40,7 +40,7 @@ def prepare(folder, *arguments):
     o = parsed("calibrate", "--data-dir", folder, "--clients", 10, *arguments).groups
     workspace = Workspace(o.source, o.machine, o.backbone, sharding=o.sharding)
     model = workspace.build_model()
-    set_fitted_head(workspace, model, o.fitted_head.head, o.fitted_head.head_images)
+    set_fitted_head(workspace, model, o.scoring_head.head, o.scoring_head.head_images)
     return Calibration(workspace, model, o.masking, workspace.shards)
 
 
@@ -56,8 +56,12 @@ def rounds(loop, total):
 def test_a_mask_within_query_and_key_weights_has_the_budget_of_the_whole(small_data):
     within = ("--mask-within", "query.weight", "key.*", "--mask-rule", "random")
     mask = prepare(small_data, *within, "--sparsity", 0.95).make()
-    kept = {kind: int(part.sum()) for kind, part in mask.kinds() if part.any()}
-    assert kept.keys() == {"query.weight", "key.weight", "key.bias"}
+    pieces = by_kind(mask.shapes, mask.trains)
+    assert {kind for _, kind, piece in pieces if piece.any()} == {
+        "query.weight",
+        "key.weight",
+        "key.bias",
+    }
     assert mask.trains.sum() == masks.budget(len(mask.trains), 0.95)
 
 
@@ -176,7 +180,8 @@ def overlap_of(first, second):
 def test_fp16_scores_out_of_range_are_taken_in_fp32(small_data, monkeypatch, capsys):
     exact = prepare(small_data, *QUICK)
     monkeypatch.setattr(calibration, "score_dtype", lambda *given: torch.float16)
-    monkeypatch.setattr(calibration, "FP16_SCALES", (2.0**40, 2.0**30))
+    scales = ((torch.float16, 2.0**40), (torch.float16, 2.0**30), (torch.float32, 1.0))
+    monkeypatch.setattr(calibration, "FP16_ATTEMPTS", scales)
     wide, index = prepare(small_data, *QUICK), exact.images(0)
     assert torch.equal(wide.sensitivity(index), exact.sensitivity(index))
     assert "scoring goes on in fp32" in capsys.readouterr().err

@@ -1,11 +1,10 @@
-"""train.py sweep, report: what the experiments lack, their tables, and the report's material."""
+"""train.py sweep: what the experiments lack, their runs in one file a table, and the tables."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from commands.options import Line
 from commands.timing import Times
 from machine import safe_files
 from machine.status import duration
-from study import blank, experiments, history, report
+from study import experiments
 from study.packed import FIELDS, FILE, add, line_of, lines, pack, read, unpacked, write
 from study.past import Past
 from study.tables import INSIDE, Experiment, placed
@@ -65,28 +64,10 @@ class Sweep(NamedTuple):
     results: Annotated[str, "where runs and tables go, by scale", "path"] = "results"
 
 
-class Report(NamedTuple):
-    """Which material."""
-
-    runs: Annotated[
-        list[str] | None,
-        "your own runs, or folders of them: a blank report with their tables and figures",
-        "path",
-        "RUN",
-    ] = None
-    scale: Annotated[
-        str | None, "in their place the experiments' runs of this scale [paper]", experiments.SCALES
-    ] = None
-    results: Annotated[str, "where the scales' runs lie", "path"] = "results"
-    out: Annotated[
-        str | None, "where it all goes [report; of a scale study/latex/generated]", "path"
-    ] = None
+OPTIONS = (Sweep,)
 
 
-SWEEP, REPORT = (Sweep,), (Report,)
-
-
-def run_sweep(line: Line) -> None:
+def run(line: Line) -> None:
     """Run what is missing of the experiments, several runs at a time, and write their tables.
 
     A table keeps its runs in one file, runs.jsonl, a line a run; a run's own folder goes when it is
@@ -244,25 +225,3 @@ def time_left(seconds: float) -> str:
     if math.isnan(seconds):
         return "unknown: a package that it needs is missing"
     return duration(seconds) if seconds < 2 * 3600 else f"{seconds / 3600:,.1f} hours"
-
-
-def run_report(line: Line) -> None:
-    """Write a report's tables, figures and numbers: of your runs a blank one, of a scale ours.
-
-    With --runs the folder is a LaTeX project, zipped beside it for Overleaf; none is needed here.
-    Made again it has new results, and the text that you wrote.
-    """
-    o = line.groups.report
-    if o.runs is None:
-        out = Path(o.out or "study/latex/generated")
-        pieces = report.write(o.scale or "paper", Path(o.results), out)
-        print(f"written to {out}: numbers.tex, {', '.join(pieces) or 'nothing else has run'}")
-        return
-    if o.scale is not None:
-        raise ValueError("--scale: not allowed with --runs")
-    out = Path(o.out or "report")
-    pieces, notes = blank.write(history.read_all(o.runs), out)
-    for note in notes:
-        print(note, file=sys.stderr)
-    print(f"written to {out}: report.tex, {', '.join(pieces)}")
-    print(f"for Overleaf: {blank.zipped(out)}")
