@@ -2,7 +2,8 @@
 
     config.json      the options that define the run, and what it ran with
     log.jsonl        one JSON object per round or epoch
-    checkpoint.pt    torch.save plus a footer; checkpoint.prev.pt is the one before
+    checkpoint.pt    torch.save plus a footer; checkpoint.prev.pt is the one before, and
+                     checkpoint.new.pt a newer one, which a kill kept from its place
     summary.json     final and best-by-validation figures, wall time, which run's they are
 
 A checkpoint is written aside, fsynced and renamed, and holds the log of that moment, which a resume
@@ -31,10 +32,11 @@ else:  # copied beside it
     import safe_files
 
 OPENING = ("config.json", "lock", "shards.npz", "head.pt", "mask.pt")  # written before the log
+CHECKPOINTS = ("checkpoint.new.pt", "checkpoint.pt", "checkpoint.prev.pt")  # the newest first
 STATES = ("scaffold", "local_norm")  # folders of clients' states
 NAMES = (  # of a run's files and folders; none may be a link
-    *(*OPENING, "log.jsonl", "checkpoint.pt", "checkpoint.prev.pt", "summary.json", "search.json"),
-    *("curves.png", "density.png", "per_client.json", "per_client.png"),
+    *(*OPENING, *CHECKPOINTS, "log.jsonl", "summary.json", "search.json", "curves.png"),
+    *("density.png", "per_client.json", "per_client.png"),
     *("search", "tensorboard", *STATES),
 )
 FORMAT = 1  # of the folder; a folder of another format is refused by number
@@ -58,10 +60,10 @@ class Run:
     def __init__(self, folder: str | Path, writes: bool = True):
         self.folder, self.writes = Path(folder), writes
         self.config_path, self.log_path = self.folder / "config.json", self.folder / "log.jsonl"
-        self.checkpoint_path = self.folder / "checkpoint.pt"
-        self.previous_path = self.folder / "checkpoint.prev.pt"
+        self._checkpoint_paths = [self.folder / name for name in CHECKPOINTS]
+        self.fresh_path, self.checkpoint_path, self.previous_path = self._checkpoint_paths
+        self._newest = self.checkpoint_path  # the one last restored or saved
         self._log = bytearray()  # what log.jsonl holds
-        self._fell_back = False  # on the checkpoint before, the newest being damaged
         self._new: list[Path] = []  # what this object makes before the log
         self._id = None
 
@@ -112,7 +114,7 @@ class Run:
         there = [p for p in there if not safe_files.ASIDE.fullmatch(p.name)]
         if all(p.name == "lock" and not p.stat().st_size for p in there):  # of a killed opening
             return
-        for path in (self.checkpoint_path, self.previous_path):
+        for path in self._checkpoint_paths:
             with contextlib.suppress(OSError, safe_files.DamagedFile):
                 safe_files.load_checked(path, identity and f"checkpoint of run {identity}")
                 return
@@ -224,7 +226,7 @@ class Run:
 
     def saved(self) -> bool:
         """Tell whether there is a checkpoint, whole or not."""
-        return self.checkpoint_path.exists() or self.previous_path.exists()
+        return any(path.exists() for path in self._checkpoint_paths)
 
     def save(self, state: dict) -> None:
         """Write a checkpoint; the one before, as last restored, stays until then and beside it."""
@@ -233,13 +235,16 @@ class Run:
         safe_files.check_held(self.folder)
         with open(self.log_path, "ab", opener=safe_files.no_link) as file:
             os.fsync(file.fileno())
-        fresh, log = self.folder / "checkpoint.new.pt", {"text": self._log.decode()}
+        if self._newest == self.fresh_path:
+            os.replace(self.fresh_path, self.checkpoint_path)
+            self._newest = self.checkpoint_path
+        log = {"text": self._log.decode()}
         checkpoint = {"format": CHECKPOINT, "state": state, "log": log}
-        safe_files.save_checked(fresh, checkpoint, self.purpose("checkpoint"))
-        if self.checkpoint_path.exists() and not self._fell_back:
+        safe_files.save_checked(self.fresh_path, checkpoint, self.purpose("checkpoint"))
+        if self._newest == self.checkpoint_path and self.checkpoint_path.exists():
             os.replace(self.checkpoint_path, self.previous_path)
-        os.replace(fresh, self.checkpoint_path)
-        self._fell_back = False
+        os.replace(self.fresh_path, self.checkpoint_path)
+        self._newest = self.checkpoint_path
         safe_files.sync_folder(self.folder)
 
     def load(self, take: Callable[[Any], object] = lambda state: None) -> dict | None:
@@ -253,15 +258,15 @@ class Run:
             DamagedFile: there are checkpoints, and none of them can be gone on from.
             ValueError: one is whole, and not the state of this run's process.
         """
+        return self._load(take)[1]
+
+    def _load(self, take: Callable[[Any], object]) -> tuple[Path, dict | None]:
+        """Return what `load` does, after its path; without any that of the first to be."""
         damaged, way = [], f"Delete {self.folder} to start over"
-        for path in filter(Path.exists, (self.checkpoint_path, self.previous_path)):
+        for path in filter(Path.exists, self._checkpoint_paths):
             try:
-                checkpoint = safe_files.load_checked(path, self.purpose("checkpoint"))
-                if not isinstance(checkpoint, dict) or not {"log", "state"} <= checkpoint.keys():
-                    raise safe_files.WrongFile(f"{path} is whole, and no checkpoint of a run")
-                if checkpoint.get("format") != CHECKPOINT:
-                    reads = f"not of format {CHECKPOINT}, which this version reads"
-                    raise ValueError(f"{path}: {reads}; go on with the version that made it")
+                if (checkpoint := self._read(path)) is None:
+                    continue
                 with safe_files.contents(path):
                     _parsed(checkpoint["log"]["text"].encode())
                     take(checkpoint["state"])
@@ -274,15 +279,29 @@ class Run:
                 continue
             for message in damaged:
                 say(f"warning: {message}; going on from {path.name}")
-            self._fell_back |= bool(damaged)
-            return checkpoint
+            return path, checkpoint
         if damaged:
             raise safe_files.DamagedFile(f"{'; '.join(damaged)}. {way}")
-        return None
+        return self.checkpoint_path, None
+
+    def _read(self, path: Path) -> dict | None:
+        """Return a whole checkpoint; None of a new one that never was whole, or is in place now."""
+        try:
+            checkpoint = safe_files.load_checked(path, self.purpose("checkpoint"))
+        except (FileNotFoundError, safe_files.DamagedFile) as error:
+            if path == self.fresh_path and not isinstance(error, safe_files.WrongFile):
+                return None
+            raise
+        if not isinstance(checkpoint, dict) or not {"log", "state"} <= checkpoint.keys():
+            raise safe_files.WrongFile(f"{path} is whole, and no checkpoint of a run")
+        if checkpoint.get("format") != CHECKPOINT:
+            reads = f"not of format {CHECKPOINT}, which this version reads"
+            raise ValueError(f"{path}: {reads}; go on with the version that made it")
+        return checkpoint
 
     def restore(self, take: Callable[[Any], object] = lambda state: None) -> dict | None:
         """Return the state that `load` finds, the log cut back to it; None at the start."""
-        checkpoint = self.load(take)
+        self._newest, checkpoint = self._load(take)
         self._log = bytearray(checkpoint["log"]["text"].encode() if checkpoint else b"")
         if self.writes:
             written = self.log_path.read_bytes() if self.log_path.exists() else b""

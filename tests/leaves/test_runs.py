@@ -57,25 +57,87 @@ def test_a_damaged_checkpoint_gives_way_to_its_predecessor(run, damage, capsys):
     assert damage == "gone" or "checkpoint.pt is damaged" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("killed_at", range(1, 4))
-def test_a_damaged_checkpoint_never_takes_its_predecessors_place(run, killed_at, monkeypatch):
-    drive(run, Walk(), "round", 5)
-    drive(run, Walk(), "round", 7)
-    run.checkpoint_path.write_bytes(b"damaged")
-    rename, calls = os.replace, iter(range(1, 9))
+@contextlib.contextmanager
+def killed_at(number):
+    """Interrupt at a rename: of a save 1 completes checkpoint.new.pt, the others put it in place.
+
+    A number that is not reached interrupts nothing.
+    """
+    rename, numbers = os.replace, iter(range(1, 99))
 
     def replace(*paths):
-        if next(calls) == killed_at:
+        if next(numbers) == number:
             raise KeyboardInterrupt
         rename(*paths)
 
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(KeyboardInterrupt) if killed_at < 3 else contextlib.nullcontext():
-        drive(again := Run(run.folder), Walk(), "round", 7)
-    monkeypatch.undo()
-    again.close()
-    assert Run(run.folder).restore()["process"]["round"] == (5 if killed_at < 3 else 7)
-    assert load_checked(run.previous_path)["state"]["process"]["round"] == 5
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(os, "replace", replace)
+        yield
+
+
+def round_of(path):
+    return load_checked(path)["state"]["process"]["round"]
+
+
+@pytest.mark.parametrize(("number", "newest"), [(1, 5), (2, 7), (3, 7)])
+def test_a_damaged_checkpoint_never_takes_its_predecessors_place(run, number, newest):
+    drive(run, Walk(), "round", 5)
+    drive(run, Walk(), "round", 7)
+    run.checkpoint_path.write_bytes(b"damaged")
+    with killed_at(number):
+        drive(Run(run.folder), Walk(), "round", 7)
+    assert round_of(run.previous_path) == 5
+    assert Run(run.folder).restore()["process"]["round"] == newest
+    drive(Run(run.folder), Walk(), "round", 9)
+    assert round_of(run.checkpoint_path) == 9 and round_of(run.previous_path) == newest
+
+
+@pytest.mark.parametrize(("number", "newest"), [(1, 7), (2, 9), (3, 9), (4, 9)])
+@pytest.mark.parametrize("again_at", range(1, 6))
+def test_a_kill_within_a_save_loses_no_whole_checkpoint(run, number, newest, again_at, capsys):
+    drive(run, Walk(), "round", 5)
+    drive(run, Walk(), "round", 7)
+    with killed_at(number):
+        drive(Run(run.folder), Walk(), "round", 9)
+    assert Run(run.folder).load()["state"]["process"]["round"] == newest
+    assert Run(run.folder).restore()["process"]["round"] == newest
+    assert run.records()[-1]["round"] == newest
+    with killed_at(again_at):
+        drive(Run(run.folder), Walk(), "round", 11)
+    assert Run(run.folder).restore()["process"]["round"] in (newest, 11)
+    drive(Run(run.folder), walk := Walk(), "round", 13)
+    assert round_of(run.checkpoint_path) == 13 and round_of(run.previous_path) in (newest, 11)
+    assert not run.fresh_path.exists() and "warning" not in capsys.readouterr().out
+    expected = Walk()
+    records = [{"round": 0}, *(expected.advance() for _ in range(13))]
+    assert torch.equal(walk.value, expected.value) and run.records() == records
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_new_checkpoint_that_is_torn_is_none(run, there, capsys):
+    drive(run, Walk(), "round", 5)
+    raw = run.checkpoint_path.read_bytes()
+    run.checkpoint_path.rename(run.previous_path) if there else run.checkpoint_path.unlink()
+    run.fresh_path.write_bytes(raw[:-9])
+    drive(Run(run.folder), walk := Walk(), "round", 7)
+    assert "warning" not in capsys.readouterr().out
+    assert walk.round == round_of(run.checkpoint_path) == 7 and not run.fresh_path.exists()
+    assert run.previous_path.exists() == there and (not there or round_of(run.previous_path) == 5)
+
+
+def test_a_new_checkpoint_alone_is_a_runs_and_another_runs_is_named(run, tmp_path, capsys):
+    drive(run, Walk(), "round", 5)
+    run.checkpoint_path.rename(run.fresh_path)
+    run.config_path.unlink()
+    (again := Run(run.folder)).open({"rounds": 9})
+    assert again.saved() and again.load()["state"]["process"]["round"] == 5
+    (other := Run(tmp_path / "other")).open({"rounds": 8})
+    drive(other, Walk(), "round", 4)
+    run.fresh_path.rename(run.checkpoint_path)
+    shutil.copy(other.checkpoint_path, run.fresh_path)
+    assert again.load()["state"]["process"]["round"] == 5
+    said = capsys.readouterr().out
+    assert "checkpoint.new.pt is whole, and belongs elsewhere" in said and said.count("\n") == 1
 
 
 def test_two_damaged_checkpoints_stop_the_run(run):
