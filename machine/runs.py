@@ -182,7 +182,8 @@ class Run:
 
     def keep(self, name: str, value: Any) -> None:
         """`save_checked` a file of this run, by its name in the folder."""
-        safe_files.save_checked(self.folder / name, value, self.purpose(name))
+        if self.writes:
+            safe_files.save_checked(self.folder / name, value, self.purpose(name))
 
     def kept(self, name: str) -> Any:
         """`load_checked` what was kept under this name; no other file passes for it."""

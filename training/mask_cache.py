@@ -82,6 +82,6 @@ def find_mask(
         return Mask.load(path, model, run.purpose("mask.pt"))
     else:
         mask = cached_mask(Calibration(workspace, model, options, shards, cuda_graph))
-    if not path.exists():
+    if run.writes and not path.exists():
         mask.save(path, run.purpose("mask.pt"))
     return mask

@@ -238,6 +238,16 @@ def test_what_a_killed_process_half_wrote_goes_at_the_next_start(run, tmp_path):
     assert len(list(tmp_path.rglob("notes.tmp"))) == 6
 
 
+def test_a_process_that_does_not_write_writes_nothing(run):
+    drive(run, Walk(), "round", 2)
+    before = snapshot(run.folder)
+    reader = Run(run.folder, writes=False)
+    reader.open({"rounds": 9})
+    drive(reader, Walk(), "round", 3)
+    reader.keep("head.pt", torch.zeros(1))
+    assert snapshot(run.folder) == before
+
+
 # ---------------------------------------------------------------------------- others' files
 
 
