@@ -330,15 +330,11 @@ class Run:
         return summary
 
     def summary(self, unbound: bool = False) -> dict | None:
-        """Return summary.json, if `unbound` one that names no run too; None without a good one."""
-        try:
-            return self.sound_summary(unbound)
-        except safe_files.DamagedFile as error:
-            say(f"warning: {error}; the run's end is repeated")
-            return None
+        """Return summary.json, if `unbound` one that names no run too; None where there is none.
 
-    def sound_summary(self, unbound: bool = False) -> dict | None:
-        """Return what `summary` does; DamagedFile where summary.json is no good."""
+        Raises:
+            DamagedFile: it is no good, or another run's.
+        """
         path = self.folder / "summary.json"
         try:
             summary = safe_files.read_json(path)
