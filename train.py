@@ -34,7 +34,8 @@ from commands import (
 )
 from commands import fedavg as federated_command
 from commands.options import Command, Line, parse
-from machine import ranks, runs, streams
+from machine import ranks, streams
+from machine.drive import Interrupted
 from machine.ranks import LostProcess, ToldByFirst
 
 COMMANDS = {
@@ -122,7 +123,7 @@ def status_of(work: Callable[[], None]) -> int:
     except LostProcess as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1
-    except runs.Interrupted as stop:
+    except Interrupted as stop:
         return CLOSED_PIPE if streams.reader_gone() else stop.exit_status
     except KeyboardInterrupt:
         return 130

@@ -1,40 +1,30 @@
-"""A run's folder: its options, its log, its checkpoints, and the loop that makes resuming exact.
+"""A run's folder: its options, its log, its checkpoints.
 
     config.json      the options that define the run, and what it ran with
     log.jsonl        one JSON object per round or epoch
-    checkpoint.pt    torch.save plus a footer; checkpoint.prev.pt is the one before
+    checkpoint.pt    torch.save plus a footer; checkpoint.prev.pt is the one before, and
+                     checkpoint.new.pt a newer one, which a kill kept from its place
     summary.json     final and best-by-validation figures, wall time, which run's they are
 
 A checkpoint is written aside, fsynced and renamed, and holds the log of that moment, which a resume
-goes back to. Killed at any moment, a run loses at most what came after its last checkpoint, and
-repeats that to the same bits when its process is deterministic. Every file that a run reads holds a
-SHA-256 of itself and of what it is for, in which run (safe_files.py, which this file takes along).
+goes back to. Every file that a run reads holds a SHA-256 of itself and of what it is for, in which
+run (safe_files.py, which this file takes along). drive.py has the loop that resumes.
 
-    from runs import Run, drive
+    from runs import Run
     run = Run("runs/example"); run.open({"rounds": 3})
-    class Count:
-        round = 0
-        def advance(self): self.round += 1; return {"round": self.round}
-        def state_dict(self): return {"round": self.round}
-        def load_state_dict(self, state): self.round = state["round"]
-    drive(run, Count(), "round", 3)
+    run.log({"round": 1}); run.save({"round": 1}); run.close()
+    Run("runs/example").restore()  # {"round": 1}, and the log of that moment
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 if __package__:
     from . import safe_files
@@ -42,10 +32,11 @@ else:  # copied beside it
     import safe_files
 
 OPENING = ("config.json", "lock", "shards.npz", "head.pt", "mask.pt")  # written before the log
+CHECKPOINTS = ("checkpoint.new.pt", "checkpoint.pt", "checkpoint.prev.pt")  # the newest first
 STATES = ("scaffold", "local_norm")  # folders of clients' states
 NAMES = (  # of a run's files and folders; none may be a link
-    *(*OPENING, "log.jsonl", "checkpoint.pt", "checkpoint.prev.pt", "summary.json", "search.json"),
-    *("curves.png", "density.png", "per_client.json", "per_client.png"),
+    *(*OPENING, *CHECKPOINTS, "log.jsonl", "summary.json", "search.json", "curves.png"),
+    *("density.png", "per_client.json", "per_client.png"),
     *("search", "tensorboard", *STATES),
 )
 FORMAT = 1  # of the folder; a folder of another format is refused by number
@@ -53,21 +44,10 @@ CHECKPOINT = 2  # the same of a checkpoint
 PUT_BACK = "Put the run's own file in its place, or take another --name"
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop; it has been saved."""
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.exit_status = 128 + signum
-
-
 def say(line: str) -> None:
     """Print a line; what the output's encoding cannot hold is escaped."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-
-
-# ---------------------------------------------------------------------------- the folder
 
 
 class Run:
@@ -80,10 +60,10 @@ class Run:
     def __init__(self, folder: str | Path, writes: bool = True):
         self.folder, self.writes = Path(folder), writes
         self.config_path, self.log_path = self.folder / "config.json", self.folder / "log.jsonl"
-        self.checkpoint_path = self.folder / "checkpoint.pt"
-        self.previous_path = self.folder / "checkpoint.prev.pt"
+        self._checkpoint_paths = [self.folder / name for name in CHECKPOINTS]
+        self.fresh_path, self.checkpoint_path, self.previous_path = self._checkpoint_paths
+        self._newest = self.checkpoint_path  # the one last restored or saved
         self._log = bytearray()  # what log.jsonl holds
-        self._fell_back = False  # on the checkpoint before, the newest being damaged
         self._new: list[Path] = []  # what this object makes before the log
         self._id = None
 
@@ -134,7 +114,7 @@ class Run:
         there = [p for p in there if not safe_files.ASIDE.fullmatch(p.name)]
         if all(p.name == "lock" and not p.stat().st_size for p in there):  # of a killed opening
             return
-        for path in (self.checkpoint_path, self.previous_path):
+        for path in self._checkpoint_paths:
             with contextlib.suppress(OSError, safe_files.DamagedFile):
                 safe_files.load_checked(path, identity and f"checkpoint of run {identity}")
                 return
@@ -202,7 +182,8 @@ class Run:
 
     def keep(self, name: str, value: Any) -> None:
         """`save_checked` a file of this run, by its name in the folder."""
-        safe_files.save_checked(self.folder / name, value, self.purpose(name))
+        if self.writes:
+            safe_files.save_checked(self.folder / name, value, self.purpose(name))
 
     def kept(self, name: str) -> Any:
         """`load_checked` what was kept under this name; no other file passes for it."""
@@ -235,6 +216,10 @@ class Run:
                 return records
         raise safe_files.DamagedFile(f"{self.log_path} is damaged: a line is no JSON object")
 
+    def logged(self) -> list[dict]:
+        """Return the records that this object has restored or logged itself."""
+        return _parsed(self._log)
+
     def vouched_records(self) -> list[dict]:
         """Return the records that the newest whole checkpoint knows; all where there is none."""
         checkpoint = self.load()
@@ -242,7 +227,7 @@ class Run:
 
     def saved(self) -> bool:
         """Tell whether there is a checkpoint, whole or not."""
-        return self.checkpoint_path.exists() or self.previous_path.exists()
+        return any(path.exists() for path in self._checkpoint_paths)
 
     def save(self, state: dict) -> None:
         """Write a checkpoint; the one before, as last restored, stays until then and beside it."""
@@ -251,13 +236,16 @@ class Run:
         safe_files.check_held(self.folder)
         with open(self.log_path, "ab", opener=safe_files.no_link) as file:
             os.fsync(file.fileno())
-        fresh, log = self.folder / "checkpoint.new.pt", {"text": self._log.decode()}
+        if self._newest == self.fresh_path:
+            os.replace(self.fresh_path, self.checkpoint_path)
+            self._newest = self.checkpoint_path
+        log = {"text": self._log.decode()}
         checkpoint = {"format": CHECKPOINT, "state": state, "log": log}
-        safe_files.save_checked(fresh, checkpoint, self.purpose("checkpoint"))
-        if self.checkpoint_path.exists() and not self._fell_back:
+        safe_files.save_checked(self.fresh_path, checkpoint, self.purpose("checkpoint"))
+        if self._newest == self.checkpoint_path and self.checkpoint_path.exists():
             os.replace(self.checkpoint_path, self.previous_path)
-        os.replace(fresh, self.checkpoint_path)
-        self._fell_back = False
+        os.replace(self.fresh_path, self.checkpoint_path)
+        self._newest = self.checkpoint_path
         safe_files.sync_folder(self.folder)
 
     def load(self, take: Callable[[Any], object] = lambda state: None) -> dict | None:
@@ -271,15 +259,15 @@ class Run:
             DamagedFile: there are checkpoints, and none of them can be gone on from.
             ValueError: one is whole, and not the state of this run's process.
         """
+        return self._load(take)[1]
+
+    def _load(self, take: Callable[[Any], object]) -> tuple[Path, dict | None]:
+        """Return what `load` does, after its path; without any that of the first to be."""
         damaged, way = [], f"Delete {self.folder} to start over"
-        for path in filter(Path.exists, (self.checkpoint_path, self.previous_path)):
+        for path in filter(Path.exists, self._checkpoint_paths):
             try:
-                checkpoint = safe_files.load_checked(path, self.purpose("checkpoint"))
-                if not isinstance(checkpoint, dict) or not {"log", "state"} <= checkpoint.keys():
-                    raise safe_files.WrongFile(f"{path} is whole, and no checkpoint of a run")
-                if checkpoint.get("format") != CHECKPOINT:
-                    reads = f"not of format {CHECKPOINT}, which this version reads"
-                    raise ValueError(f"{path}: {reads}; go on with the version that made it")
+                if (checkpoint := self._read(path)) is None:
+                    continue
                 with safe_files.contents(path):
                     _parsed(checkpoint["log"]["text"].encode())
                     take(checkpoint["state"])
@@ -292,15 +280,29 @@ class Run:
                 continue
             for message in damaged:
                 say(f"warning: {message}; going on from {path.name}")
-            self._fell_back |= bool(damaged)
-            return checkpoint
+            return path, checkpoint
         if damaged:
             raise safe_files.DamagedFile(f"{'; '.join(damaged)}. {way}")
-        return None
+        return self.checkpoint_path, None
+
+    def _read(self, path: Path) -> dict | None:
+        """Return a whole checkpoint; None of a new one that never was whole, or is in place now."""
+        try:
+            checkpoint = safe_files.load_checked(path, self.purpose("checkpoint"))
+        except (FileNotFoundError, safe_files.DamagedFile) as error:
+            if path == self.fresh_path and not isinstance(error, safe_files.WrongFile):
+                return None
+            raise
+        if not isinstance(checkpoint, dict) or not {"log", "state"} <= checkpoint.keys():
+            raise safe_files.WrongFile(f"{path} is whole, and no checkpoint of a run")
+        if checkpoint.get("format") != CHECKPOINT:
+            reads = f"not of format {CHECKPOINT}, which this version reads"
+            raise ValueError(f"{path}: {reads}; go on with the version that made it")
+        return checkpoint
 
     def restore(self, take: Callable[[Any], object] = lambda state: None) -> dict | None:
         """Return the state that `load` finds, the log cut back to it; None at the start."""
-        checkpoint = self.load(take)
+        self._newest, checkpoint = self._load(take)
         self._log = bytearray(checkpoint["log"]["text"].encode() if checkpoint else b"")
         if self.writes:
             written = self.log_path.read_bytes() if self.log_path.exists() else b""
@@ -328,15 +330,11 @@ class Run:
         return summary
 
     def summary(self, unbound: bool = False) -> dict | None:
-        """Return summary.json, if `unbound` one that names no run too; None without a good one."""
-        try:
-            return self.sound_summary(unbound)
-        except safe_files.DamagedFile as error:
-            say(f"warning: {error}; the run's end is repeated")
-            return None
+        """Return summary.json, if `unbound` one that names no run too; None where there is none.
 
-    def sound_summary(self, unbound: bool = False) -> dict | None:
-        """Return what `summary` does; DamagedFile where summary.json is no good."""
+        Raises:
+            DamagedFile: it is no good, or another run's.
+        """
         path = self.folder / "summary.json"
         try:
             summary = safe_files.read_json(path)
@@ -365,161 +363,3 @@ def best_record(records: list[dict]) -> dict | None:
     """Return the first record of the highest validation accuracy; None where none has one."""
     validated = [record for record in records if "val_acc" in record]
     return max(validated, key=lambda record: record["val_acc"], default=None)
-
-
-def evaluations_since_best(records: list[dict]) -> int:
-    """Count the validated records after the best of them."""
-    validated = [record["val_acc"] for record in records if "val_acc" in record]
-    return len(validated) - 1 - validated.index(max(validated)) if validated else 0
-
-
-# ---------------------------------------------------------------------------- the loop
-
-
-@contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying; a second SIGINT interrupts at once.
-
-    None is caught outside the main thread, where Python allows no handler.
-    """
-    caught: list[int] = []
-
-    def note(signum, frame):
-        if signum in caught and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(signum)
-
-    main = threading.current_thread() is threading.main_thread()
-    signals = (signal.SIGINT, signal.SIGTERM) if main else ()
-    before = {s: signal.signal(s, note) for s in signals}
-    try:
-        yield caught
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler or signal.SIG_DFL)  # None: set by no Python
-
-
-def drive(
-    run: Run,
-    process: Any,
-    unit: str,
-    total: int,
-    *,
-    complete: Callable[[dict], None] = lambda record: None,
-    environment: dict | None = None,
-    save_seconds: float = 60.0,
-    patience: int | None = None,
-    weights: Callable[[], Tensor] | None = None,
-    gather: Callable[[Any], list] = lambda value: [value],
-) -> tuple[float, dict[str, Any]]:
-    """Advance `process` to `total` rounds or epochs, logging its records and saving its state.
-
-    Args:
-        process: has advance() -> record or None, state_dict(), load_state_dict(state), a counter.
-        unit: the counter's name, "round" or "epoch"; every record holds it, or a fraction where
-            the process gives records within an epoch.
-        complete: fills in a record (say, an evaluation) before it is logged; the log's first
-            record, {unit: 0}, stands for the start.
-        environment: what may change the last bits; a resume under another one is noted in the log.
-        save_seconds: the most work, in seconds, that a kill may cost.
-        patience: stop after so many evaluations without a better "val_acc"; None: never.
-        weights: returns the tensor that was evaluated. The first of the best by "val_acc" is in the
-            state as "best": {"at": round or epoch, "weights": a copy on the CPU}.
-        gather: returns the plain value of every process that shares the run, the writing one's
-            first; all of them advance, stop and take their state together.
-
-    Returns:
-        The wall time of the whole run in seconds, earlier starts included, and the state's
-        "best", which is empty where no record has a "val_acc".
-
-    Raises:
-        ValueError: the run is beyond `total` already.
-        Interrupted: SIGINT or SIGTERM came; the state at the end of the advance in hand is saved.
-    """
-    with caught_signals() as caught:
-        started, best, highest = time.monotonic(), {}, -math.inf
-
-        def note(record: dict) -> None:
-            nonlocal highest
-            complete(record)
-            run.log(record)
-            if weights is not None and record.get("val_acc", -math.inf) > highest:
-                highest = record["val_acc"]
-                best.update(at=record[unit], weights=weights().to("cpu", copy=True))
-
-        def stale() -> bool:  # a function of the log: a resumed run knows it too
-            judges = bool(patience) and run.writes
-            return gather(judges and evaluations_since_best(run.records()) >= patience)[0]
-
-        before = _begin(run, process, unit, note, environment, best)
-        if (record := best_record(_parsed(run._log))) is not None:  # of a resumed run's log
-            highest = max(highest, record["val_acc"])
-        if (reached := getattr(process, unit)) > total:
-            raise ValueError(
-                f"{run.folder} is at {unit} {reached} already, beyond {total}: "
-                f"--{unit}s {reached} or more, or another --name"
-            )
-        saved, stopped = time.monotonic(), stale()
-
-        def save() -> None:
-            nonlocal saved
-            wall = before + time.monotonic() - started
-            state = {"process": process.state_dict(), "wall_seconds": wall}
-            run.save(state | {"environment": environment, "best": best})
-            saved = time.monotonic()
-
-        while getattr(process, unit) < total and not stopped:
-            record = process.advance()
-            if record is not None:
-                note(record)
-                stopped = "val_acc" in record and stale()
-            due = time.monotonic() - saved >= save_seconds
-            signals, dues = zip(*gather((caught[0] if caught else 0, due)), strict=True)
-            if any(signals):
-                save()
-                raise Interrupted(max(signals))
-            if dues[0]:
-                save()
-        save()
-    run.close()
-    return before + time.monotonic() - started, best
-
-
-def _begin(
-    run: Run, process: Any, unit: str, note: Callable, environment: dict | None, best: dict
-) -> float:
-    """Restore the process and `best`, or log the start; returns earlier starts' wall time."""
-
-    def take(state: dict) -> None:
-        process.load_state_dict(state["process"])
-        _check_like(state["process"], process.state_dict(), unit)
-        best.clear()
-        best.update(state.get("best", {}))
-        sum([getattr(process, unit), state["wall_seconds"]])  # TypeError for what is no number
-        _differences(state["environment"], environment)
-
-    if (state := run.restore(take)) is None:
-        note({unit: 0})
-        return 0.0
-    reached = getattr(process, unit)
-    if run.writes:
-        say(f"{run.folder} goes on from {unit} {reached}")
-    if changes := _differences(state["environment"], environment):
-        run.log({"note": f"not bit-exact from {unit} {int(reached) + 1} on: {changes}"})
-    return state["wall_seconds"]
-
-
-def _check_like(stored: Any, restored: Any, where: str) -> None:
-    """Raise TypeError where a restored process has other tensors than were stored."""
-    if isinstance(restored, dict):
-        for name in restored.keys() & stored.keys():
-            _check_like(stored[name], restored[name], name)
-    elif isinstance(restored, Tensor):
-        if (stored.shape, stored.dtype) != (restored.shape, restored.dtype):
-            raise TypeError(f"{where} is {tuple(stored.shape)} {stored.dtype}")
-
-
-def _differences(before: dict | None, now: dict | None) -> str:
-    before, now = before or {}, now or {}
-    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    return ", ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in names)

@@ -8,6 +8,7 @@ records and more the file has those with an evaluation alone.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import lzma
@@ -32,8 +33,14 @@ def run_of(folder: Path, name: str) -> Past | None:
     """
     if (line := read(folder / FILE).get(name)) is not None:
         return line
-    done = Run(folder / name).summary(unbound=True) is not None
-    return past.read(folder / name) if done else None
+    return past.read(folder / name) if _ended(folder / name) else None
+
+
+def _ended(folder: Path) -> bool:
+    """Tell whether a run has a good summary; without one, its end is to be repeated."""
+    with contextlib.suppress(safe_files.DamagedFile):
+        return Run(folder).summary(unbound=True) is not None
+    return False
 
 
 def read(path: Path) -> dict[str, Past]:
@@ -102,7 +109,7 @@ def pack(folder: Path, name: str, keep: bool = False) -> None:
     Raises:
         DamagedFile: it is done, and its config or its log cannot be read.
     """
-    if Run(folder / name).summary(unbound=True) is None:
+    if not _ended(folder / name):
         return
     run = past.read(folder / name)
     if run.fault:

@@ -81,7 +81,7 @@ def read(folder: str | Path) -> Past:
     """Read a run's folder; what is wrong with it is said in place of what it holds."""
     run = Run(folder)
     try:
-        config, summary = run.config(), run.sound_summary(unbound=True)
+        config, summary = run.config(), run.summary(unbound=True)
         return Past(run.folder.name, config, summary, run.records(), run.folder)
     except (ValueError, OSError) as error:
         return Past(run.folder.name, {}, None, [], run.folder, str(error))

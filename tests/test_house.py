@@ -12,7 +12,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("federated", "machine", "training", "study", "commands")
-TAKES_ALONG = {"flat": {"sparse_sgdm"}, "machine.runs": {"machine.safe_files"}}
+TAKES_ALONG = {
+    "flat": {"sparse_sgdm"},
+    "machine.runs": {"machine.safe_files"},
+    "machine.drive": {"machine.runs", "machine.safe_files"},
+}
 TOP = 12  # files, with fused.py
 FLOORS = 5
 

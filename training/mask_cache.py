@@ -86,7 +86,7 @@ def find_mask(
     else:
         mask = cached_mask(Calibration(workspace, model, options, shards, cuda_graph))
         check_remade(mask, run, path)
-    if not path.exists():
+    if run.writes and not path.exists():
         mask.save(path, run.purpose("mask.pt"))
     return mask
 

@@ -116,7 +116,11 @@ def finished_summary(
     run: runs.Run, unit: str, total: int, patience: int | None = None
 ) -> dict | None:
     """Return the summary of a run that has reached `total`, or stopped early, after saying so."""
-    summary = run.summary()
+    try:
+        summary = run.summary()
+    except safe_files.DamagedFile as error:
+        runs.say(f"warning: {error}; the run's end is repeated")
+        return None
     if summary is None or unit not in summary:
         return None
     early = patience is not None and summary.get("stopped_early") == patience

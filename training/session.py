@@ -13,6 +13,7 @@ import masks
 import model as vit
 from federated.client_states import ClientTerms
 from flat import Sgd
+from machine import drive as loop
 from machine import runs
 from machine.status import duration
 from training.calibration import GivenMask, Masking
@@ -96,7 +97,7 @@ def drive(
     """Drive the process to `total` rounds or epochs, then write summary and curves.
 
     Args:
-        process: as machine.runs.drive takes it.
+        process: as machine.drive.drive takes it.
         every: units between evaluations.
         theta: returns the weights (P,) that are evaluated.
         draw_curves: (label -> records, path), draws a log.
@@ -124,7 +125,7 @@ def drive(
         watch([record])
 
     try:
-        wall, best = runs.drive(
+        wall, best = loop.drive(
             run,
             process,
             unit,
@@ -135,7 +136,7 @@ def drive(
             weights=theta,
             gather=learner.group.gather,
         )
-    except runs.Interrupted as stop:
+    except loop.Interrupted as stop:
         print(
             f"{stop}: saved at {unit} {getattr(process, unit)}; the same command goes on from there"
         )

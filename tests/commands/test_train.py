@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -258,7 +259,7 @@ def test_centralized_training_resumes_within_an_epoch(cli, small_data, few_image
 
     def stopping(self):
         if self.step == 5:
-            runs.signal.raise_signal(runs.signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return advance(self)
 
     monkeypatch.setattr(Centralized, "advance", stopping)

@@ -22,7 +22,7 @@ from walk import Walk
 from world import Tally, fresh, reference, run
 
 import model as vit
-from machine import runs
+from machine import drive, runs
 from training.mask_file import Mask
 
 COMMAND = (
@@ -81,7 +81,7 @@ def walked(folder: Path, rate: int = 0) -> runs.Run:
     run = runs.Run(folder)
     run.open({"rate": rate})
     for total in (5, 7):
-        runs.drive(run, Walk(), "round", total)
+        drive.drive(run, Walk(), "round", total)
     run.summarise(round=7)
     return run
 
@@ -89,7 +89,7 @@ def walked(folder: Path, rate: int = 0) -> runs.Run:
 def holds_walk(run: runs.Run) -> bool:
     """Tell whether a run goes on to the bits of one that met nothing."""
     walk, expected = Walk(), Walk()
-    runs.drive(run, walk, "round", 9)
+    drive.drive(run, walk, "round", 9)
     for _ in range(9):
         expected.advance()
     records = [record["round"] for record in run.records()]
@@ -128,13 +128,11 @@ class Properties:
         for name in ("config.json", "summary.json"):
             changed = damaged((run := self.victim()).folder / name, damage)
             try:
-                options = run.config()["options"]
+                options, summary = run.config()["options"], run.summary()
             except ValueError as error:
                 assert changed and name in str(error)
                 continue
-            assert options == {"rate": 0}
-            summary = run.summary()
-            assert summary is None or summary["round"] == 7
+            assert options == {"rate": 0} and summary["round"] == 7
 
     def mask_file(self, damage) -> None:
         """A damaged mask: named, for whichever purpose it is read."""
@@ -182,7 +180,7 @@ class StopAfter:
         self.round, self.signum = round, signum
 
     def install(self) -> None:
-        runs.drive.__kwdefaults__["save_seconds"] = 0.0
+        drive.drive.__kwdefaults__["save_seconds"] = 0.0
         log = runs.Run.log
 
         def logged(run, record):

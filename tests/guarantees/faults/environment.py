@@ -17,7 +17,7 @@ from pathlib import Path
 from damage import COMMAND
 from world import Child, Tally, fresh, reference, run, wait_for
 
-from machine import runs
+from machine import drive, runs
 from training import learner
 
 
@@ -30,7 +30,7 @@ def limited_files(tally: Tally, where: Path, tries: int) -> None:
         folder = fresh(where / "victim")
 
         def prepare(limit=limit):
-            runs.drive.__kwdefaults__["save_seconds"] = 0.0
+            drive.drive.__kwdefaults__["save_seconds"] = 0.0
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
         ended = run(folder, COMMAND, prepare)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from world import ROOT, Tally, canonical, fresh, reference, run, wait_for
 
-from machine import runs, safe_files
+from machine import drive, runs, safe_files
 from training import run_folder
 
 WRITES_ALL = (  # every kind of file that a run writes
@@ -100,7 +100,7 @@ class AtOperation:
         pathlib.Path.write_bytes = at.write
         for name in ("fsync", "replace", "rename", "unlink", "truncate", "mkdir"):
             setattr(os, name, self.counted(getattr(os, name)))
-        runs.drive.__kwdefaults__["save_seconds"] = 0.0
+        drive.drive.__kwdefaults__["save_seconds"] = 0.0
 
 
 def die() -> None:

@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 import data  # noqa: E402
 import train  # noqa: E402
 from commands import centralized, fedavg  # noqa: E402
-from machine import runs  # noqa: E402
+from machine import drive  # noqa: E402
 from machine.safe_files import SEAL  # noqa: E402
 from training import run_folder  # noqa: E402
 
@@ -40,7 +40,7 @@ data.synthetic_dataset = lambda: SMALL
 run_folder.git_commit = lambda: "faults"  # quicker; so are curves that nobody sees
 fedavg.plot_curves = centralized.plot_curves = lambda logs, path: Path(path).touch()
 SAVE_SECONDS = 0.05  # between checkpoints; a run outside these tests has 60
-runs.drive.__kwdefaults__["save_seconds"] = SAVE_SECONDS
+drive.drive.__kwdefaults__["save_seconds"] = SAVE_SECONDS
 UNEQUAL = ("seconds", "wall_seconds", "environment", "commit", "log", SEAL)  # of equal runs
 UNCOUNTED = ("config.json", "checkpoint.prev.pt", "checkpoint.new.pt", "lock")
 
