@@ -15,6 +15,7 @@ import model as vit
 from commands.options import GROUPS, Line, federation, learner_options
 from commands.search import search_then_train
 from fedavg import FedAvg
+from federated.cohort import cohort_size
 from federated.privacy import Privacy, epsilon
 from machine import ranks, runs
 from machine.device import choose_device, exact_place, free_memory
@@ -130,7 +131,7 @@ def processes(line: Line) -> int:
         return cores if begun == 1 else 1
     return ranks.processes_that_pay(
         rounds=o.rounds.rounds,
-        clients=max(1, round(o.participation.fraction * o.sharding.clients)),
+        clients=cohort_size(o.sharding.clients, o.participation.fraction),
         images=o.local_steps.J * o.local_steps.batch_size,
         operations=training_operations(vit.MODELS[o.backbone.model], o.backbone.image_size),
         cores=cores,

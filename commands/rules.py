@@ -22,6 +22,7 @@ import masks
 import model as vit
 from centralized import DECAYS
 from federated import privacy
+from federated.cohort import cohort_size
 from federated.methods import compares_clients
 from federated.server import ADAPTIVE, WITH_MOMENTUM
 from machine import ranks, safe_files
@@ -336,9 +337,8 @@ def evaluation_interval(o: Options) -> int:
     evaluated = o.val_fraction * train + o.eval_test * test
     trained = (1 - o.val_fraction) * train  # in an epoch
     if o.command == "fedavg":
-        sampled = max(1, round(o.fraction * o.clients))
         batch = trained / o.clients if o.batch_size == "full" else o.batch_size
-        trained = sampled * o.J * batch
+        trained = cohort_size(o.clients, o.fraction) * o.J * batch
     share = EVALUATION_SHARE / (1 - EVALUATION_SHARE)
     return max(1, math.ceil(evaluated / (share * TRAINING_COST * trained)))
 
@@ -394,7 +394,7 @@ def of_methods(o: Options) -> Iterator[str]:
     if o.secure_aggregation and compares_clients(o.aggregate):
         why = "it compares the clients' changes entry by entry, and only their sum can be seen"
         yield f"--aggregate {o.aggregate} with --secure-aggregation: {why}"
-    alone = o.dp_clip is None and int(o.fraction * o.clients + 0.5) <= 1
+    alone = o.dp_clip is None and cohort_size(o.clients, o.fraction) == 1
     if o.secure_aggregation and alone:
         why = "one client a round is sent in the clear; a higher --fraction"
         few = f"--fraction {o.fraction:g} of {o.clients} clients"

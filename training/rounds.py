@@ -255,8 +255,8 @@ def check_apart(
     if not compares and diagnostics is None:
         return
     each = 16  # bytes of a change and its copy
-    cohort_size = max(1, round(o.participation.fraction * clients))
-    needed = each * len(learner.entries.theta) * cohort_size
+    taking_part = cohort.cohort_size(clients, o.participation.fraction)
+    needed = each * len(learner.entries.theta) * taking_part
     room = memory_room(learner)[learner.workspace.device]
     if room and needed > room:
         option = f"--aggregate {o.aggregation.aggregate}" if compares else "--diagnostics"
@@ -274,7 +274,7 @@ def client_store(
     Raises:
         ValueError: they fit on neither.
     """
-    taking_part = max(1, round(o.participation.fraction * clients)) * o.rounds
+    taking_part = cohort.cohort_size(clients, o.participation.fraction) * o.rounds
     needed = each * min(clients, taking_part)
     host, room = torch.device("cpu"), memory_room(learner)
     place = next((place for place in room if needed <= room[place]), None)
