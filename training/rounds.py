@@ -29,7 +29,7 @@ from federated.cohort import Participation
 from federated.methods import Aggregation, Shared, compares_clients
 from federated.privacy import Privacy, Secret
 from federated.server import Server, ServerOptions
-from machine.device import free_memory
+from machine.device import exact_place, free_memory
 from training.clients import Clients, HeadsTogether, LocalSteps, trains_together
 
 if TYPE_CHECKING:
@@ -236,11 +236,11 @@ def watched(method: Method, diagnostics: Diagnostics, theta: Tensor) -> Method:
 
 
 def memory_room(learner: Learner) -> dict[torch.device, float]:
-    """Return the bytes that a process may take on its device and on the host, where that is known.
+    """Return the bytes that a process may take where exact sums live and on the host; 0: not known.
 
     Processes hold the same, and share the host.
     """
-    group, places = learner.group, (learner.workspace.device, torch.device("cpu"))
+    group, places = learner.group, (exact_place(learner.workspace.device), torch.device("cpu"))
     sharing = {"cuda": 1, "cpu": group.size}
     room = [SHARE[place.type] * free_memory(place) / sharing[place.type] for place in places]
     lowest = map(min, zip(*group.gather(room), strict=True))
@@ -250,14 +250,14 @@ def memory_room(learner: Learner) -> dict[torch.device, float]:
 def check_apart(
     learner: Learner, o: Federation, clients: int, diagnostics: Diagnostics | None
 ) -> None:
-    """Raise ValueError where a round's changes are kept apart and do not fit on the device."""
+    """Raise ValueError where a round's changes are kept apart and do not fit beside the sums."""
     compares = compares_clients(o.aggregation.aggregate)
     if not compares and diagnostics is None:
         return
     each = 16  # bytes of a change and its copy
     taking_part = cohort.cohort_size(clients, o.participation.fraction)
     needed = each * len(learner.entries.theta) * taking_part
-    room = memory_room(learner)[learner.workspace.device]
+    room = memory_room(learner)[exact_place(learner.workspace.device)]
     if room and needed > room:
         option = f"--aggregate {o.aggregation.aggregate}" if compares else "--diagnostics"
         raise ValueError(

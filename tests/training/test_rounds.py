@@ -1,11 +1,15 @@
 """A federated run is put together as its options say, and fits or is refused before it begins."""
 
+import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from built import build, build_loop
+from built import build, build_loop, parsed
 
+from commands.options import federation
+from fedavg import Alone
 from federated.cohort import sample_clients
 from machine.runs import Run
 from training import rounds
@@ -79,6 +83,18 @@ def test_a_run_that_did_not_fit_leaves_no_folder(cli, monkeypatch, small_data, m
     status, _, err = cli(*COMMAND, *method, "--name", "x")
     assert status == 2 and "room for 0.0 GB" in err, err
     assert not (small_data / "runs" / "x").exists()
+
+
+@pytest.mark.parametrize(("free", "fits"), [(1e9, True), (1e3, False), (0, True)])
+def test_an_apple_gpus_changes_are_kept_apart_on_the_host(monkeypatch, free, fits):
+    """Where the sums are; a host that does not say what is free is trusted."""
+    monkeypatch.setattr(rounds, "free_memory", lambda device: {"cpu": free}[device.type])
+    workspace = SimpleNamespace(device=torch.device("mps"))
+    entries = SimpleNamespace(theta=torch.zeros(1000))
+    learner = SimpleNamespace(workspace=workspace, entries=entries, group=Alone())
+    o = federation(parsed("fedavg", "--rounds", 1, "--aggregate", "ties").groups)
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="--aggregate ties"):
+        rounds.check_apart(learner, o, 20, None)
 
 
 # ---------------------------------------------------------------------------- refusals
