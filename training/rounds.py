@@ -177,6 +177,7 @@ def method_of(
     entries, flat, privacy = learner.entries, learner.flat, o.privacy
     seed, masked = learner.workspace.source.seed, entries.index is not None
     every = torch.ones_like(entries.theta, dtype=torch.bool) if masked else flat.marked()
+    every = every.to(exact_place(every.device))  # beside what it selects from
     shared, local = every.clone(), terms.get("local_norm")
     if local is not None:
         shared[local.at] = False

@@ -9,8 +9,9 @@ import torch
 from built import build, build_loop, parsed
 
 from commands.options import federation
-from fedavg import Alone
+from fedavg import Alone, Method
 from federated.cohort import sample_clients
+from federated.methods import METHODS
 from machine.runs import Run
 from training import rounds
 
@@ -32,6 +33,14 @@ def test_a_round_averages_what_the_clients_did(small_data):
     # the fixed point's half unit per client, then one rounding to fp32
     average = (start.double() + expected).float()
     torch.testing.assert_close(loop.theta, average, rtol=2e-7, atol=1e-9)
+
+
+def test_a_method_knows_its_entries_where_the_exact_sums_are(small_data, monkeypatch):
+    seen = []
+    monkeypatch.setitem(METHODS, "mean", lambda o, shared: seen.append(shared) or Method())
+    monkeypatch.setattr(rounds, "exact_place", lambda device: torch.device("meta"))
+    build_loop(small_data)
+    assert seen[-1].entries.is_meta
 
 
 def test_rounds_in_which_all_clients_drop_out_are_empty_and_logged(cli, learners):
