@@ -1,15 +1,12 @@
 """A federated run is put together as its options say, and fits or is refused before it begins."""
 
-import contextlib
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-from built import build, build_loop, parsed
+from built import build, build_loop
 
-from commands.options import federation
-from fedavg import Alone, Method
+from fedavg import Method
 from federated.cohort import sample_clients
 from federated.methods import METHODS
 from machine.runs import Run
@@ -60,50 +57,6 @@ def test_a_client_that_diverges_is_named_before_its_state_is_written(cli, small_
     status, _, err = cli(*COMMAND, method, "--J", 3, "--lr", 1e30, "--name", "x")
     assert status == 2 and "round 1, client" in err and "try a lower --lr" in err, err
     assert err.count("\n") == 1 and not list(small_data.glob("runs/x/*/client*"))
-
-
-# ---------------------------------------------------------------------------- memory
-
-
-def test_client_states_that_do_not_fit_are_refused_with_figures(cli, monkeypatch):
-    monkeypatch.setattr(rounds, "free_memory", lambda device: 1e6)
-    status, _, err = cli(*COMMAND, "--scaffold")
-    assert status == 2 and err.count("\n") == 1, err
-    assert "--scaffold keeps 0.0 GB, 0.3 MB for each client" in err
-    assert "fewer --clients" in err
-
-
-@pytest.mark.parametrize(("vectors", "fits"), [(7.9, False), (8.1, True)])
-def test_eight_client_states_need_room_for_eight(small_data, monkeypatch, vectors, fits):
-    size = 4 * build(small_data)[0].entries.theta.numel()
-    room = {torch.device("cpu"): vectors * size}
-    monkeypatch.setattr(rounds, "memory_room", lambda learner: room)
-    command = (*TINY, "--rounds", 2, "--scaffold")  # 4 clients a round
-    if fits:
-        build_loop(small_data, *command)
-    else:
-        with pytest.raises(ValueError, match="fewer --clients"):
-            build_loop(small_data, *command)
-
-
-@pytest.mark.parametrize("method", [("--scaffold",), ("--aggregate", "ties"), ("--diagnostics",)])
-def test_a_run_that_did_not_fit_leaves_no_folder(cli, monkeypatch, small_data, method):
-    monkeypatch.setattr(rounds, "free_memory", lambda device: 1e6)
-    status, _, err = cli(*COMMAND, *method, "--name", "x")
-    assert status == 2 and "room for 0.0 GB" in err, err
-    assert not (small_data / "runs" / "x").exists()
-
-
-@pytest.mark.parametrize(("free", "fits"), [(1e9, True), (1e3, False), (0, True)])
-def test_an_apple_gpus_changes_are_kept_apart_on_the_host(monkeypatch, free, fits):
-    """Where the sums are; a host that does not say what is free is trusted."""
-    monkeypatch.setattr(rounds, "free_memory", lambda device: {"cpu": free}[device.type])
-    workspace = SimpleNamespace(device=torch.device("mps"))
-    entries = SimpleNamespace(theta=torch.zeros(1000))
-    learner = SimpleNamespace(workspace=workspace, entries=entries, group=Alone())
-    o = federation(parsed("fedavg", "--rounds", 1, "--aggregate", "ties").groups)
-    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="--aggregate ties"):
-        rounds.check_apart(learner, o, 20, None)
 
 
 # ---------------------------------------------------------------------------- refusals
