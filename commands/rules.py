@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import data
-import editing
 import fedavg
 import masks
 import model as vit
@@ -296,10 +295,7 @@ def of_masks(o: Options) -> Iterator[str]:
 
 
 def of_making(o: Options) -> Iterator[str]:
-    if o.sparsity is not None and not o.sparsity < 1:
-        yield f"--sparsity {o.sparsity:g}: the frozen share must be below 1"
-    limited = o.threshold is not None
-    if limited and o.consensus not in ("mean", "max"):
+    if o.threshold is not None and o.consensus not in ("mean", "max"):
         yield (
             f"--threshold is compared with scores, and --consensus {o.consensus} makes ranks of "
             "them: --consensus mean or max, or a --sparsity"
@@ -383,9 +379,6 @@ def fill_owned(o: Options) -> None:
         elif given(o, flag(name)) and getattr(o, owner) not in values:
             named = "" if values == (True,) else f" {'|'.join(values)}"
             raise ValueError(f"{flag(name)} belongs to {flag(owner)}{named}")
-    if o.dare_drop is not None:
-        with naming("--dare-drop"):
-            editing.check_drop(o.dare_drop)
 
 
 def of_methods(o: Options) -> Iterator[str]:
