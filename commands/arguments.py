@@ -3,8 +3,8 @@
 A group is a NamedTuple beside the code that uses it. Its docstring heads the group in --help; each
 field is an option, Annotated with its help and, in any order:
 
-    ">= 1", "0 < x <= 1"    the bound of a number; ">= 1 or full": or that word; ">= 1 or share":
-                            a whole number, or a fraction of one
+    ">= 1", "0 < x <= 1"    the bound of a number, <= or < at either end; ">= 1 or full": or that
+                            word; ">= 1 or share": a whole number, or a fraction of one
     "--J --local-steps"     its names, where they are not made of the field's
     "path"                  a file's or folder's name
     "N"                     what stands for the value in --help
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from commands.options import Line
 
 BOUND = re.compile(
-    r"finite|(?:(?P<low>\S+) (?P<above><=?) x <= (?P<high>\S+)|(?P<least>>=?) (?P<from>\S+?))"
-    r"(?: or (?P<word>\w+))?"
+    r"finite|(?:(?P<low>\S+) (?P<above><=?) x (?P<below><=?) (?P<high>\S+)|(?P<least>>=?) "
+    r"(?P<from>\S+?))(?: or (?P<word>\w+))?"
 )
 
 ESSENTIAL = (  # options that most runs are told of, by name
@@ -202,7 +202,7 @@ def number(kind: type, bound: str) -> Callable[[str], Any]:
     """Return an argparse type: a finite number within a bound."""
     parts = BOUND.fullmatch(bound)
     low = float(parts["low"] or parts["from"] or -math.inf)
-    above = parts["above"] == "<" or parts["least"] == ">"
+    above, below = parts["above"] == "<" or parts["least"] == ">", parts["below"] == "<"
     high, word = float(parts["high"] or math.inf), parts["word"]
     if kind is int and parts["high"]:
         high = int(parts["high"])
@@ -219,9 +219,9 @@ def number(kind: type, bound: str) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is no finite number")
-        if not low <= value <= high or (above and value == low):
+        if not low <= value <= high or (above and value == low) or (below and value == high):
             limit = f"{'above' if above else 'at least'} {low:g}"
-            upper = f" and at most {high:g}" if high < math.inf else ""
+            upper = f" and {'below' if below else 'at most'} {high:g}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} must be {limit}{upper}")
         return value
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import data
 import masks
 from commands.options import Line
-from federated.cohort import sample_clients
+from federated.cohort import cohort_size
 from training import agreement
 
 COUNTED = ("fedavg", "centralized", "ridge", "calibrate")
@@ -74,7 +74,8 @@ class Costs(NamedTuple):
 
     def a_round(self, o: dict) -> float:
         """Return the seconds of a round."""
-        return cohort_size(o) * (o["J"] * self.a_step(o) + self.client) + self.round
+        clients = cohort_size(o["clients"], o["fraction"])
+        return clients * (o["J"] * self.a_step(o) + self.client) + self.round
 
 
 def images_of(o: dict) -> tuple[int, int]:
@@ -99,11 +100,6 @@ def fitted(line: Line) -> bool:
     return line.stored.get("head", "ridge") != "linear"
 
 
-def cohort_size(o: dict) -> int:
-    """Return how many clients take part in a round."""
-    return len(sample_clients(o["clients"], o["fraction"], seed=0, round=1))
-
-
 def batch_of(o: dict) -> int:
     """Return the images of a step: of --batch-size full, a client's share."""
     return max(1, train_images(o) // o["clients"]) if o["batch_size"] == "full" else o["batch_size"]
@@ -124,7 +120,7 @@ def featured(line: Line) -> int:
 
 def scored(o: dict) -> int:
     """Return how many images are scored, those of `calibrate`'s comparison of clients included."""
-    count = max(1, round(o["calibration_fraction"] * o["clients"])) if "clients" in o else 1
+    count = cohort_size(o["clients"], o["calibration_fraction"]) if "clients" in o else 1
     share = max(1, o["calibration_images"] // count)
     compared = (min(agreement.CLIENTS, count) + count) * share
     rounds = o["calibration_rounds"] * count * share

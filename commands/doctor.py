@@ -17,9 +17,10 @@ import torch
 
 import fisher
 import sparse_sgdm
-from commands.costs import Costs, batch_of, check, cohort_size, evaluated
+from commands.costs import Costs, batch_of, check, evaluated
 from commands.options import GROUPS, Command, Line, parse
 from commands.trial import Trial
+from federated.cohort import cohort_size
 from machine import safe_files
 from machine.device import free_memory
 from machine.rates import copy_bandwidth, pass_seconds, product_rate, synchronise
@@ -112,7 +113,8 @@ def of_training(trial: Trial, costs: Costs, rate: float) -> dict:
     }
     steps, clients = 1, 0
     if "clients" in o:
-        steps, clients = o["J"] * cohort_size(o), cohort_size(o)
+        clients = cohort_size(o["clients"], o["fraction"])
+        steps = o["J"] * clients
         figures |= {
             "clients_a_round": clients,
             "steps_a_client": o["J"],

@@ -26,10 +26,10 @@ from study.plots import plot_curves
 from training import run_folder, session
 from training.diagnostics import Diagnostics
 from training.learner import Learner
+from training.memory import check_apart
 from training.mirrors import mirror
 from training.rounds import (
     Federation,
-    check_apart,
     client_terms,
     cohort_of,
     make_clients,

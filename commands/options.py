@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from centralized import SCHEDULES, Epochs, Schedule
-from commands import rules
 from commands.arguments import Command, annotated, build_parser, kinds
+from commands.refusals import Options
+from commands.rules import resolve
 from federated.client_states import ClientTerms
 from federated.cohort import Participation
 from federated.methods import Aggregation
@@ -110,9 +111,9 @@ class Line(NamedTuple):
     def usual(self) -> dict:
         """Return the options that a line with this data set and mask rule, and no other, has."""
         entries = {key: self.stored[key] for key in ("data", "mask_rule") if key in self.stored}
-        options = rules.Options(**self.defaults | entries, command=self.command)
+        options = Options(**self.defaults | entries, command=self.command)
         try:
-            return vars(rules.resolve(options))
+            return vars(resolve(options))
         except ValueError:  # it needs further options
             return {}
 
@@ -136,7 +137,7 @@ def parse(
     name = options["command"]
     defaults = vars(parser.parse_args([name])) if name in GROUPS else {}
     defaults.pop("command", None)  # which is part of what a run is named after
-    values = vars(rules.resolve(rules.Options(**options)))
+    values = vars(resolve(Options(**options)))
     return Line(name, values, defaults, grouped(commands[name].options, values))
 
 

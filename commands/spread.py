@@ -8,6 +8,7 @@ import torch
 
 import model as vit
 from commands.options import Line
+from federated.cohort import cohort_size
 from machine import ranks, runs
 from machine.device import choose_device, free_memory
 
@@ -23,7 +24,7 @@ def processes(line: Line) -> int:
         return 1
     begun, cores = threads_of(line), torch.get_num_threads()
     memory = free_memory(torch.device("cpu"))
-    clients = max(1, round(o.participation.fraction * o.sharding.clients))
+    clients = cohort_size(o.sharding.clients, o.participation.fraction)
     if begun is not None:  # a run goes on to the same bits, by one thread in two processes or more
         fit = max(2, min(clients, int(memory // ranks.MEMORY)))
         return min(cores, fit) if begun == 1 else 1

@@ -49,20 +49,25 @@ def _random(seed: int, purpose: str, round: int, client: int = 0) -> np.random.G
 # ---------------------------------------------------------------------------- who
 
 
-def sample_clients(clients: int, fraction: float, *, seed: int, round: int) -> np.ndarray:
-    """Draw the round's max(1, round(fraction * clients)) distinct clients: (m,) int64.
+def cohort_size(clients: int, fraction: float) -> int:
+    """Return how many of K clients a round samples: C * K, halves rounded up, at least one.
 
     Raises:
         ValueError: the fraction is not in (0, 1].
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"the client fraction must lie in (0, 1], not {fraction}")
+    return max(1, int(fraction * clients + 0.5))
+
+
+def sample_clients(clients: int, fraction: float, *, seed: int, round: int) -> np.ndarray:
+    """Draw a round's distinct clients, as many as `cohort_size` says: (m,) int64."""
     generator = _random(seed, "clients", round)
-    return generator.choice(clients, max(1, int(fraction * clients + 0.5)), replace=False)
+    return generator.choice(clients, cohort_size(clients, fraction), replace=False)
 
 
 def sample_by_size(sizes: Sequence[int], fraction: float, *, seed: int, round: int) -> np.ndarray:
-    """Draw max(1, round(fraction * K)) distinct clients, each draw in proportion to its samples.
+    """Draw as many distinct clients, each draw in proportion to its samples.
 
     With equal weights a large client then counts by being drawn more often, not by a longer step.
 
@@ -73,8 +78,7 @@ def sample_by_size(sizes: Sequence[int], fraction: float, *, seed: int, round: i
         (m,) int64.
     """
     sizes = np.asarray(sizes, np.float64)
-    count = max(1, int(fraction * len(sizes) + 0.5))
-    generator = _random(seed, "clients by size", round)
+    count, generator = cohort_size(len(sizes), fraction), _random(seed, "clients by size", round)
     return generator.choice(len(sizes), count, replace=False, p=sizes / sizes.sum())
 
 

@@ -27,7 +27,7 @@ TiesKeep = Annotated[
 DareDrop = Annotated[
     float | None,
     "dare: probability that an entry of a change is dropped, below 1 [0.9]",
-    ">= 0",
+    "0 <= x < 1",
     "P",
 ]
 

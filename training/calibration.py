@@ -57,7 +57,7 @@ class Masking(NamedTuple):
     mask_rule: Annotated[
         str | None, "what a mask keeps trainable [none; calibrate: least-sensitive]", masks.RULES
     ] = None
-    sparsity: Annotated[float | None, "FROZEN share, below 1 [0.9]", ">= 0"] = None
+    sparsity: Annotated[float | None, "FROZEN share, below 1 [0.9]", "0 <= x < 1"] = None
     threshold: Annotated[
         float | None,
         "instead of --sparsity: train entries whose score is at most this (rules least- and "

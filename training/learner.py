@@ -15,7 +15,7 @@ import fused
 import model as vit
 from flat import Entries, FlatView, Sgd
 from machine.cuda_graph import GraphedStep
-from machine.device import LossScale, compiled, exact_place
+from machine.device import LossScale, compiled, exact_place, free_memory
 from training import features
 
 if TYPE_CHECKING:
@@ -161,7 +161,9 @@ class Learner:
         inputs = features.tokens(self.workspace, model, first)
         self.keeps_activations = inputs is not None
         if inputs is None:
-            print(f"activations below block {first} do not fit in memory: computed every time")
+            free = free_memory(torch.device("cpu"))
+            reason = "they do not fit in memory" if free else "the free memory is not known"
+            print(f"activations below block {first} are computed every time: {reason}")
             return
         print(f"activations below block {first} are computed once")
         self.inputs = inputs

@@ -26,18 +26,17 @@ from federated.client_states import (
     importance_weights,
 )
 from federated.cohort import Participation
-from federated.methods import Aggregation, Shared, compares_clients
+from federated.methods import Aggregation, Shared
 from federated.privacy import Privacy, Secret
 from federated.server import Server, ServerOptions
-from machine.device import free_memory
+from machine.device import exact_place
 from training.clients import Clients, HeadsTogether, LocalSteps, trains_together
+from training.memory import state_place
 
 if TYPE_CHECKING:
     from machine.runs import Run
     from training.diagnostics import Diagnostics
     from training.learner import Learner
-
-SHARE = {"cuda": 0.5, "cpu": 0.8}  # of the free memory, for what clients keep
 
 
 class Rounds(NamedTuple):
@@ -119,15 +118,15 @@ def client_terms(
 ) -> dict[str, Term]:
     """Return what is a client's own, by name, in the order in which it is entered."""
     entries, terms = learner.entries, {}
-    store = functools.partial(client_store, learner, o, len(shards), run)
+    place_of = functools.partial(state_place, learner, o, len(shards))
     if o.terms.scaffold:
-        place = store("scaffold", entries.theta.nbytes)
-        zeros = torch.zeros_like(entries.theta)
-        terms["scaffold"] = Scaffold(zeros, len(shards), entries.correct, **place)
+        zeros, files = torch.zeros_like(entries.theta), state_files(run, "scaffold")
+        place = place_of("--scaffold", zeros.nbytes)
+        terms["scaffold"] = Scaffold(zeros, len(shards), entries.correct, place=place, **files)
     if o.terms.local_norm:
-        at = local_entries(learner)
-        place = store("local_norm", len(at) * entries.theta.itemsize)
-        terms["local_norm"] = LocalNorm(entries.theta, at, len(shards), **place)
+        at, files = local_entries(learner), state_files(run, "local_norm")
+        place = place_of("--local-norm", len(at) * entries.theta.itemsize)
+        terms["local_norm"] = LocalNorm(entries.theta, at, len(shards), place=place, **files)
     if o.terms.fedir:
         workspace = learner.workspace
         labels = workspace.dataset.train.labels.numpy()
@@ -141,6 +140,20 @@ def client_terms(
     if o.terms.prox:
         terms["prox"] = Prox(entries.pull_to)
     return terms
+
+
+def state_files(run: Run | None, name: str) -> dict:
+    """Return how a run keeps its clients' states in files, as ClientStates takes it."""
+    if run is None:
+        return {}
+
+    def write(path: Path, vectors: dict[int, Tensor]) -> None:
+        run.keep(f"{name}/{path.name}", vectors)
+
+    def read(path: Path) -> dict[int, Tensor]:
+        return run.kept(f"{name}/{path.name}")
+
+    return {"folder": run.folder / name, "write": write if run.writes else None, "read": read}
 
 
 def local_entries(learner: Learner) -> Tensor:
@@ -177,6 +190,7 @@ def method_of(
     entries, flat, privacy = learner.entries, learner.flat, o.privacy
     seed, masked = learner.workspace.source.seed, entries.index is not None
     every = torch.ones_like(entries.theta, dtype=torch.bool) if masked else flat.marked()
+    every = every.to(exact_place(every.device))  # beside what it selects from
     shared, local = every.clone(), terms.get("local_norm")
     if local is not None:
         shared[local.at] = False
@@ -230,69 +244,3 @@ def watched(method: Method, diagnostics: Diagnostics, theta: Tensor) -> Method:
         return method.apart(round) or diagnostics.due(round)
 
     return method._replace(combine=combine, apart=apart)
-
-
-# ---------------------------------------------------------------------------- memory
-
-
-def memory_room(learner: Learner) -> dict[torch.device, float]:
-    """Return the bytes that a process may take on its device and on the host, where that is known.
-
-    Processes hold the same, and share the host.
-    """
-    group, places = learner.group, (learner.workspace.device, torch.device("cpu"))
-    sharing = {"cuda": 1, "cpu": group.size}
-    room = [SHARE[place.type] * free_memory(place) / sharing[place.type] for place in places]
-    lowest = map(min, zip(*group.gather(room), strict=True))
-    return dict(zip(places, lowest, strict=True))
-
-
-def check_apart(
-    learner: Learner, o: Federation, clients: int, diagnostics: Diagnostics | None
-) -> None:
-    """Raise ValueError where a round's changes are kept apart and do not fit on the device."""
-    compares = compares_clients(o.aggregation.aggregate)
-    if not compares and diagnostics is None:
-        return
-    each = 16  # bytes of a change and its copy
-    cohort_size = max(1, round(o.participation.fraction * clients))
-    needed = each * len(learner.entries.theta) * cohort_size
-    room = memory_room(learner)[learner.workspace.device]
-    if room and needed > room:
-        option = f"--aggregate {o.aggregation.aggregate}" if compares else "--diagnostics"
-        raise ValueError(
-            f"{option} keeps a round's changes apart and copies them, {needed / 1e9:,.1f} GB, and "
-            f"there is room for {room / 1e9:,.1f} GB: a lower --fraction, or a mask (--mask-rule)"
-        )
-
-
-def client_store(
-    learner: Learner, o: Federation, clients: int, run: Run | None, name: str, each: int
-) -> dict:
-    """Return where a method's client states lie: on the device where they fit, else the host.
-
-    Raises:
-        ValueError: they fit on neither.
-    """
-    taking_part = max(1, round(o.participation.fraction * clients)) * o.rounds
-    needed = each * min(clients, taking_part)
-    host, room = torch.device("cpu"), memory_room(learner)
-    place = next((place for place in room if needed <= room[place]), None)
-    if place is None and room[host]:  # a host that does not say is trusted
-        raise ValueError(
-            f"--{name.replace('_', '-')} keeps {needed / 1e9:,.1f} GB, {each / 1e6:,.1f} MB for "
-            f"each client, and the free memory has room for {max(room.values()) / 1e9:,.1f} GB: "
-            "fewer --clients, or a mask (--mask-rule), whose entries alone are kept"
-        )
-    store = {"place": place or host}
-    if run is None:
-        return store
-
-    def write(path: Path, vector: Tensor) -> None:
-        run.keep(f"{name}/{path.name}", vector)
-
-    def read(path: Path) -> Tensor:
-        return run.kept(f"{name}/{path.name}")
-
-    folder = run.folder / name
-    return store | {"folder": folder, "write": write if run.writes else None, "read": read}

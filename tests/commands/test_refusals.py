@@ -126,7 +126,7 @@ BAD = {
     "argument --out: the name is empty": ("plot", "runs/x", "--out", ""),
     "argument RUN: the name holds a NUL": ("eval", "runs/\0"),
     "occupied is no run folder": ("eval", "occupied"),
-    "--dare-drop: the share that is dropped must lie in [0, 1), not 1": (
+    "--dare-drop: 1 must be at least 0 and below 1": (
         *(*FEDAVG, "--aggregate", "dare", "--dare-drop", 1),
     ),
     "--aggregate ties with --secure-aggregation: it compares": (

@@ -8,6 +8,7 @@ import torch
 
 from fedavg import Cohort, FedAvg
 from federated.cohort import (
+    cohort_size,
     drop_out,
     local_steps,
     normalised_averaging,
@@ -34,6 +35,16 @@ def test_the_sample_is_a_function_of_seed_and_round(clients, fraction, m):
         assert not all(map(np.array_equal, draws, other))
 
 
+@pytest.mark.parametrize("fraction", [1e-9, 0.01, 0.1, 0.3, 0.5, 0.999, 1.0])
+def test_the_size_of_a_cohort_is_what_is_drawn(fraction):
+    for clients in [*range(1, 60), 100, 1001]:
+        count = cohort_size(clients, fraction)
+        assert count == len(sample_clients(clients, fraction, seed=0, round=1))
+        assert count == len(sample_by_size([3] * clients, fraction, seed=0, round=1))
+        assert count == max(1, math.floor(fraction * clients + 0.5))
+    assert cohort_size(25, 0.1) == 3  # a half is rounded up
+
+
 def test_every_client_gets_its_share_of_rounds():
     seen = np.bincount(
         np.concatenate([sample_clients(50, 0.2, seed=0, round=t) for t in range(2000)])
@@ -45,6 +56,8 @@ def test_every_client_gets_its_share_of_rounds():
 def test_a_fraction_outside_its_range_is_refused(fraction):
     with pytest.raises(ValueError, match=f"not {fraction}"):
         sample_clients(12, fraction, seed=0, round=1)
+    with pytest.raises(ValueError, match=f"not {fraction}"):
+        sample_by_size([1] * 12, fraction, seed=0, round=1)
 
 
 def test_large_clients_are_drawn_in_proportion_to_their_size():

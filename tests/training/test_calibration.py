@@ -519,7 +519,7 @@ def test_every_kind_of_mask_trains(small_data, options):
 BAD = {
     "--sparsity makes a mask and needs --mask-rule": ("--sparsity", 0.5),
     "--quorum makes a mask and needs --mask-rule": ("--quorum", 5),
-    "--sparsity 1: the frozen share must be below 1": (*MASK, "--sparsity", 1),
+    "--sparsity: 1 must be at least 0 and below 1": (*MASK, "--sparsity", 1),
     "--sparsity: -0.1 must be at least 0": (*MASK, "--sparsity", -0.1),
     "--calibration-rounds: 0 must be at least 1": (*MASK, "--calibration-rounds", 0),
     "--threshold with --sparsity": (*(*MASK, "--sparsity", 0.5, "--threshold", 1),),

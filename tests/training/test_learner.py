@@ -1,10 +1,13 @@
 """What trains: pieces of a batch, compiled steps and evaluations are what the plain ones are."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from built import build
 
 from machine.device import compiled
+from training import learner
 
 
 def test_evaluation_does_not_depend_on_its_batch(small_data):
@@ -14,6 +17,17 @@ def test_evaluation_does_not_depend_on_its_batch(small_data):
     parts = learner.evaluate()
     assert whole["test_acc"] == parts["test_acc"]
     assert whole["test_loss"] == pytest.approx(parts["test_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("free", "reason"), [(1e9, "do not fit"), (0, "memory is not known")])
+def test_activations_that_are_not_kept_say_why(monkeypatch, capsys, free, reason):
+    """A host may not say how much of its memory is free."""
+    monkeypatch.setattr(learner.features, "tokens", lambda workspace, model, first: None)
+    monkeypatch.setattr(learner, "free_memory", lambda device: free)
+    stub = SimpleNamespace(on_features=False, first=1, model=None, workspace=None)
+    stub.training = learner.Training(augment=False)
+    learner.Learner.keep_activations(stub)
+    assert reason in capsys.readouterr().out and stub.keeps_activations is False
 
 
 @pytest.mark.parametrize("piece", [1, 7, 16, 32])

@@ -6,7 +6,9 @@ import pytest
 import torch
 from built import build, build_loop
 
+from fedavg import Method
 from federated.cohort import sample_clients
+from federated.methods import METHODS
 from machine.runs import Run
 from training import rounds
 
@@ -30,6 +32,14 @@ def test_a_round_averages_what_the_clients_did(small_data):
     torch.testing.assert_close(loop.theta, average, rtol=2e-7, atol=1e-9)
 
 
+def test_a_method_knows_its_entries_where_the_exact_sums_are(small_data, monkeypatch):
+    seen = []
+    monkeypatch.setitem(METHODS, "mean", lambda o, shared: seen.append(shared) or Method())
+    monkeypatch.setattr(rounds, "exact_place", lambda device: torch.device("meta"))
+    build_loop(small_data)
+    assert seen[-1].entries.is_meta
+
+
 def test_rounds_in_which_all_clients_drop_out_are_empty_and_logged(cli, learners):
     status, out, err = cli(*COMMAND, "--dropout", 1, "--name", "none")
     assert status == 0, err
@@ -47,38 +57,6 @@ def test_a_client_that_diverges_is_named_before_its_state_is_written(cli, small_
     status, _, err = cli(*COMMAND, method, "--J", 3, "--lr", 1e30, "--name", "x")
     assert status == 2 and "round 1, client" in err and "try a lower --lr" in err, err
     assert err.count("\n") == 1 and not list(small_data.glob("runs/x/*/client*"))
-
-
-# ---------------------------------------------------------------------------- memory
-
-
-def test_client_states_that_do_not_fit_are_refused_with_figures(cli, monkeypatch):
-    monkeypatch.setattr(rounds, "free_memory", lambda device: 1e6)
-    status, _, err = cli(*COMMAND, "--scaffold")
-    assert status == 2 and err.count("\n") == 1, err
-    assert "--scaffold keeps 0.0 GB, 0.3 MB for each client" in err
-    assert "fewer --clients" in err
-
-
-@pytest.mark.parametrize(("vectors", "fits"), [(7.9, False), (8.1, True)])
-def test_eight_client_states_need_room_for_eight(small_data, monkeypatch, vectors, fits):
-    size = 4 * build(small_data)[0].entries.theta.numel()
-    room = {torch.device("cpu"): vectors * size}
-    monkeypatch.setattr(rounds, "memory_room", lambda learner: room)
-    command = (*TINY, "--rounds", 2, "--scaffold")  # 4 clients a round
-    if fits:
-        build_loop(small_data, *command)
-    else:
-        with pytest.raises(ValueError, match="fewer --clients"):
-            build_loop(small_data, *command)
-
-
-@pytest.mark.parametrize("method", [("--scaffold",), ("--aggregate", "ties"), ("--diagnostics",)])
-def test_a_run_that_did_not_fit_leaves_no_folder(cli, monkeypatch, small_data, method):
-    monkeypatch.setattr(rounds, "free_memory", lambda device: 1e6)
-    status, _, err = cli(*COMMAND, *method, "--name", "x")
-    assert status == 2 and "room for 0.0 GB" in err, err
-    assert not (small_data / "runs" / "x").exists()
 
 
 # ---------------------------------------------------------------------------- refusals
