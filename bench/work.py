@@ -15,12 +15,12 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 from commands import fedavg as federated_command
-from commands.fedavg import federate
 from commands.options import Command, federation, parse
 from fedavg import FedAvg
 from federated.cohort import sample_clients
 from model import VisionTransformer
 from training.learner import Learner
+from training.rounds import federate
 from training.workspace import Workspace
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as train.py, before cuBLAS starts

@@ -19,26 +19,13 @@ from commands.accounts import (
 )
 from commands.options import GROUPS, Line, federation, learner_options
 from commands.search import searched
-from fedavg import FedAvg
-from machine import ranks, runs
-from machine.device import exact_place
+from machine import ranks
 from study.plots import plot_curves
 from training import run_folder, session
 from training.diagnostics import Diagnostics
 from training.learner import Learner
-from training.memory import check_apart
 from training.mirrors import mirror
-from training.rounds import (
-    Federation,
-    client_terms,
-    cohort_of,
-    make_clients,
-    make_server,
-    method_of,
-    secret_of,
-    states_of,
-    watched,
-)
+from training.rounds import federate
 from training.watching import evaluation_due, head_note
 from training.workspace import Workspace
 
@@ -74,13 +61,16 @@ def train(workspace: Workspace, line: Line, name: str, test: bool) -> dict:
             return summary
         with folder.opening():
             learner = session.prepare(workspace, model, folder, shards, learner_options(o))
-    with folder.opening():
+    with folder.opening(), workspace.group.together():
         learner.keep_activations()
-        with workspace.group.first_then_others():
-            diagnostics = watching(learner, shards, o)
-            process = federate(learner, shards, federation(o), folder, diagnostics)
+        diagnostics = watching(learner, shards, o)
+        process = federate(learner, shards, federation(o), folder, diagnostics)
     for warning in warnings_of(o, learner.mask):
         print(f"warning: {warning}", file=sys.stderr)
+    if note := head_note(o.head.head, o.head.freeze_head, learner.mask is not None):
+        print(note)
+    if absent := workspace.classes_without_client():
+        print(f"no client holds {len(absent)} of the classes: {', '.join(absent)}")
 
     def account() -> dict:
         sent = communication(folder.records(), learner.dense_size)
@@ -92,10 +82,6 @@ def train(workspace: Workspace, line: Line, name: str, test: bool) -> dict:
         figures = diagnostics.measure() if diagnostics else {}
         return figures | privacy_spent(o, process.round)
 
-    if note := head_note(o.head.head, o.head.freeze_head, learner.mask is not None):
-        print(note)
-    if absent := workspace.classes_without_client():
-        print(f"no client holds {len(absent)} of the classes: {', '.join(absent)}")
     return session.drive(
         folder,
         process,
@@ -110,39 +96,6 @@ def train(workspace: Workspace, line: Line, name: str, test: bool) -> dict:
         account=account,
         measure=measure,
         test=test,
-    )
-
-
-def federate(
-    learner: Learner,
-    shards: list[np.ndarray],
-    o: Federation,
-    run: runs.Run | None = None,
-    diagnostics: Diagnostics | None = None,
-) -> FedAvg:
-    """Return the loop of rounds: the six things that a federated run is, and who shares the work.
-
-    Args:
-        run: keeps the clients' states.
-        diagnostics: sees the rounds' changes.
-    """
-    check_apart(learner, o, len(shards), diagnostics)
-    theta = learner.entries.theta.clone()
-    theta = theta.to(exact_place(theta.device))  # sums and server are of 64 bits
-    secret = secret_of(learner, o)
-    terms = client_terms(learner, shards, o, run)
-    clients = make_clients(learner, shards, o, list(terms.values()))
-    method = method_of(learner, o, terms, len(shards), secret, run)
-    if diagnostics is not None:
-        method = watched(method, diagnostics, theta)
-    return FedAvg(
-        theta,
-        train=clients,
-        cohort=partial(cohort_of, o, clients, secret),
-        server=make_server(o.server, theta),
-        method=method,
-        states=states_of(learner, terms, secret),
-        group=learner.group,
     )
 
 

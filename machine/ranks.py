@@ -132,6 +132,24 @@ class OneProcess:
         if self.rank != 0:
             yield
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Leave a block, which may gather, when all processes have; rank 0 says why it failed.
+
+        Raises:
+            ToldByFirst: in the others, when a process raised ValueError or OSError.
+        """
+        problem = None
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            problem = error
+        said = [text for text in self.gather(problem and str(problem)) if text]
+        if said and self.rank == 0:
+            raise problem or ValueError(said[0])
+        if said:
+            raise ToldByFirst(said[0])
+
 
 class Group(OneProcess):
     """The processes of the environment's group; meets the others on construction."""

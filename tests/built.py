@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from commands.fedavg import federate
 from commands.options import Line, federation, learner_options, parse
 from fedavg import FedAvg
 from machine.runs import Run
 from train import COMMANDS
 from training.clients import Clients
 from training.learner import Learner
-from training.rounds import client_terms, make_clients
+from training.rounds import client_terms, federate, make_clients
 from training.session import prepare
 from training.workspace import Workspace
 

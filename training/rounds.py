@@ -1,4 +1,4 @@
-"""The things that a federated run is, made from options: who, how clients train, what changes."""
+"""A federated run made from options: the six things that it is, and how each comes about."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from centralized import Schedule
-from fedavg import Cohort, Method, State
+from fedavg import Cohort, FedAvg, Method, State
 from federated import cohort, methods
 from federated.client_states import (
     ClientStates,
@@ -31,7 +31,7 @@ from federated.privacy import Privacy, Secret
 from federated.server import Server, ServerOptions
 from machine.device import exact_place
 from training.clients import Clients, HeadsTogether, LocalSteps, trains_together
-from training.memory import state_place
+from training.memory import check_apart, state_place
 
 if TYPE_CHECKING:
     from machine.runs import Run
@@ -63,6 +63,39 @@ class Federation(NamedTuple):
     privacy: Privacy
     server: ServerOptions
     cuda_graph: str = "auto"
+
+
+def federate(
+    learner: Learner,
+    shards: list[np.ndarray],
+    o: Federation,
+    run: Run | None = None,
+    diagnostics: Diagnostics | None = None,
+) -> FedAvg:
+    """Return the loop of rounds: the six things that a federated run is, and who shares the work.
+
+    Args:
+        run: keeps the clients' states.
+        diagnostics: sees the rounds' changes.
+    """
+    check_apart(learner, o, len(shards), diagnostics)
+    theta = learner.entries.theta.clone()
+    theta = theta.to(exact_place(theta.device))  # sums and server are of 64 bits
+    secret = secret_of(learner, o)
+    terms = client_terms(learner, shards, o, run)
+    clients = make_clients(learner, shards, o, list(terms.values()))
+    method = method_of(learner, o, terms, len(shards), secret, run)
+    if diagnostics is not None:
+        method = watched(method, diagnostics, theta)
+    return FedAvg(
+        theta,
+        train=clients,
+        cohort=functools.partial(cohort_of, o, clients, secret),
+        server=make_server(o.server, theta),
+        method=method,
+        states=states_of(learner, terms, secret),
+        group=learner.group,
+    )
 
 
 # ---------------------------------------------------------------------------- who
