@@ -1,7 +1,9 @@
 """What a command costs: how many images, steps and rounds it has, times the seconds of each.
 
-costs.total(line)    the seconds of a parsed fedavg, centralized, ridge or calibrate command,
-                     of Costs that commands/trial.py measured on this machine
+costs.total(o)    the seconds of a fedavg, centralized, ridge or calibrate command, of Costs that
+                  commands/trial.py measured on this machine
+
+`o` is a parsed command's options by name, `line.stored`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from typing import NamedTuple
 
 import data
 import masks
-from commands.options import Line
 from federated.cohort import cohort_size
 from training import agreement
 
@@ -30,37 +31,34 @@ class Costs(NamedTuple):
     round: float = 0.0  # a round beside its clients
     evaluation: float = 0.0  # evaluating an image
 
-    def total(self, line: Line) -> float:
+    def total(self, o: dict) -> float:
         """Return the seconds of a command like the one that was measured."""
-        return sum(self.parts(line).values())
+        return sum(self.parts(o).values())
 
-    def parts(self, line: Line) -> dict[str, float]:
+    def parts(self, o: dict) -> dict[str, float]:
         """Return the seconds of each part of such a command."""
-        o = line.stored
+        heads = fitted(o) * (2 if o["command"] == "ridge" else 1)  # one of the clients' sums
         calibrates = o.get("mask_rule") is not None and masks.needs_scores(o["mask_rule"])
         parts = {
-            "features": self.feature * featured(line),
-            "head": self.head
-            * fitted(line)
-            * (2 if line.command == "ridge" else 1),  # clients' sums
+            "features": self.feature * featured(o),
+            "head": self.head * heads,
             "calibration": self.score * scored(o) if calibrates else 0.0,
         }
-        if line.command in ("ridge", "calibrate"):
+        if o["command"] in ("ridge", "calibrate"):
             return parts
         tried = ("search_lr", "search_weight_decay", "search_schedule")
         tries = math.prod(len(o[name] or (1,)) for name in tried) * o["search"]
         length = o.get("rounds") or o["epochs"]
-        short = self.training(line.replaced(eval_test=False), o["search_length"] or length)
-        full = self.training(line, length)
+        short = self.training(o | {"eval_test": False}, o["search_length"] or length)
+        full = self.training(o, length)
         tested = 2 * self.evaluation * images_of(o)[1]  # at the end, the last and the best weights
         goes_on = o["search_length"] in (None, length) or o["schedule"] == "constant"
         parts["head"] *= 1 + tries
         parts["search"] = max(0, tries - goes_on) * sum(short)  # the winner goes on as the run
         return parts | {"training": full[0], "evaluations": full[1] + tested}
 
-    def training(self, line: Line, length: int) -> tuple[float, float]:
+    def training(self, o: dict, length: int) -> tuple[float, float]:
         """Return the seconds of so many rounds or epochs, and those of their evaluations."""
-        o = line.stored
         looks = 1 + math.ceil(length / o["eval_every"])
         evaluations = self.evaluation * looks * evaluated(o)
         if "rounds" not in o:
@@ -95,9 +93,9 @@ def evaluated(o: dict) -> int:
     return train - train_images(o) + test * o["eval_test"]
 
 
-def fitted(line: Line) -> bool:
+def fitted(o: dict) -> bool:
     """Is a head fitted to features?"""
-    return line.stored.get("head", "ridge") != "linear"
+    return o.get("head", "ridge") != "linear"
 
 
 def batch_of(o: dict) -> int:
@@ -105,17 +103,17 @@ def batch_of(o: dict) -> int:
     return max(1, train_images(o) // o["clients"]) if o["batch_size"] == "full" else o["batch_size"]
 
 
-def featured(line: Line) -> int:
+def featured(o: dict) -> int:
     """Return of how many images features are computed, or activations that stand still."""
-    o, (train, test) = line.stored, images_of(line.stored)
-    if line.command == "ridge" or o.get("train") == "head":
+    train, test = images_of(o)
+    if o["command"] == "ridge" or o.get("train") == "head":
         return train + test
-    shown = train + (line.command != "calibrate") * test
+    shown = train + (o["command"] != "calibrate") * test
     if o["head_images"] is not None:  # and an equal share of the validation images
         shown = round(o["head_images"] * train / max(1, train_images(o)))
     below = o.get("train", "all") not in ("all", "blocks.0") and not o["augment"]
     stand_still = below and o["keep_tokens"] == 1
-    return fitted(line) * shown + stand_still * (train + test)
+    return fitted(o) * shown + stand_still * (train + test)
 
 
 def scored(o: dict) -> int:

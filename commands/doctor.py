@@ -84,8 +84,9 @@ def examine(line: Line) -> dict:
             figures["feature_milliseconds_an_image"] = rounded(1e3 * costs.feature)
         if costs.score:
             figures["scoring_milliseconds_an_image"] = rounded(1e3 * costs.score)
-        parts = {name: rounded(seconds) for name, seconds in costs.parts(line).items() if seconds}
-        figures |= {"parts_seconds": parts, "total_seconds": rounded(costs.total(line))}
+        parts = costs.parts(line.stored)
+        figures["parts_seconds"] = {name: rounded(s) for name, s in parts.items() if s}
+        figures["total_seconds"] = rounded(costs.total(line.stored))
         if trial.learner is not None and device.type == "cuda":
             say("the largest batch")
             figures["largest_batch_images"] = largest_batch(trial.learner)

@@ -82,7 +82,7 @@ class Times:
         """Return the seconds of a command by its parts."""
         if (line := parsed(command, options)) is None:
             return math.nan
-        parts = self.of(line.stored).parts(line)
+        parts = self.of(line.stored).parts(line.stored)
         return sum(seconds for name, seconds in parts.items() if name != "features")
 
     def of(self, o: dict) -> Costs:

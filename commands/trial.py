@@ -206,10 +206,10 @@ class Trial:
         if self.learner is not None:
             say("an evaluation")
             seconds |= {"image": self.image, "evaluation": self.evaluation()}
-        if featured(self.line):
+        if featured(o):
             say("features of images")
             seconds["feature"] = self.feature()
-        if fitted(self.line):
+        if fitted(o):
             kind, width = o.get("head", "ridge"), vit.MODELS[o["model"]].width
             say(f"fitting a {kind} head")
             images = o.get("head_images") or train_images(o)

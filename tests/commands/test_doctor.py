@@ -81,19 +81,19 @@ def test_doctor_serves_the_other_commands(cli, small_data):
 def test_the_costs_of_a_command_are_those_of_others_like_it():
     price = Costs(1e-3, 2.0, 1e-2, step=0.1, client=0.05, round=1.0)
     price = price._replace(evaluation=1e-4)
-    line = parsed("fedavg", "--rounds", 10, "--J", 4, "--eval-every", 5)
-    assert price.parts(line) == pytest.approx(
+    o = parsed("fedavg", "--rounds", 10, "--J", 4, "--eval-every", 5).stored
+    assert price.parts(o) == pytest.approx(
         dict(features=0, head=0, calibration=0, search=0, training=10 * (10 * 0.45 + 1))
         | dict(evaluations=(3 * 2_000 + 2 * 5_000) * 1e-4)
     )
     masked = ("--mask-rule", "least-sensitive", "--calibration-images", 2000)
-    parts = price.parts(parsed("fedavg", "--rounds", 10, *masked))
+    parts = price.parts(parsed("fedavg", "--rounds", 10, *masked).stored)
     assert parts["calibration"] == pytest.approx(4 * 2000 * 1e-2)
     assert parts["features"] == pytest.approx(25_000 * 1e-3) and parts["head"] == 2
     search = ("--search", "--search-lr", 1, 2, 3, "--search-weight-decay", 0, "--search-length", 5)
-    searched = price.parts(parsed("fedavg", "--rounds", 10, "--eval-every", 5, *search))
+    searched = price.parts(parsed("fedavg", "--rounds", 10, "--eval-every", 5, *search).stored)
     assert searched["search"] == pytest.approx(2 * (5 * 5.5 + 2 * 0.2))
-    assert price.total(line) == pytest.approx(sum(price.parts(line).values()))
+    assert price.total(o) == pytest.approx(sum(price.parts(o).values()))
 
 
 def test_a_slow_machine_takes_smaller_steps_and_scales_them(cli, small_data, monkeypatch):

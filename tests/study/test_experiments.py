@@ -153,7 +153,7 @@ def test_runs_that_tables_share_count_once_in_the_time_of_all(cli, small_data, m
     price = Costs(step=1e-2)
     monkeypatch.setattr(timing, "costs", lambda line: price)
     folder = small_data / "results" / "smoke" / "rules"
-    seconds = price.total(timing.parsed("fedavg", ()))
+    seconds = price.total(timing.parsed("fedavg", ()).stored)
 
     def left():
         status, out, err = cli("sweep", "--scale", "smoke", "--list")
