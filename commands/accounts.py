@@ -93,8 +93,9 @@ def warnings_of(o: SimpleNamespace, mask: Mask | None) -> list[str]:
             "it: this run protects nobody"
         )
     if privacy.secure_aggregation and (o.participation.dropout or privacy.dp_clip is not None):
+        where = "in_the_clear" if privacy.dp_clip is None else "answered: 1"
         warnings.append(
             "--secure-aggregation: a client that is alone in its round is sent in the clear, and "
-            "the log says so (in_the_clear)"
+            f"the log says so ({where})"
         )
     return warnings

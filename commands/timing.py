@@ -91,7 +91,7 @@ class Times:
         words = [
             f"--{name.replace('_', '-')}={o[name]}"
             for name in NAMES
-            if o.get(name) not in (None, 1.0)
+            if o.get(name) is not None and (name, o[name]) != ("keep_tokens", 1.0)
         ]
         gpu = choose_device(o["device"]).type == "cuda"
         if heads or gpu:  # else an image takes the same in a batch of any size

@@ -166,7 +166,8 @@ def private(
 
     def report(record: dict, cohort: Cohort) -> dict:
         record = method.report(record, cohort) | {"answered": len(cohort.clients)}
-        return {k: v for k, v in record.items() if k not in ("train_loss", "clients")}
+        of_single_clients = ("train_loss", "clients", "in_the_clear")
+        return {k: v for k, v in record.items() if k not in of_single_clients}
 
     return method._replace(
         factor=partial(clip_factor, bound=clip),

@@ -69,23 +69,26 @@ def open_run(
     if shards:
         sizes = [len(shard) for shard in shards]
         extra["shards"] = {"clients": len(sizes), "smallest": min(sizes), "largest": max(sizes)}
-    free = set(stored) - set(defining(stored)) | same_files(run, made_from) | SEARCHES & set(stored)
+    free = set(stored) - set(defining(stored))
+    free |= same_files(run, made_from) | SEARCHES & set(stored)
     stored = stored | {
         name: max(stored[name], n) for name, n in reached(run).items() if name in free
     }
     run.open(stored | made_from, extra, free=free)
     if shards and run.writes and not (run.folder / "shards.npz").exists():
-        ends = np.cumsum([len(shard) for shard in shards])
-        clients = np.concatenate(shards)
-
-        def write(aside: Path) -> None:
-            with open(aside, "wb") as file:
-                np.savez_compressed(
-                    file, validation=workspace.val_index, clients=clients, ends=ends
-                )
-
-        safe_files.write_atomically(run.folder / "shards.npz", write)
+        keep_shards(run.folder / "shards.npz", workspace.val_index, shards)
     return run
+
+
+def keep_shards(path: Path, validation: np.ndarray, shards: list[np.ndarray]) -> None:
+    """Write who holds what: indices of validation images, of all clients', and where each ends."""
+    clients, ends = np.concatenate(shards), np.cumsum([len(shard) for shard in shards])
+
+    def write(aside: Path) -> None:
+        with open(aside, "wb") as file:
+            np.savez_compressed(file, validation=validation, clients=clients, ends=ends)
+
+    safe_files.write_atomically(path, write)
 
 
 def reached(run: runs.Run) -> dict[str, int]:

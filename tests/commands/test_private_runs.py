@@ -143,6 +143,16 @@ def test_a_client_alone_in_its_round_is_refused_or_named(cli, small_data):
     assert not any("in_the_clear" in r for r in records if len(r["clients"]) != 1)
 
 
+def test_a_private_run_does_not_name_a_client_that_is_alone(cli, small_data):
+    private = ("--dp-noise", 1, "--dp-clip", 1, "--secure-aggregation", "--rounds", 8, "--J", 1)
+    status, _, err = cli(*TINY, *private, "--fraction", 0.1)
+    assert status == 0 and "(answered: 1)" in err and "steps are too long" not in err
+    lines = (small_data / "runs" / "x" / "log.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines[1:]]
+    assert any(r["answered"] == 1 for r in records)
+    assert not any({"in_the_clear", "clients"} & set(r) for r in records)
+
+
 def test_runs_of_one_seed_do_not_share_their_masks(small_data, monkeypatch):
     seeds = []
     conceal = methods.conceal_

@@ -44,6 +44,7 @@ def test_a_setting_is_measured_once_whatever_a_run_counts(tmp_path, monkeypatch)
     assert len(lines) == 1
     times.estimate("fedavg", (*DATA, "--train", "head"))
     assert [line.stored["train"] for line in lines] == ["all", "head"]
+    assert {line.stored["threads"] for line in lines} == {1}
     rows = {("ridge", DATA), ("fedavg", (*DATA, "--head", "ridge")), ("fedavg", DATA)}
     assert times.features(rows) == 25_000
 
