@@ -4,6 +4,7 @@ Tests see no GPU, whose rounding is another; GPU_TESTS=1 runs those that are for
 """
 
 import functools
+import math
 import os
 import threading
 from pathlib import Path
@@ -70,9 +71,13 @@ def no_curves(monkeypatch):
 
 
 @pytest.fixture
-def cli(small_data, no_curves, capsys):
-    """Run train.py's command line in-process: cli("fedavg", ...) -> (status, stdout, stderr)."""
+def cli(small_data, no_curves, capsys, monkeypatch):
+    """Run train.py's command line in-process: cli("fedavg", ...) -> (status, stdout, stderr).
+
+    A slow machine says no more on stderr than a quick one.
+    """
     import train
+    monkeypatch.setattr("machine.status.PATIENCE", math.inf)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         status = train.main([str(a) for a in arguments])
