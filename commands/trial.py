@@ -129,6 +129,10 @@ class Trial:
         heads = self.learner is not None and self.learner.on_features
         return 0.0 if heads or self.workspace.device.type == "cuda" else self.passes[1]
 
+    def beside_images(self, seconds: float) -> float:
+        """Return a timed step's seconds without its images'; noise may make these out to be more."""
+        return max(0.0, seconds - self.batch * self.image)
+
     def local_steps(self) -> tuple[float, float]:
         """Return the seconds of a local step beside its images, of a client beside its steps."""
         o, learner = self.groups, self.learner
@@ -157,9 +161,8 @@ class Trial:
         client = seconds_of(process.advance, self.workspace.device, WHILE)
         self.cuda_graph = clients.graphed.status if clients.graphed else self.cuda_graph
         if steps == o.local_steps:
-            return client / J - batch * self.image, 0.0
-        step = max(0.0, client - self.average) / steps.J
-        return step - self.batch * self.image, self.average
+            return self.beside_images(client / J), 0.0
+        return self.beside_images((client - self.average) / steps.J), self.average
 
     def epoch_step(self) -> float:
         """Return the seconds of a step over all training data, beside its images."""
@@ -178,7 +181,7 @@ class Trial:
 
         seconds = seconds_of(work, self.workspace.device)
         self.cuda_graph = graphed.status if graphed else self.cuda_graph
-        return seconds - self.batch * self.image
+        return self.beside_images(seconds)
 
     def private(self) -> tuple[float, float]:
         """Return the seconds of clipping a client's change, and of a round's noise."""
