@@ -130,7 +130,7 @@ class Trial:
         return 0.0 if heads or self.workspace.device.type == "cuda" else self.passes[1]
 
     def beside_images(self, seconds: float) -> float:
-        """Return a timed step's seconds without its images'; noise may make these out to be more."""
+        """Return a timed step's seconds without those of its images, by noise perhaps more."""
         return max(0.0, seconds - self.batch * self.image)
 
     def local_steps(self) -> tuple[float, float]:
