@@ -49,7 +49,7 @@ def calibrations(sharding: str, rounds_wanted: list[int], data_dir: str):
         model = workspace.build_model()
         with torch.no_grad():
             set_fitted_head(workspace, model, o.scoring_head.head, None)
-        calibration = Calibration(workspace, model, o.masking, workspace.shards)
+        calibration = Calibration(workspace, model, o.masking)
         if undamped is None:
             with exact_products():
                 undamped = {

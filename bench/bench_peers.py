@@ -82,7 +82,7 @@ def project(work: Work) -> dict[str, torch.Tensor]:
     with launched_group() as group:
         work.workspace.group = group
         learner = build_learner(work.workspace, work.options)
-        loop = build_loop(learner, work.options, work.shards)
+        loop = build_loop(learner, work.options)
         if not work.trains:
             loop.train = lambda theta, clients, round: work.shifted(learner, theta, clients)
         work.tick()

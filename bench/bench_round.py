@@ -134,7 +134,7 @@ def measure(name: str, graph: str, fused: str, options: argparse.Namespace) -> l
     precision = str(workspace.dtype).removeprefix("torch.")
     shards, device = workspace.shards, workspace.device.type
     learner = build_learner(workspace, o)
-    federation, floor = build_loop(learner, o, shards), Floor(workspace, o, shards)
+    federation, floor = build_loop(learner, o), Floor(workspace, o, shards)
     sums = []
     for round in range(1, 2 + (options.rounds or count)):
         seconds = np.zeros(2)

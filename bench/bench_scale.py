@@ -59,7 +59,8 @@ def deal(learner: Learner, clients: int, sharding: str = "nc1") -> list[np.ndarr
 def make_loop(learner: Learner, options: SimpleNamespace, shards: list[np.ndarray]) -> FedAvg:
     """Return the loop over these clients, 10 of whom train a round."""
     options.participation = options.participation._replace(fraction=10 / len(shards))
-    return build_loop(learner, options, shards)
+    learner.workspace.shards = shards
+    return build_loop(learner, options)
 
 
 def setups(learner: Learner, options: SimpleNamespace) -> list[dict]:

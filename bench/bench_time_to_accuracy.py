@@ -128,13 +128,13 @@ def run_project(
     """Run this project's loop until it has `target`, at most progress.rounds rounds."""
     with tempfile.TemporaryDirectory() as folder:
         workspace.source = workspace.source._replace(data_dir=folder)  # no features of other runs
-        model, shards = workspace.build_model(), workspace.shards
+        model = workspace.build_model()
         progress.started = time.perf_counter()
         if options.head.head != "linear":
             set_fitted_head(workspace, model, options.head.head, options.head.head_images)
         learner = build_learner(workspace, options, model)
         learner.keep_activations()
-        loop = build_loop(learner, options, shards)
+        loop = build_loop(learner, options)
         progress.tick(model)
         while progress.round < progress.rounds and progress.curve[-1]["val_acc"] < target:
             one_round(loop)
@@ -214,7 +214,7 @@ def prepare(setting: str, threads: int) -> Callable[[], object]:
     options, workspace = opened(shared)
     learner = build_learner(workspace, options)  # its head is not fitted, but frozen as in a run
     learner.keep_activations()
-    return build_loop(learner, options, workspace.shards).advance
+    return build_loop(learner, options).advance
 
 
 def pace(settings: Iterable[str], turns: int, threads: int) -> dict[str, dict]:

@@ -43,9 +43,9 @@ def build_learner(
     return Learner(workspace, model, options.training, options.sgd, freeze_head=freeze_head)
 
 
-def build_loop(learner: Learner, options: SimpleNamespace, shards: list) -> FedAvg:
+def build_loop(learner: Learner, options: SimpleNamespace) -> FedAvg:
     """Return the loop of rounds over these clients."""
-    return federate(learner, shards, federation(options))
+    return federate(learner, federation(options))
 
 
 def one_round(loop: FedAvg) -> None:

@@ -26,11 +26,11 @@ def run(line: Line) -> None:
     """Make a mask from the clients' data; write it, its density by layer, and a picture of that."""
     o, started = line.groups, time.monotonic()
     workspace = Workspace(o.source, o.machine, o.backbone, sharding=o.sharding)
-    shards, model = workspace.shards, workspace.build_model()
-    folder = run_folder.open_run(workspace, model, line.name, line.stored, shards)
+    model = workspace.build_model()
+    folder = run_folder.open_run(workspace, model, line.name, line.stored)
     with folder.opening():
         set_fitted_head(workspace, model, o.scoring_head.head, o.scoring_head.head_images)
-        calibration = Calibration(workspace, model, o.masking, shards, o.graph.cuda_graph)
+        calibration = Calibration(workspace, model, o.masking, o.graph.cuda_graph)
         mask = cached_mask(calibration)
     mask.save(folder.folder / "mask.pt")
     kinds, layers, density = density_table(mask)

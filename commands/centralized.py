@@ -40,8 +40,7 @@ def train(workspace: Workspace, line: Line, name: str, test: bool) -> dict:
         mirror(folder, "epoch", o.watching)([])
         return summary
     with folder.opening():
-        options, everyone = learner_options(o), [workspace.train_index]
-        learner = session.prepare(workspace, model, folder, everyone, options)
+        learner = session.prepare(workspace, model, folder, learner_options(o))
         learner.keep_activations()
         process = loop(learner, line)
     if note := head_note(o.head.head, o.head.freeze_head, learner.mask is not None):

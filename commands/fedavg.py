@@ -6,8 +6,6 @@ import sys
 from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
-
 from commands.accounts import (
     absent_classes,
     communication,
@@ -54,17 +52,17 @@ def train(workspace: Workspace, line: Line, name: str, test: bool) -> dict:
     o, rounds, shards = line.groups, line.groups.rounds.rounds, workspace.shards
     with workspace.group.first_then_others():
         model = workspace.build_model()
-        folder = run_folder.open_run(workspace, model, name, line.stored, shards)
+        folder = run_folder.open_run(workspace, model, name, line.stored)
         patience = o.watching.early_stop
         if summary := run_folder.finished_summary(folder, "round", rounds, patience):
             mirror(folder, "round", o.watching)([])
             return summary
         with folder.opening():
-            learner = session.prepare(workspace, model, folder, shards, learner_options(o))
+            learner = session.prepare(workspace, model, folder, learner_options(o))
     with folder.opening(), workspace.group.together():
         learner.keep_activations()
-        diagnostics = watching(learner, shards, o)
-        process = federate(learner, shards, federation(o), folder, diagnostics)
+        diagnostics = watching(learner, o)
+        process = federate(learner, federation(o), folder, diagnostics)
     for warning in warnings_of(o, learner.mask):
         print(f"warning: {warning}", file=sys.stderr)
     if note := head_note(o.head.head, o.head.freeze_head, learner.mask is not None):
@@ -99,9 +97,9 @@ def train(workspace: Workspace, line: Line, name: str, test: bool) -> dict:
     )
 
 
-def watching(learner: Learner, shards: list[np.ndarray], o: SimpleNamespace) -> Diagnostics | None:
+def watching(learner: Learner, o: SimpleNamespace) -> Diagnostics | None:
     """Return the figures of --diagnostics, due with every evaluation."""
     if not o.diagnosing.diagnostics:
         return None
     total, every = o.rounds
-    return Diagnostics(learner, shards, lambda t: evaluation_due(t, every, total))
+    return Diagnostics(learner, lambda t: evaluation_due(t, every, total))

@@ -23,7 +23,7 @@ def run(line: Line) -> None:
     o, started = line.groups, time.monotonic()
     workspace = Workspace(o.source, o.machine, o.backbone, sharding=o.sharding)
     shards, model = workspace.shards, workspace.build_model()
-    folder = run_folder.open_run(workspace, model, line.name, line.stored, shards)
+    folder = run_folder.open_run(workspace, model, line.name, line.stored)
     parts, place = ("train", "test"), exact_place(workspace.device)
     rows, test_rows = (features(workspace, model, part).to(place) for part in parts)
     labels, test_labels = (workspace.sets[part].labels.to(place) for part in parts)

@@ -71,10 +71,9 @@ class Trial:
         self.workspace = Workspace(o.source, o.machine, o.backbone, sharding=sharding)
         self.learner: Learner | None = None
         self.cuda_graph = "off (no CUDA device)"
-        self.shards = self.workspace.shards
         if line.stored.get("batch_size") == "full":  # as many images as in the run
             index = np.resize(self.workspace.train_index, batch_of(line.stored))
-            self.shards = [index] * len(self.shards)
+            self.workspace.shards = [index] * len(self.workspace.shards)
         if line.command in ("fedavg", "centralized"):
             with contextlib.redirect_stdout(io.StringIO()):  # what it says of its random mask
                 self.learner = self.prepared(folder)
@@ -87,7 +86,7 @@ class Trial:
             few = {part: ImageSet(*(x[: probe.FEW] for x in every)) for part, every in sets.items()}
             self.workspace.sets = few
         run, options = Run(folder), learner_options(o)
-        learner = prepare(self.workspace, self.workspace.build_model(), run, self.shards, options)
+        learner = prepare(self.workspace, self.workspace.build_model(), run, options)
         self.workspace.sets, learner.labels = sets, {p: s.labels for p, s in sets.items()}
         if learner.on_features:
             for part, rows in learner.inputs.items():
@@ -143,9 +142,9 @@ class Trial:
         elif J > STEPS and o.training.train != "head":
             steps = LocalSteps(STEPS, steps.batch_size)
         loop = federation(o)._replace(steps=steps)
-        terms = client_terms(learner, self.shards, loop, None)
-        clients = make_clients(learner, self.shards, loop, list(terms.values()))
-        method = method_of(learner, loop, terms, len(self.shards))
+        terms = client_terms(learner, loop, None)
+        clients = make_clients(learner, loop, list(terms.values()))
+        method = method_of(learner, loop, terms)
         cohort = functools.partial(cohort_of, loop, clients, None)
         process = FedAvg(learner.entries.theta.clone(), clients, cohort, method=method)
         if isinstance(clients, HeadsTogether):
@@ -228,7 +227,7 @@ class Trial:
             return SCORED * self.passes[1]
         options, model = self.line.groups.masking, self.workspace.build_model()
         options, graph = options._replace(quorum=None), self.groups.graph.cuda_graph
-        return probe.score(self.workspace, model, options, self.shards, self.batch, graph)
+        return probe.score(self.workspace, model, options, self.batch, graph)
 
     def evaluation(self) -> float:
         """Return the seconds of evaluating an image."""

@@ -24,23 +24,22 @@ def build_learner(folder: Path, *arguments: object) -> tuple[Learner, list, Line
     line = parsed("fedavg", "--data-dir", folder, *arguments)
     o = line.groups
     workspace = Workspace(o.source, o.machine, o.backbone, sharding=o.sharding)
-    shards = workspace.shards
     model, run = workspace.build_model(), Run(folder)
-    learner = prepare(workspace, model, run, shards, learner_options(o))
-    return learner, shards, line
+    learner = prepare(workspace, model, run, learner_options(o))
+    return learner, workspace.shards, line
 
 
 def build(folder: Path, *arguments: object) -> tuple[Learner, Clients]:
     """Return the learner and the clients of a fedavg command line."""
-    learner, shards, line = build_learner(folder, *arguments)
+    learner, _, line = build_learner(folder, *arguments)
     loop = federation(line.groups)
-    terms = client_terms(learner, shards, loop, None)
-    return learner, make_clients(learner, shards, loop, list(terms.values()))
+    terms = client_terms(learner, loop, None)
+    return learner, make_clients(learner, loop, list(terms.values()))
 
 
 def build_loop(folder: Path, *arguments: object, group=None) -> tuple[Learner, FedAvg]:
     """Return the learner and the loop of rounds of a fedavg command line."""
-    learner, shards, line = build_learner(folder, *arguments)
+    learner, _, line = build_learner(folder, *arguments)
     if group is not None:
         learner.group = group
-    return learner, federate(learner, shards, federation(line.groups))
+    return learner, federate(learner, federation(line.groups))

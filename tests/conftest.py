@@ -77,6 +77,7 @@ def cli(small_data, no_curves, capsys, monkeypatch):
     A slow machine says no more on stderr than a quick one.
     """
     import train
+
     monkeypatch.setattr("machine.status.PATIENCE", math.inf)
 
     def run(*arguments: object) -> tuple[int, str, str]:

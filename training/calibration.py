@@ -135,7 +135,6 @@ class Calibration:
 
     Args:
         model: in fp32, restored to the bit when `make` returns or fails.
-        shards: each client's indices into the training images.
         cuda_graph: of --cuda-graph: how a GPU launches the scoring of a batch.
     """
 
@@ -144,10 +143,10 @@ class Calibration:
         workspace: Workspace,
         model: vit.VisionTransformer,
         options: Masking,
-        shards: list[np.ndarray],
         cuda_graph: str = "auto",
     ):
-        self.workspace, self.model, self.options, self.shards = workspace, model, options, shards
+        self.workspace, self.model, self.options = workspace, model, options
+        self.shards = workspace.shards
         self.cuda_graph = cuda_graph
         self.seed = workspace.source.seed
         self.names = vit.scoped_names(model, options.mask_scope)
@@ -162,7 +161,7 @@ class Calibration:
         for name, part in by_name(self.shapes, self.theta).items():
             parameters[name].data = part  # scoring sees what happens to theta
         self.clients = sample_clients(
-            len(shards), options.calibration_fraction, seed=self.seed, round=0
+            len(self.shards), options.calibration_fraction, seed=self.seed, round=0
         )
         if (options.quorum or 0) > len(self.clients):
             raise ValueError(f"--quorum {options.quorum}: only {len(self.clients)} clients score")

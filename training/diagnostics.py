@@ -71,13 +71,8 @@ class Diagnostics:
         due: round -> whether the round's parts are wanted.
     """
 
-    def __init__(self, learner: Learner, shards: list[np.ndarray], due: Callable[[int], bool]):
-        self.learner, self.shards, self.workspace, self.due = (
-            learner,
-            shards,
-            learner.workspace,
-            due,
-        )
+    def __init__(self, learner: Learner, due: Callable[[int], bool]):
+        self.learner, self.workspace, self.due = learner, learner.workspace, due
         self.start = learner.flat.theta.clone()
         self.logits = logits_of(self.workspace, learner.model, learner.flat)
         if learner.on_features:  # the backbone is a constant
@@ -143,7 +138,8 @@ class Diagnostics:
         return errors
 
     def _images_of(self, client: int) -> Tensor:
-        return self.workspace.some_images(self.shards[client], IMAGES, "diagnostics", client)
+        shard = self.workspace.shards[client]
+        return self.workspace.some_images(shard, IMAGES, "diagnostics", client)
 
     def _whole(self, entries: Tensor, around: Tensor | None = None) -> Tensor:
         """Return entries that train (P',) in the layout of the flat view (P,)."""

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 import fisher
 import masks
 import model as vit
@@ -64,7 +62,6 @@ def find_mask(
     model: vit.VisionTransformer,
     file: str | None,
     options: Masking,
-    shards: list[np.ndarray],
     run: Run,
     cuda_graph: str = "auto",
 ) -> Mask | None:
@@ -84,7 +81,7 @@ def find_mask(
     elif path.exists():
         return Mask.load(path, model, run.purpose("mask.pt"))
     else:
-        mask = cached_mask(Calibration(workspace, model, options, shards, cuda_graph))
+        mask = cached_mask(Calibration(workspace, model, options, cuda_graph))
         check_remade(mask, run, path)
     if run.writes and not path.exists():
         mask.save(path, run.purpose("mask.pt"))

@@ -32,15 +32,14 @@ def memory_room(learner: Learner) -> dict[torch.device, float]:
     return dict(zip(places, lowest, strict=True))
 
 
-def check_apart(
-    learner: Learner, o: Federation, clients: int, diagnostics: Diagnostics | None
-) -> None:
+def check_apart(learner: Learner, o: Federation, diagnostics: Diagnostics | None) -> None:
     """Raise ValueError where a round's changes are kept apart and do not fit beside the sums."""
     compares = compares_clients(o.aggregation.aggregate)
     if not compares and diagnostics is None:
         return
-    entries = len(learner.entries.theta) * cohort_size(clients, o.participation.fraction)
-    needed, room = APART * entries, memory_room(learner)[exact_place(learner.workspace.device)]
+    workspace, fraction = learner.workspace, o.participation.fraction
+    entries = len(learner.entries.theta) * cohort_size(len(workspace.shards), fraction)
+    needed, room = APART * entries, memory_room(learner)[exact_place(workspace.device)]
     if room and needed > room:
         option = f"--aggregate {o.aggregation.aggregate}" if compares else "--diagnostics"
         raise ValueError(
@@ -49,9 +48,7 @@ def check_apart(
         )
 
 
-def state_place(
-    learner: Learner, o: Federation, clients: int, option: str, each: int
-) -> torch.device:
+def state_place(learner: Learner, o: Federation, option: str, each: int) -> torch.device:
     """Return where the clients' states lie: on the device where they fit, else on the host.
 
     Args:
@@ -61,6 +58,7 @@ def state_place(
     Raises:
         ValueError: they fit on neither; a host that does not say what is free is trusted.
     """
+    clients = len(learner.workspace.shards)
     taking_part = min(clients, o.rounds * cohort_size(clients, o.participation.fraction))
     needed, room = each * taking_part, memory_room(learner)
     place = next((place for place in room if needed <= room[place]), None)

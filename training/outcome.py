@@ -6,7 +6,6 @@ import functools
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-import numpy as np
 import torch
 
 import model as vit
@@ -74,11 +73,6 @@ class Outcome:
         return Workspace(recipe.source, recipe.machine, recipe.backbone, sharding=recipe.sharding)
 
     @property
-    def shards(self) -> list[np.ndarray]:
-        """The clients' indices into the training images; centrally there is one client."""
-        return self.workspace.shards
-
-    @property
     def suffices(self) -> bool:
         """Whether the checkpoint holds the whole backbone, so that its start is not needed."""
         o = self.recipe.learner
@@ -113,7 +107,7 @@ class Outcome:
     def untrained_learner(self, model: vit.VisionTransformer | None = None) -> Learner:
         """Return the learner that the run had, as it began, or of another model."""
         model = self.start() if model is None else model
-        return prepare(self.workspace, model, self.run, self.shards, self.recipe.learner)
+        return prepare(self.workspace, model, self.run, self.recipe.learner)
 
     def learner(self) -> Learner:
         """Return the learner that the run had, holding the checkpoint's parameters."""
@@ -135,7 +129,7 @@ class Outcome:
             set_fitted_head(self.workspace, model, o.head.head, o.head.head_images, self.run)
         names = vit.trained_names(model, o.training.train, o.head.freeze_head)
         file, masking = o.given_mask.mask, o.masking
-        mask = find_mask(self.workspace, model, file, masking, self.shards, self.run)
+        mask = find_mask(self.workspace, model, file, masking, self.run)
         parameters = dict(model.named_parameters())
         flat = FlatView((n, parameters[n]) for n in (mask.trained(names) if mask else names))
         self.load_into(Entries(flat, mask.flat(flat) if mask else None, o.sgd))

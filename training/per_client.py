@@ -69,7 +69,7 @@ def per_client(finished: Outcome, personalised: int = 0) -> dict:
             seed=workspace.source.seed,
             client=client,
         )
-        for client, shard in enumerate(finished.shards)
+        for client, shard in enumerate(workspace.shards)
     ]
     rows = [
         {"client": k, "images": len(share), "acc": float(right[share].mean())}
@@ -93,7 +93,7 @@ def add_personalised(
 ) -> None:
     """Add to some clients' rows the accuracy after local steps of their own from the model."""
     federation = finished.recipe.federation
-    terms = client_terms(learner, finished.shards, federation, finished.run)
+    terms = client_terms(learner, federation, finished.run)
     states = {name: term for name, term in terms.items() if hasattr(term, "load_state_dict")}
     if states and finished.best:
         raise ValueError(
@@ -105,7 +105,7 @@ def add_personalised(
             state.load_state_dict(finished.process["states"][name])
     clients = Personalising(
         learner,
-        finished.shards,
+        finished.workspace.shards,
         federation.steps,
         federation.schedule,
         federation.rounds,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -123,7 +122,6 @@ def score(
     workspace: Workspace,
     model: vit.VisionTransformer,
     options: Masking,
-    shards: list[np.ndarray],
     images: int,
     cuda_graph: str,
 ) -> float:
@@ -135,7 +133,7 @@ def score(
     """
     with torch.no_grad():
         model.head.weight.normal_(std=0.1)
-    calibration = Calibration(workspace, model, options, shards, cuda_graph)
+    calibration = Calibration(workspace, model, options, cuda_graph)
     index = calibration.images(calibration.clients[0])[:images]
     with exact_products():
         work = lambda: calibration.sensitivity(index)  # noqa: E731

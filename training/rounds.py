@@ -67,7 +67,6 @@ class Federation(NamedTuple):
 
 def federate(
     learner: Learner,
-    shards: list[np.ndarray],
     o: Federation,
     run: Run | None = None,
     diagnostics: Diagnostics | None = None,
@@ -78,13 +77,13 @@ def federate(
         run: keeps the clients' states.
         diagnostics: sees the rounds' changes.
     """
-    check_apart(learner, o, len(shards), diagnostics)
+    check_apart(learner, o, diagnostics)
     theta = learner.entries.theta.clone()
     theta = theta.to(exact_place(theta.device))  # sums and server are of 64 bits
     secret = secret_of(learner, o)
-    terms = client_terms(learner, shards, o, run)
-    clients = make_clients(learner, shards, o, list(terms.values()))
-    method = method_of(learner, o, terms, len(shards), secret, run)
+    terms = client_terms(learner, o, run)
+    clients = make_clients(learner, o, list(terms.values()))
+    method = method_of(learner, o, terms, secret, run)
     if diagnostics is not None:
         method = watched(method, diagnostics, theta)
     return FedAvg(
@@ -128,15 +127,13 @@ def cohort_of(o: Federation, clients: Clients, secret: Secret | None, round: int
 # ---------------------------------------------------------------------------- how clients train
 
 
-def make_clients(
-    learner: Learner, shards: list[np.ndarray], o: Federation, terms: Sequence[Term]
-) -> Clients:
+def make_clients(learner: Learner, o: Federation, terms: Sequence[Term]) -> Clients:
     """Return how clients train: heads together where they can, else one client after the other."""
     stragglers, fedir = o.participation.straggler_fraction, o.terms.fedir
     together = trains_together(learner.training.train, o.steps, stragglers, fedir)
     return (HeadsTogether if together else Clients)(
         learner,
-        shards,
+        learner.workspace.shards,
         o.steps,
         o.schedule,
         o.rounds,
@@ -146,28 +143,25 @@ def make_clients(
     )
 
 
-def client_terms(
-    learner: Learner, shards: list[np.ndarray], o: Federation, run: Run | None
-) -> dict[str, Term]:
+def client_terms(learner: Learner, o: Federation, run: Run | None) -> dict[str, Term]:
     """Return what is a client's own, by name, in the order in which it is entered."""
-    entries, terms = learner.entries, {}
-    place_of = functools.partial(state_place, learner, o, len(shards))
+    entries, workspace, terms = learner.entries, learner.workspace, {}
+    place_of, count = functools.partial(state_place, learner, o), len(workspace.shards)
     if o.terms.scaffold:
         zeros, files = torch.zeros_like(entries.theta), state_files(run, "scaffold")
         place = place_of("--scaffold", zeros.nbytes)
-        terms["scaffold"] = Scaffold(zeros, len(shards), entries.correct, place=place, **files)
+        terms["scaffold"] = Scaffold(zeros, count, entries.correct, place=place, **files)
     if o.terms.local_norm:
         at, files = local_entries(learner), state_files(run, "local_norm")
         place = place_of("--local-norm", len(at) * entries.theta.itemsize)
-        terms["local_norm"] = LocalNorm(entries.theta, at, len(shards), place=place, **files)
+        terms["local_norm"] = LocalNorm(entries.theta, at, count, place=place, **files)
     if o.terms.fedir:
-        workspace = learner.workspace
         labels = workspace.dataset.train.labels.numpy()
         learner.class_weights = torch.ones(workspace.classes, device=entries.theta.device)
 
         def weights(client: int) -> np.ndarray:
-            everywhere, here = labels[workspace.train_index], labels[shards[client]]
-            return importance_weights(everywhere, here, workspace.classes)
+            here = labels[workspace.shards[client]]
+            return importance_weights(labels[workspace.train_index], here, workspace.classes)
 
         terms["fedir"] = FedIR(weights, learner.class_weights)
     if o.terms.prox:
@@ -210,7 +204,6 @@ def method_of(
     learner: Learner,
     o: Federation,
     terms: dict[str, Term],
-    clients: int,
     secret: Secret | None = None,
     run: Run | None = None,
 ) -> Method:
@@ -232,7 +225,8 @@ def method_of(
     if "scaffold" in terms:
         method = methods.with_variates(method, sent)
     if secret is not None:
-        std = privacy.dp_noise * privacy.dp_clip / (o.participation.fraction * clients)
+        expected = o.participation.fraction * len(learner.workspace.shards)
+        std = privacy.dp_noise * privacy.dp_clip / expected
         where = None if masked else every
         clip = privacy.dp_clip
         method = methods.private(method, clip=clip, std=std, secret=secret, where=where)

@@ -42,7 +42,6 @@ def open_run(
     model: vit.VisionTransformer,
     name: str,
     stored: dict,
-    shards: list[np.ndarray] | None = None,
 ) -> runs.Run:
     """Open the run's folder; one made by other options, splits or weights is refused."""
     run = runs.Run(
@@ -52,7 +51,8 @@ def open_run(
         vit.scoped_names(model, stored["mask_scope"])  # refuses before anything is written
     if stored.get("head_images") is not None:
         head_splits(workspace, stored["head_images"])
-    split = hashlib.sha256(b"".join(x.tobytes() for x in [workspace.val_index, *(shards or [])]))
+    shards = workspace.shards if "clients" in stored else []
+    split = hashlib.sha256(b"".join(x.tobytes() for x in [workspace.val_index, *shards]))
     made_from = {"split_sha256": split.hexdigest(), "weights_sha256": vit.fingerprint(model)}
     made_from["pixels"] = workspace.normalisation()
     if stored.get("mask") is not None:

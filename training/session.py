@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 import masks
 import model as vit
 from federated.client_states import ClientTerms
@@ -46,14 +44,9 @@ def prepare(
     workspace: Workspace,
     model: vit.VisionTransformer,
     run: runs.Run,
-    shards: list[np.ndarray],
     o: LearnerOptions,
 ) -> Learner:
-    """Return the learner of a run as it began: its head fitted, its mask found or made.
-
-    Args:
-        shards: whose data a mask is calibrated on.
-    """
+    """Return the learner of a run as it began: its head fitted, its mask found or made."""
     head = o.head
     if head.head != "linear":
         set_fitted_head(workspace, model, head.head, head.head_images, run)
@@ -66,7 +59,7 @@ def prepare(
         o.training,
         o.sgd,
         freeze_head=head.freeze_head,
-        mask=find_mask(workspace, model, o.given_mask.mask, o.masking, shards, run, o.cuda_graph),
+        mask=find_mask(workspace, model, o.given_mask.mask, o.masking, run, o.cuda_graph),
         mask_lr=o.given_mask.mask_lr,
         prox=o.terms.prox,
         corrected=o.terms.scaffold,

@@ -41,7 +41,7 @@ def prepare(folder, *arguments):
     workspace = Workspace(o.source, o.machine, o.backbone, sharding=o.sharding)
     model = workspace.build_model()
     set_fitted_head(workspace, model, o.scoring_head.head, o.scoring_head.head_images)
-    return Calibration(workspace, model, o.masking, workspace.shards)
+    return Calibration(workspace, model, o.masking)
 
 
 def rounds(loop, total):

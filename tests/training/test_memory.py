@@ -48,9 +48,9 @@ def test_a_run_that_did_not_fit_leaves_no_folder(cli, monkeypatch, small_data, m
 def test_an_apple_gpus_changes_are_kept_apart_on_the_host(monkeypatch, free, fits):
     """Where the sums are; a host that does not say what is free is trusted."""
     monkeypatch.setattr(memory, "free_memory", lambda device: {"cpu": free}[device.type])
-    workspace = SimpleNamespace(device=torch.device("mps"))
+    workspace = SimpleNamespace(device=torch.device("mps"), shards=20 * [None])
     entries = SimpleNamespace(theta=torch.zeros(1000))
     learner = SimpleNamespace(workspace=workspace, entries=entries, group=Alone())
     o = federation(parsed("fedavg", "--rounds", 1, "--aggregate", "ties").groups)
     with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="--aggregate ties"):
-        memory.check_apart(learner, o, 20, None)
+        memory.check_apart(learner, o, None)
