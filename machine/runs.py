@@ -362,15 +362,16 @@ def _parsed(log: bytes | bytearray) -> list[dict]:
 
 
 def best_record(records: list[dict]) -> dict | None:
-    """Return the first record of the highest validation accuracy; None where none has one."""
-    validated = [record for record in records if "val_acc" in record]
+    """Return the first record of the highest validation accuracy; None where none has a number."""
+    validated = [record for record in records if not math.isnan(record.get("val_acc", math.nan))]
     return max(validated, key=lambda record: record["val_acc"], default=None)
 
 
 def evaluations_since_best(records: list[dict]) -> int:
-    """Count the validated records after the best of them."""
-    validated = [record["val_acc"] for record in records if "val_acc" in record]
-    return len(validated) - 1 - validated.index(max(validated)) if validated else 0
+    """Count the validated records after the best of them; a NaN is better than none."""
+    validated = [record for record in records if "val_acc" in record]
+    best = best_record(validated) or next(iter(validated), None)
+    return len(validated) - 1 - validated.index(best) if validated else 0
 
 
 # ---------------------------------------------------------------------------- the loop
