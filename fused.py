@@ -510,28 +510,30 @@ def bias_gelu(x: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def qkv_heads(
-    x: Tensor, weight: Tensor, bias: Tensor, heads: int, *, backend: str = "auto"
+    x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k and v, (N, heads, T, D / heads) each, of x (N, T, D).
 
-    weight (3 D, D) and bias (3 D,) are the linear layer's. backend, Raises: as in `add_norm`. Under
-    autocast the results have its dtype, as those of nn.Linear.
+    weight (3 D, D) and bias (3 D,) or None are the linear layer's. Under autocast the results have
+    its dtype, as those of nn.Linear. backend, Raises: as in `add_norm`.
     """
     kernels, width = chooses_kernels(backend, x), x.shape[-1]
     if x.dim() != 3 or width % heads:
         raise ValueError(f"x must be (N, T, D) with D a multiple of {heads}, not {tuple(x.shape)}")
-    (weight,), (bias,) = dense((3 * width, width), weight=weight), dense((3 * width,), bias=bias)
+    operands = [x, *dense((3 * width, width), weight=weight)]
+    operands += [None] if bias is None else dense((3 * width,), bias=bias)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-    return _QkvHeads.apply(x, weight, bias, heads, kernels)
+        operands = [operand if operand is None else operand.to(dtype) for operand in operands]
+    return _QkvHeads.apply(*operands, heads, kernels)
 
 
 def dense(shape: Sequence[int], **operands: Tensor) -> list[Tensor]:
     """Return operands contiguous, as kernels read them; ValueError names one of another shape."""
     for name, operand in operands.items():
-        if operand.shape != shape:
-            raise ValueError(f"{name} must be {tuple(shape)}, not {tuple(operand.shape)}")
+        if getattr(operand, "shape", None) != shape:
+            what = None if operand is None else tuple(operand.shape)
+            raise ValueError(f"{name} must be {tuple(shape)}, not {what}")
     return [operand.contiguous() for operand in operands.values()]
 
 

@@ -189,6 +189,7 @@ def test_what_is_not_computed_is_refused_by_name(backend):
         ("branch must be", lambda: fused.add_norm(x, x[:1, :1], bias, norm, backend=backend)),
         ("bias must be", lambda: fused.add_norm(x, x, bias[:4], norm, backend=backend)),
         ("bias must be", lambda: fused.bias_gelu(x, bias[:4], backend=backend)),
+        (r"bias must be \(8,\), not None", lambda: fused.bias_gelu(x, None, backend=backend)),
         ("weight must be", lambda: fused.qkv_heads(x, x[0], bias, 2, backend=backend)),
         ("multiple of 3", lambda: fused.qkv_heads(x, x[0], bias, 3, backend=backend)),
     ]
@@ -201,16 +202,20 @@ def test_what_is_not_computed_is_refused_by_name(backend):
             call()
 
 
-def test_heads_under_autocast_have_the_gradients_of_a_linear_layer():
-    linear, x = nn.Linear(8, 24, device=DEVICE), draw(2, 5, 8, dtype=torch.float32)
+@pytest.mark.parametrize("bias", [True, False])
+def test_heads_under_autocast_have_the_gradients_of_a_linear_layer(bias):
+    linear, x = nn.Linear(8, 24, bias, device=DEVICE), draw(2, 5, 8, dtype=torch.float32)
     gradients = []
     for fuses in (True, False):
         with torch.autocast(DEVICE, torch.bfloat16):
-            weights = linear.weight, linear.bias
-            parts = fused.qkv_heads(x, *weights, 2) if fuses else linear(x).split(8, dim=-1)
+            parts = (
+                fused.qkv_heads(x, linear.weight, linear.bias, 2)
+                if fuses
+                else linear(x).split(8, dim=-1)
+            )
             loss = sum((i + 1) * part.sum() for i, part in enumerate(parts))
         assert parts[0].dtype == torch.bfloat16
-        gradients.append(torch.autograd.grad(loss, weights))
+        gradients.append(torch.autograd.grad(loss, list(linear.parameters())))
     torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-2)
 
 
