@@ -129,7 +129,10 @@ class Centralized:
     @property
     def epoch(self) -> int | float:
         """Return how many epochs have been trained, to the millionth where one is in hand."""
-        return round(self.whole + self.step / len(self._batches()), 6) if self.step else self.whole
+        if not self.step:
+            return self.whole
+        share = min(self.step / len(self._batches()), 0.999999)  # an epoch ends with its last batch
+        return round(self.whole + share, 6)
 
     def _batches(self) -> Tensor:
         if self._drawn is None:
@@ -176,12 +179,14 @@ class Centralized:
 
     def state_dict(self) -> dict:
         """Return all that the rest of the run depends on; refuses to save a diverged state."""
-        state = {"epoch": self.epoch, "step": self.step, "seconds": self.seconds}
-        return state | {"losses": self._checked_losses(), "tensors": dict(self.tensors)}
+        state = {"epoch": self.epoch, "whole": self.whole, "step": self.step}
+        state |= {"seconds": self.seconds, "tensors": dict(self.tensors)}
+        return state | {"losses": self._checked_losses()}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict`'s answer, to the same bits."""
-        self.whole, self.step, self.seconds = int(state["epoch"]), state["step"], state["seconds"]
+        self.whole = state.get("whole", int(state["epoch"]))  # older states have the epoch alone
+        self.step, self.seconds = state["step"], state["seconds"]
         self.losses, self._drawn = list(state["losses"]), None
         for name, tensor in self.tensors.items():
             tensor.copy_(state["tensors"][name])

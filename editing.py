@@ -23,6 +23,7 @@ where every part agrees, `ties` and `sign` give the very sum, and so does `fishe
 
 from __future__ import annotations
 
+import math
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CHUNK = 262_144  # entries of each part at a time; keeps temporaries small
-UNIT = 2.0**48  # weights are summed as integers, so that their order does not matter
+BITS = 48  # of the weights' sum, as integers: their order does not matter
 
 
 # ---------------------------------------------------------------------------- merging
@@ -71,7 +72,7 @@ def ties(
 
     Args:
         parts: (m, P) p_k tau_k.
-        weights: (m,) p_k.
+        weights: (m,) p_k, of any sum: sample counts will do.
         keep: share of entries that each part keeps, its largest by magnitude, in (0, 1]; entries
             that equal the last of them are kept too.
         size: entries that the share is taken of, where P holds padding zeros too.
@@ -80,7 +81,7 @@ def ties(
         (P,) in the dtype of the parts.
 
     Raises:
-        ValueError: `keep` outside its range.
+        ValueError: `keep` outside its range, or weights that do not fit the parts.
     """
     check_keep(keep)
     if keep == 1:
@@ -112,7 +113,7 @@ def _largest(part: Tensor, count: int) -> Tensor:
 
 def _agreeing_mean(parts: Tensor, weights: Sequence[float], bars: Tensor | None) -> Tensor:
     """Average per entry the parts that have the sign of the sum; bars (m,): what trimming keeps."""
-    units, exact = _units(weights, parts.device), not parts.is_floating_point()
+    units, exact = _units(weights, parts), not parts.is_floating_point()
     whole = units.sum()
     result = torch.empty_like(parts[0])
     for start in range(0, parts.shape[1], CHUNK):
@@ -128,10 +129,16 @@ def _agreeing_mean(parts: Tensor, weights: Sequence[float], bars: Tensor | None)
     return result
 
 
-def _units(weights: Sequence[float], device: torch.device) -> Tensor:
-    """Return weights (m, 1) as integers, whose sums do not depend on their order."""
-    units = (torch.as_tensor(np.asarray(weights, np.float64)) * UNIT).round().long()
-    return units.to(device)[:, None]
+def _units(weights: Sequence[float], parts: Tensor) -> Tensor:
+    """Return weights (m, 1) in proportion as integers, whose sums do not depend on their order."""
+    values = np.asarray(weights, np.float64)
+    if values.shape != parts.shape[:1]:
+        raise ValueError(f"{len(parts)} parts need as many weights, not {values.size}")
+    if not (np.isfinite(values) & (values >= 0)).all():
+        raise ValueError(f"weights must be finite and at least 0, not {values.tolist()}")
+    whole = math.fsum(values)
+    units = np.ldexp(values, BITS - (round(math.log2(whole)) if whole else 0))
+    return torch.from_numpy(units).round().long().to(parts.device)[:, None]
 
 
 def _rescaled(total: Tensor, share: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:
@@ -190,7 +197,7 @@ def fisher_mean(parts: Tensor, weights: Sequence[float], scores: Tensor) -> Tens
     Returns:
         (P,) in the dtype of the parts.
     """
-    units, exact = _units(weights, parts.device), not parts.is_floating_point()
+    units, exact = _units(weights, parts), not parts.is_floating_point()
     whole, result = units.sum(), torch.empty_like(parts[0])
     for start in range(0, parts.shape[1], CHUNK):
         at = slice(start, start + CHUNK)

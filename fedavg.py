@@ -32,6 +32,7 @@ from torch import Tensor
 
 FIXED_POINT = 2.0**48  # units per 1.0 of the int64 totals
 LIMIT = 2.0**14  # largest weighted change of a parameter in one round: far above sense
+SUM_TOLERANCE = 1e-3  # of weights that add up to 1, in fp16 too
 CHUNK = 262_144  # elements; keeps the temporaries of a CPU in cache
 NO_CLIENT, NO_WEIGHT = "no client took part", "the round's clients weigh nothing"  # in the log
 
@@ -84,8 +85,10 @@ def add_up(parts: Tensor) -> Tensor:
 
 
 def check_losses(round: int, client: int, losses: Tensor) -> None:
-    """Raise ClientError unless a client's losses (J,) are finite."""
+    """Raise ClientError unless a client has losses (J,), and they are finite."""
     finite = torch.isfinite(losses).tolist()
+    if not finite:
+        raise ClientError(f"round {round}, client {client}: it gives no loss, J of them are needed")
     if not all(finite):
         step = finite.index(False)
         raise ClientError(
@@ -111,7 +114,7 @@ class Cohort(NamedTuple):
 
     sent: np.ndarray  # (s,) int64
     clients: np.ndarray  # (m,) int64, some of them
-    weights: np.ndarray  # (m,) at least 0
+    weights: np.ndarray  # (m,) at least 0, adding up to 1 unless the method has `any_sum`
 
 
 class Method(NamedTuple):
@@ -133,6 +136,9 @@ class Method(NamedTuple):
     """(theta), in place, once the server has stepped"""
     report: Callable[[dict, Cohort], dict] = lambda record, cohort: record
     """(record, cohort) -> what the round's record says of it"""
+    any_sum: bool = False
+    """may weights add up to something else than 1, as with a fixed denominator? the change is
+    their plain sum, the logged loss the weighted mean"""
     steps_empty: bool = False  # does the server step in a round without clients?
     saves_within: bool = True  # may a round in hand be saved, with its sum and losses?
     bytes_up: int = 0  # what a client that takes part sends
@@ -191,9 +197,9 @@ class FedAvg:
 
     Args:
         theta: (P,) the global parameters, moved in place once a round.
-        train: (theta, clients, round) -> iterator of (theta_k (P,), losses (J,)), in the order of
-            the clients; a theta_k is read before the next is asked for.
-        cohort: round (from 1) -> Cohort, a pure function.
+        train: (theta, clients, round) -> iterator of (theta_k (P,), losses (J,) or a number), in
+            the order of the clients; a theta_k is read before the next is asked for.
+        cohort: round (from 1) -> Cohort, a pure function; lists do for arrays.
         server: has step_(theta, change, unit), and is a State.
         method: what it changes in a round.
         states: by name, what else changes over the rounds; merged, saved and restored.
@@ -202,7 +208,8 @@ class FedAvg:
 
     Raises:
         ClientError: a client's loss or update is not finite, or beyond the fixed-point range.
-        ValueError: weights that are negative or not finite.
+        ValueError: a theta that is not finite; weights that are negative or not finite, or that
+            add up to something else than 1 where the method does not allow it.
     """
 
     def __init__(
@@ -215,6 +222,8 @@ class FedAvg:
         states: Mapping[str, State] | None = None,
         group: Any = None,
     ):
+        if not torch.isfinite(theta).all():
+            raise ValueError("theta holds NaN or infinite values before any client has trained")
         self.theta, self.train, self.cohort, self.method = theta, train, cohort, method
         self.server, self.group = server or MeanServer(), group or Alone()
         self.states = {**(states or {}), "server": self.server}
@@ -243,7 +252,7 @@ class FedAvg:
         """Yield None after every client but a round's last, and its record after that."""
         while True:
             t, group = self.round + 1, self.group
-            cohort = checked(self.cohort(t))
+            cohort = checked(self.cohort(t), self.method.any_sum)
             if not self.done:
                 self._clear(len(cohort.clients) if self.method.apart(t) else 1)
             left = [place for place in range(len(cohort.clients)) if place not in self.done]
@@ -271,6 +280,7 @@ class FedAvg:
     def _take_in(self, t: int, cohort: Cohort, place: int, theta_k: Tensor, losses: Tensor) -> None:
         """Add what a client changed to this process's total."""
         client, method = int(cohort.clients[place]), self.method
+        losses = torch.as_tensor(losses, dtype=torch.float64).reshape(-1)
         row = self.total[place % len(self.total)]
         part = row if method.send_ is None else torch.zeros_like(row)
         factor = method.factor(theta_k, self.theta)
@@ -282,7 +292,7 @@ class FedAvg:
         if method.send_ is not None:
             sent = method.send_(part, client, cohort, t)
             row += part  # mod 2^64
-        self.done[place] = losses.double().mean().item(), sent
+        self.done[place] = losses.mean().item(), sent
 
     def _meet(self, problem: str | None) -> None:
         """Let every process know what the others' clients came to; all raise what one has met."""
@@ -347,15 +357,24 @@ class FedAvg:
         self._loop = self._rounds()
 
 
-def checked(cohort: Cohort) -> Cohort:
-    """Return the cohort; raise ValueError for weights that cannot be averaged by."""
+def checked(cohort: Cohort, any_sum: bool = False) -> Cohort:
+    """Return the cohort as arrays; raise ValueError for weights that cannot be averaged by."""
+    sent, clients = (np.asarray(part, np.int64) for part in cohort[:2])
     weights = np.asarray(cohort.weights, np.float64)
-    for client, weight in zip(cohort.clients, weights, strict=True):
+    if weights.shape != clients.shape:
+        raise ValueError(f"{len(clients)} clients need as many weights, not {weights.size}")
+    for client, weight in zip(clients, weights, strict=True):
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(
                 f"client {int(client)} has weight {weight}: it must be finite, at least 0"
             )
-    return cohort._replace(weights=weights)
+    total = math.fsum(weights)
+    if total and abs(total - 1) > SUM_TOLERANCE and not any_sum:
+        raise ValueError(
+            f"the weights of a round add up to {total:g}, not 1: divide them by their sum, or hand "
+            "over Method(any_sum=True)"
+        )
+    return Cohort(sent, clients, weights)
 
 
 def round_seconds(seconds: float) -> float:

@@ -60,14 +60,16 @@ class FlatView:
 
     Pairs carry no buffers: the running statistics of a BatchNorm stay each model's own. A module's
     floating-point buffers, as its state_dict has them, are entries of theta too: the model changes
-    them in place, servers average them. Integer ones stay the model's own.
+    them in place, servers average them. Integer ones stay the model's own, and so do constants
+    that hold an infinity, as an attention's mask does: it has no average.
 
     Args:
         parameters: (name, parameter) pairs, or a module; all are made trainable.
         dtype: of theta, fp32 or fp64.
 
     Raises:
-        ValueError: no parameters, or a module with such buffers in a half-precision compute_dtype.
+        ValueError: no parameters, one that is not of real floating-point numbers, or a module with
+            such buffers in a half-precision compute_dtype.
     """
 
     def __init__(
@@ -82,6 +84,9 @@ class FlatView:
         parameters = dict(parameters)
         if not parameters:
             raise ValueError("a flat view needs at least one parameter")
+        for name, p in parameters.items():
+            if not p.is_floating_point():
+                raise ValueError(f"{name} is {p.dtype}: a flat view holds real floating-point ones")
         carried = {**parameters, **buffers}
         self.shapes = {name: tuple(p.shape) for name, p in carried.items()}
         self.offsets, end = {}, 0
@@ -100,11 +105,11 @@ class FlatView:
         weights = self.theta if self.compute is None else self.compute
         self.grad = torch.zeros_like(weights)
         self.parameters = list(parameters.values())
-        for name, p in parameters.items():
+        self.grads = [self.view(self.grad, name) for name in parameters]
+        for (name, p), grad in zip(parameters.items(), self.grads, strict=True):
             self.view(self.theta, name).copy_(p.detach())
             p.requires_grad_(True)
-            p.data = self.view(weights, name)
-            p.grad = self.view(self.grad, name)
+            p.data, p.grad = self.view(weights, name), grad
         for name, buffer in buffers.items():
             self.view(self.theta, name).copy_(buffer)
             buffer.data = self.view(self.theta, name)
@@ -117,10 +122,21 @@ class FlatView:
         On a GPU all parameters' gradients move at once, where backward() adds one after the other.
         """
         grads = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+        grads = [g.to_dense() if g.is_sparse else g for g in grads]  # as embeddings may have them
+        self.recover_grad()
         with torch.no_grad():
-            (torch._foreach_add_ if add else torch._foreach_copy_)(
-                [p.grad for p in self.parameters], grads
-            )
+            (torch._foreach_add_ if add else torch._foreach_copy_)(self.grads, grads)
+
+    @torch.no_grad()
+    def recover_grad(self) -> None:
+        """Take gradients in that lie outside `grad`, as after model.zero_grad() and backward().
+
+        A parameter whose gradient is None, as zero_grad() leaves it, has zeros.
+        """
+        for p, grad in zip(self.parameters, self.grads, strict=True):
+            if p.grad is not grad:
+                grad.zero_() if p.grad is None else grad.copy_(p.grad.to_dense())
+                p.grad = grad
 
     def view(self, vector: Tensor, name: str) -> Tensor:
         """Return the view of parameter `name` in a flat (..., P) tensor, as (..., *shape)."""
@@ -154,7 +170,7 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return the floating-point buffers that a module's state_dict has, by name."""
     saved = model.state_dict().keys()
     buffers = {name: b for name, b in model.named_buffers() if name in saved}
-    return {name: b for name, b in buffers.items() if b.is_floating_point()}
+    return {name: b for name, b in buffers.items() if b.is_floating_point() and not b.isinf().any()}
 
 
 class Entries:
@@ -169,6 +185,9 @@ class Entries:
             under any mask, and no step touches them.
         prox: strength of each step's pull towards `pull_to`'s vector; 0: none.
         corrected: each step adds `correct`'s vector to its gradient.
+
+    Raises:
+        ValueError: a mask that is not of the view.
     """
 
     def __init__(
@@ -181,6 +200,9 @@ class Entries:
         corrected: bool = False,
     ):
         self.flat, self.sgd, self.prox = flat, sgd, prox
+        if mask is not None and (mask.shape, mask.dtype) != (flat.theta.shape, torch.bool):
+            needed = f"{tuple(flat.theta.shape)} bool in the view's layout, padding included"
+            raise ValueError(f"a mask must be {needed}, not {tuple(mask.shape)} {mask.dtype}")
         stepped = mask
         if flat.buffers is not None:
             stepped = ~flat.buffers if mask is None else mask & ~flat.buffers
@@ -251,6 +273,7 @@ class Entries:
         self, lr: float | Tensor, first: bool = False, grad_scale: float | Tensor = 1.0
     ) -> None:
         """Take one optimiser step from the flat gradient, which still carries `grad_scale`."""
+        self.flat.recover_grad()
         flat, (theta, momentum) = self.flat, self.stepped
         gathers = self.index is not None and (self.compact or self.sgd.clip_norm is not None)
         grad = flat.grad[self.index] if gathers else flat.grad

@@ -23,6 +23,7 @@ import contextlib
 import functools
 import math
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -478,7 +479,7 @@ def add_norm(
     Args:
         x, branch: (..., D), of one dtype, as all operands.
         bias: (D,) of the linear layer that made `branch` without it.
-        norm: whose weight and bias (D,) and eps are taken.
+        norm: over the last dimension, with weight and bias (D,).
         backend: "auto" takes Triton for CUDA tensors and PyTorch elsewhere; "reference" and
             "triton" force one of them.
 
@@ -486,11 +487,14 @@ def add_norm(
         (x + branch + bias, its LayerNorm), (..., D) both.
 
     Raises:
-        ValueError: an unknown backend, or "triton" where it cannot run.
+        ValueError: an operand of another shape, a norm that computes something else, an unknown
+            backend, or "triton" where it cannot run.
     """
     kernels, shape = chooses_kernels(backend, x), x.shape
-    rows = x.reshape(-1, shape[-1]).contiguous(), branch.reshape(-1, shape[-1]).contiguous()
-    total, normed = _AddNorm.apply(*rows, bias, norm.weight, norm.bias, norm.eps, kernels)
+    check_norm(norm, shape[-1])
+    bias, weight, shift = dense(shape[-1:], bias=bias, weight=norm.weight, shift=norm.bias)
+    rows = [operand.view(-1, shape[-1]) for operand in dense(shape, x=x, branch=branch)]
+    total, normed = _AddNorm.apply(*rows, bias, weight, shift, norm.eps, kernels)
     return total.view(shape), normed.view(shape)
 
 
@@ -500,18 +504,45 @@ def bias_gelu(x: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
     backend, Raises: as in `add_norm`.
     """
     kernels = chooses_kernels(backend, x)
+    (bias,) = dense(x.shape[-1:], bias=bias)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     return _BiasGelu.apply(rows, bias, kernels).view(x.shape)
 
 
 def qkv_heads(
-    x: Tensor, weight: Tensor, bias: Tensor, heads: int, *, backend: str = "auto"
+    x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k and v, (N, heads, T, D / heads) each, of x (N, T, D).
 
-    weight (3 D, D) and bias (3 D,) are the linear layer's. backend, Raises: as in `add_norm`.
+    weight (3 D, D) and bias (3 D,) or None are the linear layer's. Under autocast the results have
+    its dtype, as those of nn.Linear. backend, Raises: as in `add_norm`.
     """
-    return _QkvHeads.apply(x, weight, bias, heads, chooses_kernels(backend, x))
+    kernels, width = chooses_kernels(backend, x), x.shape[-1]
+    if x.dim() != 3 or width % heads:
+        raise ValueError(f"x must be (N, T, D) with D a multiple of {heads}, not {tuple(x.shape)}")
+    operands = [x, *dense((3 * width, width), weight=weight)]
+    operands += [None] if bias is None else dense((3 * width,), bias=bias)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        operands = [operand if operand is None else operand.to(dtype) for operand in operands]
+    return _QkvHeads.apply(*operands, heads, kernels)
+
+
+def dense(shape: Sequence[int], **operands: Tensor) -> list[Tensor]:
+    """Return operands contiguous, as kernels read them; ValueError names one of another shape."""
+    for name, operand in operands.items():
+        if getattr(operand, "shape", None) != shape:
+            what = None if operand is None else tuple(operand.shape)
+            raise ValueError(f"{name} must be {tuple(shape)}, not {what}")
+    return [operand.contiguous() for operand in operands.values()]
+
+
+def check_norm(norm: nn.LayerNorm, width: int) -> None:
+    """Raise ValueError unless `norm` is LayerNorm over rows of this width, weight and bias too."""
+    plain = type(norm).forward is nn.LayerNorm.forward and norm.normalized_shape == (width,)
+    if not plain or norm.weight is None or norm.bias is None:
+        needed = f"nn.LayerNorm({width}) with weight and bias, and its own forward"
+        raise ValueError(f"norm must be an {needed}, not {norm}")
 
 
 def chooses_kernels(backend: str, x: Tensor) -> bool:

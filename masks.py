@@ -122,7 +122,15 @@ def split_budget(count: int, sizes: Sequence[int]) -> list[int]:
 
 
 def keep_lowest(keys: Tensor, count: int) -> Tensor:
-    """Return the bool mask (P,) of the `count` lowest keys; among equal keys the first ones win."""
+    """Return the bool mask (P,) of the `count` lowest keys; among equal keys the first ones win.
+
+    Raises:
+        ValueError: keys that are no vector, or hold NaN, which has no place in an order.
+    """
+    if keys.dim() != 1:
+        raise ValueError(f"keys to rank must be a vector (P,), not {tuple(keys.shape)}")
+    if keys.isnan().any():
+        raise ValueError(f"{int(keys.isnan().sum())} of {len(keys)} keys to rank are NaN")
     if count <= 0:
         return torch.zeros_like(keys, dtype=torch.bool)
     bar = keys.sort().values[count - 1]  # kthvalue has no deterministic form on CUDA
@@ -133,7 +141,14 @@ def keep_lowest(keys: Tensor, count: int) -> Tensor:
 
 
 def mask_from_scores(scores: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-    """Return bool masks that keep the least sensitive entries of all tensors together."""
+    """Return bool masks that keep the least sensitive entries of all tensors together.
+
+    Raises:
+        ValueError: a tensor holds NaN, or the sparsity is not in [0, 1).
+    """
+    for name, values in scores.items():
+        if values.isnan().any():
+            raise ValueError(f"the scores of {name} hold NaN")
     flat = torch.cat([s.flatten() for s in scores.values()])
     mask = keep_lowest(flat, budget(len(flat), sparsity))
     parts = mask.split([s.numel() for s in scores.values()])

@@ -106,17 +106,20 @@ PLAIN += [type(np.dtype(code)) for code in "?bBhHiIlLqQefd"]
 for _make in (np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]):  # of NumPy 1 and 2
     PLAIN += [(_make, f"numpy.{core}.multiarray.{_make.__name__}") for core in ("core", "_core")]
 BLOCK = re.compile(r"(?:blocks\.(\d+)\.)?(.+?)(\.weight|\.bias)?")  # number, stem, kind
-HUGGING_FACE = {  # a parameter here -> there; {}: the block's number
-    "cls_token": ["embeddings.cls_token"],
-    "pos_embed": ["embeddings.position_embeddings"],
-    "patch_embed.proj": ["embeddings.patch_embeddings.projection"],
-    "norm1": ["encoder.layer.{}.layernorm_before"],
-    "attn.qkv": [f"encoder.layer.{{}}.attention.attention.{p}" for p in ("query", "key", "value")],
-    "attn.proj": ["encoder.layer.{}.attention.output.dense"],
-    "norm2": ["encoder.layer.{}.layernorm_after"],
-    "mlp.fc1": ["encoder.layer.{}.intermediate.dense"],
-    "mlp.fc2": ["encoder.layer.{}.output.dense"],
-    "norm": ["layernorm"],
+HUGGING_FACE = {  # a parameter here -> there, in files and in transformers 5; {}: the block
+    "cls_token": [["embeddings.cls_token"]],
+    "pos_embed": [["embeddings.position_embeddings"]],
+    "patch_embed.proj": [["embeddings.patch_embeddings.projection"]],
+    "norm1": [["encoder.layer.{}.layernorm_before"], ["layers.{}.layernorm_before"]],
+    "attn.qkv": [
+        [f"encoder.layer.{{}}.attention.attention.{p}" for p in ("query", "key", "value")],
+        [f"layers.{{}}.attention.{p}_proj" for p in "qkv"],
+    ],
+    "attn.proj": [["encoder.layer.{}.attention.output.dense"], ["layers.{}.attention.o_proj"]],
+    "norm2": [["encoder.layer.{}.layernorm_after"], ["layers.{}.layernorm_after"]],
+    "mlp.fc1": [["encoder.layer.{}.intermediate.dense"], ["layers.{}.mlp.fc1"]],
+    "mlp.fc2": [["encoder.layer.{}.output.dense"], ["layers.{}.mlp.fc2"]],
+    "norm": [["layernorm"]],
 }
 FOREIGN = {  # a word of a key -> what it is
     "fc_norm": "the norm of a mean over patches",
@@ -443,7 +446,8 @@ def read_checkpoint(path: str | Path, model: nn.Module) -> dict[str, Tensor]:
         if not (state := _find_state(content)):
             kind = f"a {type(content).__name__} without tensors by name"
             raise ValueError(f"it holds {kind}; save the model's state_dict()")
-        state = _strip_prefix(state, {*names, *sum(names.values(), [])})
+        theirs = {key for layouts in names.values() for keys in layouts for key in keys}
+        state = _strip_prefix(state, {*names, *theirs})
         tensors = {key: _dense(key, value) for key, value in state.items()}
         if sum(4 * tensor.numel() for tensor in tensors.values()) > room:  # of few stored values
             raise ValueError(f"its tensors take more than {room:,} bytes")
@@ -543,15 +547,15 @@ def _dense(key: str, value: Tensor | np.ndarray) -> Tensor:
     raise ValueError(f"{key} is no dense tensor of fp16, bf16, fp32 or fp64, but {kind}")
 
 
-def _hugging_face(name: str) -> list[str]:
-    """Return the keys in Hugging Face's ViT that hold a parameter; [] where it has none."""
+def _hugging_face(name: str) -> list[list[str]]:
+    """Return the keys that together hold a parameter in each of Hugging Face's layouts."""
     block, stem, kind = re.fullmatch(BLOCK, name).groups("")
-    return [part.format(block) + kind for part in HUGGING_FACE.get(stem, ())]
+    return [[key.format(block) + kind for key in keys] for keys in HUGGING_FACE.get(stem, ())]
 
 
-def _map_layout(tensors: dict[str, Tensor], names: dict[str, list[str]]) -> dict[str, Tensor]:
+def _map_layout(tensors: dict[str, Tensor], names: dict[str, list]) -> dict[str, Tensor]:
     """Give tensors under Hugging Face's keys their names here: query, key and value are one."""
-    for name, keys in names.items():
+    for name, keys in ((name, keys) for name, layouts in names.items() for keys in layouts):
         shapes = {tensors[key].shape if key in tensors else () for key in keys}
         if name not in tensors and len(shapes) == 1 and () not in shapes:
             tensors[name] = torch.cat([tensors.pop(key) for key in keys])

@@ -274,13 +274,14 @@ def sparse_sgdm_(
         backend: "auto" (Triton for CUDA tensors where it compiles), "triton" or "reference".
 
     Raises:
-        ValueError: unknown backend, or Triton forced where it cannot run.
+        ValueError: an operand of another shape or layout, a mask that is not bool, unknown backend,
+            or Triton forced where it cannot run.
     """
     check_sgd_options(lr, momentum, dampening, weight_decay, nesterov)
     if backend not in ("auto", "triton", "reference"):
         raise ValueError(f"backend must be auto, triton or reference, not {backend!r}")
-    assert theta.dim() == 1 and grad.shape == theta.shape, (theta.shape, grad.shape)
     tensors = (theta, grad, momentum_buffer, mask, compute_copy, anchor, correction)
+    check_vectors(tensors)
     options = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
     options |= dict(nesterov=nesterov, first=first, prox=prox)
     options |= dict(grad_scale=grad_scale, found_inf=found_inf)
@@ -296,6 +297,19 @@ def sparse_sgdm_(
         )
         _devices_without_triton.add(theta.device)
         return sparse_sgdm_reference_(*tensors, **options)
+
+
+VECTORS = ("theta", "grad", "momentum_buffer", "mask", "compute_copy", "anchor", "correction")
+
+
+def check_vectors(tensors: Sequence[Tensor | None]) -> None:
+    """Raise ValueError unless VECTORS are contiguous and (P,) as theta is, and the mask bool."""
+    for name, x in zip(VECTORS, tensors, strict=True):
+        if x is not None and (x.dim(), x.shape, x.is_contiguous()) != (1, tensors[0].shape, True):
+            needed = f"a contiguous vector as long as theta {tuple(tensors[0].shape)}"
+            raise ValueError(f"{name} must be {needed}, not {tuple(x.shape)} {x.stride()}")
+        if name == "mask" and x is not None and x.dtype != torch.bool:
+            raise ValueError(f"the mask must be bool, not {x.dtype}")
 
 
 def check_sgd_options(lr, momentum, dampening, weight_decay, nesterov) -> None:

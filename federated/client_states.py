@@ -210,8 +210,12 @@ class ClientStates(Term):
         self.mean.copy_(self.initial.double() + changes)
 
     def state_dict(self) -> dict:
-        """Return all that the rest of the run depends on; vectors as files that hold them."""
-        state = {"mean": self.mean, "total": self.total, "changes": dict(self._changes)}
+        """Return all that the rest of the run depends on; vectors as files that hold them.
+
+        Several processes `merge` first; one that is alone need not.
+        """
+        total = self.total + self._change if self._unmerged else self.total
+        state = {"mean": self.mean, "total": total, "changes": dict(self._changes)}
         if self.folder is None:
             return state | {"vectors": dict(self._vectors)}
         if self._unwritten:

@@ -63,6 +63,11 @@ def mean(o: Aggregation, shared: Shared) -> Method:
     return Method(bytes_up=shared.bytes, bytes_down=shared.bytes)
 
 
+def fednova(o: Aggregation, shared: Shared) -> Method:
+    """Wang 2020: the mean, by the cohort's weights times efforts (cohort.normalised_averaging)."""
+    return mean(o, shared)._replace(any_sum=True)
+
+
 def ties(o: Aggregation, shared: Shared) -> Method:
     """Yadav 2023: trim, elect a sign per entry, average what agrees."""
 
@@ -97,7 +102,7 @@ def dare(o: Aggregation, shared: Shared) -> Method:
 
 METHODS: dict[str, Callable[[Aggregation, Shared], Method]] = {
     "mean": mean,
-    "fednova": mean,  # in the cohort's weights (cohort.normalised_averaging)
+    "fednova": fednova,
     "ties": ties,
     "dare": dare,
     "sign": sign,
@@ -173,6 +178,7 @@ def private(
         factor=partial(clip_factor, bound=clip),
         combine=combine,
         report=report,
+        any_sum=True,  # over C K, however many answer
         steps_empty=True,
         saves_within=False,
     )

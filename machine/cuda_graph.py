@@ -40,7 +40,7 @@ class GraphedStep:
 
     Args:
         step: (**inputs) -> tensor without an autograd graph; it must not wait for the GPU (.item(),
-            .cpu()), allocate state, or draw random numbers.
+            .cpu()), allocate state, or draw random numbers. Numbers reach it in fp32.
         state: the tensors that it changes in place; what a capture does to them is taken back.
         mode: "auto": eager where a capture fails, which `say` is told once; "on": a failure is
             raised; "off": eager.
@@ -48,7 +48,7 @@ class GraphedStep:
 
     Raises:
         CaptureError: in mode "on", from the first call.
-        ValueError: an unknown mode, or an input of another shape than the captured one.
+        ValueError: an unknown mode, or an input of another shape or dtype than the captured one.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class GraphedStep:
         self.status = "off" if mode == "off" else None
 
     def __call__(self, **values: Tensor | float) -> Tensor:
-        """Take one step on these inputs; a replay wants the shapes of the first call."""
+        """Take one step on these inputs; a replay wants the shapes and dtypes of the first call."""
         for name, value in values.items():
             self._fill(name, value)
         if self.status is None:
@@ -82,17 +82,19 @@ class GraphedStep:
 
     def _fill(self, name: str, value: Tensor | float) -> None:
         shape = tuple(getattr(value, "shape", ()))
+        dtype = value.dtype if torch.is_tensor(value) else torch.float32
         static = self.inputs.get(name)
-        if static is not None and static.shape == shape:  # copy_ alone would broadcast
+        like = static is not None and (static.shape, static.dtype) == (shape, dtype)
+        if like:  # copy_ alone would broadcast and cast
             static.copy_(value, non_blocking=True) if torch.is_tensor(value) else static.fill_(
                 value
             )
         elif self.graph is not None:
-            captured = None if static is None else tuple(static.shape)
-            raise ValueError(f"input {name} was captured as {captured}, and is {shape} now")
+            captured = None if static is None else f"{tuple(static.shape)} {static.dtype}"
+            raise ValueError(f"input {name} was captured as {captured}, and is {shape} {dtype} now")
         else:
-            fresh = torch.as_tensor(value, dtype=None if torch.is_tensor(value) else torch.float32)
-            self.inputs[name] = fresh.detach().to(self.device, copy=True)
+            fresh = torch.as_tensor(value, dtype=dtype).detach()
+            self.inputs[name] = fresh.to(self.device, copy=True)
 
     def _try_capture(self) -> None:
         try:

@@ -150,9 +150,10 @@ def drive(
 
 
 def evaluations_since_best(records: list[dict]) -> int:
-    """Count the validated records after the best of them."""
-    validated = [record["val_acc"] for record in records if "val_acc" in record]
-    return len(validated) - 1 - validated.index(max(validated)) if validated else 0
+    """Count the validated records after the best of them; a NaN is better than none."""
+    validated = [record for record in records if "val_acc" in record]
+    best = best_record(validated) or next(iter(validated), None)
+    return len(validated) - 1 - validated.index(best) if validated else 0
 
 
 def _begin(

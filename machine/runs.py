@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -360,6 +361,6 @@ def _parsed(log: bytes | bytearray) -> list[dict]:
 
 
 def best_record(records: list[dict]) -> dict | None:
-    """Return the first record of the highest validation accuracy; None where none has one."""
-    validated = [record for record in records if "val_acc" in record]
+    """Return the first record of the highest validation accuracy; None where none has a number."""
+    validated = [record for record in records if not math.isnan(record.get("val_acc", math.nan))]
     return max(validated, key=lambda record: record["val_acc"], default=None)

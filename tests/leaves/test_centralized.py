@@ -96,6 +96,17 @@ def test_records_come_where_a_batch_reaches_a_multiple_of_a_share_of_the_epoch(e
     assert spans == pytest.approx(ends, rel=1e-12)
 
 
+def test_the_last_batch_of_millions_is_still_in_its_epoch():
+    many = torch.zeros(1).expand(4_000_000)
+    first, second = (Centralized(lambda epoch: many, lambda batch, at: batch, {}) for _ in range(2))
+    first.whole, first.step = 2, 3_999_999
+    second.load_state_dict(first.state_dict())
+    assert (second.whole, second.step, second.epoch) == (2, 3_999_999, 2.999999)
+    state = {k: v for k, v in first.state_dict().items() if k != "whole"}
+    second.load_state_dict(state | {"epoch": 2.5})  # as it was saved without
+    assert second.whole == 2
+
+
 def test_a_tenth_is_a_tenth_however_many_batches_an_epoch_has():
     for steps in range(10, 200):
         draw = lambda epoch, steps=steps: torch.zeros(steps, 1)  # noqa: E731

@@ -119,6 +119,19 @@ def test_steps_of_rate_zero_leave_the_variate_as_it_is():
     assert not variates.get(1).any() and variates.bytes == 0
 
 
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_state_knows_what_no_group_has_merged(closed):
+    first, second = (Scaffold(torch.zeros(3), clients=4) for _ in range(2))
+    first.enter(torch.zeros(3), 0)
+    first.leave(torch.ones(3), torch.zeros(3), 0, rate=0.4)
+    if closed:
+        first.next_round()
+    second.load_state_dict(first.state_dict())
+    for variates in (first, second):
+        variates.next_round()
+    assert second.mean.tolist() == first.mean.tolist() == [-0.625] * 3
+
+
 def test_a_client_that_did_not_take_part_keeps_its_variate():
     loop, variates = federation()
     run(loop, 2)

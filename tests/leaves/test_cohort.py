@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedavg import Cohort, FedAvg
+from fedavg import Cohort, FedAvg, Method
 from federated.cohort import (
     cohort_size,
     drop_out,
@@ -154,7 +154,8 @@ def federation(tau, momentum=0.0, nova=True):
             weights = normalised_averaging(weights, efforts)
         return Cohort(clients, clients, weights)
 
-    return FedAvg(torch.zeros(5, dtype=torch.float64), train, cohort)
+    method = Method(any_sum=nova)
+    return FedAvg(torch.zeros(5, dtype=torch.float64), train, cohort, method=method)
 
 
 def run(loop, rounds):
@@ -208,6 +209,8 @@ def test_fednova_ends_near_the_optimum_that_unequal_steps_pull_fedavg_from():
         weights = normalised_averaging(half, [1, 10]) if nova else half
         everyone = Cohort(both, both, weights)
         theta = torch.zeros(1, dtype=torch.float64)
-        ends[nova] = run(FedAvg(theta, train, lambda round, c=everyone: c), 2000).item()
+        method = Method(any_sum=nova)
+        loop = FedAvg(theta, train, lambda round, c=everyone: c, method=method)
+        ends[nova] = run(loop, 2000).item()
     assert abs(ends[True]) < 0.01  # the optimum is 0, halfway
     assert ends[False] == pytest.approx(-9 / 11, abs=0.01)

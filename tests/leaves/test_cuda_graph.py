@@ -160,8 +160,11 @@ def test_what_cannot_be_meant_is_refused(monkeypatch):
     for step in (eager, graphed):
         assert step(input=torch.ones(3, 4)) == 12
     assert eager(input=torch.ones(1, 4)) == 4
-    with pytest.raises(ValueError, match=r"input was captured as \(3, 4\), and is \(1, 4\) now"):
+    assert eager(input=torch.ones(1, 4, dtype=torch.int64)).dtype == torch.int64
+    with pytest.raises(ValueError, match=r"captured as \(3, 4\) torch.float32, and is \(1, 4\)"):
         graphed(input=torch.ones(1, 4))  # copying would broadcast
+    with pytest.raises(ValueError, match=r"and is \(3, 4\) torch.int64 now"):
+        graphed(input=torch.ones(3, 4, dtype=torch.int64))  # and cast
 
 
 @needs_cuda

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import random
 import shutil
@@ -15,8 +16,8 @@ import pytest
 import torch
 from walk import Walk
 
-from machine.drive import Interrupted, drive
-from machine.runs import Run
+from machine.drive import Interrupted, drive, evaluations_since_best
+from machine.runs import Run, best_record
 from machine.safe_files import fcntl, save_checked
 
 
@@ -210,6 +211,16 @@ def test_a_damaged_checkpoints_predecessor_has_its_best(tmp_path):
     run = Run(tmp_path / "run")
     run.checkpoint_path.write_bytes(b"damaged")
     assert best_of(run)[0] == 3
+
+
+@pytest.mark.parametrize(
+    "accuracies, best, since",
+    [([math.nan, 0.5, 0.6], 2, 0), ([0.5, math.nan, 0.4], 0, 2), ([math.nan] * 3, None, 2)],
+)
+def test_a_nan_is_never_the_best(accuracies, best, since):
+    records = [{"round": t, "val_acc": accuracy} for t, accuracy in enumerate(accuracies)]
+    assert best_record(records) is (None if best is None else records[best])
+    assert evaluations_since_best(records) == since
 
 
 def test_what_validated_best_is_there_without_patience_too(tmp_path):

@@ -48,6 +48,26 @@ def test_ties_averages_by_weight_and_the_result_does_not_depend_on_their_scale()
     close(editing.ties(2 * parts, 2 * weights, keep=1), [2 * x for x in expected])
 
 
+@pytest.mark.parametrize("total", [1e-30, 3e4, 1e9])
+def test_weights_may_have_any_sum(total):
+    scores = torch.tensor([[1.0, 2, 1, 1, 0], [1, 1, 1, 3, 1]])
+    rules = [lambda parts, p: editing.ties(parts, p, keep=1), editing.sign_elected]
+    rules.append(lambda parts, p: editing.fisher_mean(parts, p, scores))
+    for rule in rules:
+        few, many = (rule(PARTS[:2] * p, [p, p]) / (2 * p) for p in (0.5, total))
+        torch.testing.assert_close(few, many, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(
+    "weights, said",
+    [([0.5], "2 parts need as many weights, not 1"), ([1, math.nan], "finite"), ([1, -1], "least")],
+)
+def test_weights_that_do_not_fit_the_parts_are_refused(weights, said):
+    for rule in (editing.ties, editing.sign_elected):
+        with pytest.raises(ValueError, match=said):
+            rule(PARTS[:2], weights)
+
+
 def test_padding_counts_in_no_share():
     padded = torch.nn.functional.pad(PARTS, (0, 15))
     merged = editing.ties(padded / 3, THIRDS, keep=0.6, size=5)

@@ -109,8 +109,9 @@ def test_one_client_is_local_training():
     torch.testing.assert_close(loop.theta, local, rtol=0, atol=3 * 2.0**-48)
 
 
-def test_weights_need_not_add_up_to_one():
-    loop, theta = federation(cohort=always([2, 11], [0.25, 1.5])), torch.zeros(5).double()
+def test_weights_need_not_add_up_to_one_where_the_method_says_so():
+    method, theta = Method(any_sum=True), torch.zeros(5).double()
+    loop = federation(cohort=always([2, 11], [0.25, 1.5]), method=method)
     for t in (1, 2):
         run(loop, t)
         pull = 0.25 * (TARGETS[2] - theta) + 1.5 * (TARGETS[11] - theta)
@@ -119,7 +120,8 @@ def test_weights_need_not_add_up_to_one():
 
 
 def test_the_training_loss_has_the_weights_of_the_average():
-    (record,) = run(federation(cohort=always([2, 11], [0.5, 0.125])), 1)
+    method = Method(any_sum=True)
+    (record,) = run(federation(cohort=always([2, 11], [0.5, 0.125]), method=method), 1)
     means = [descend(torch.zeros(5).double(), k)[1].mean().item() for k in (2, 11)]
     expected = (0.5 * means[0] + 0.125 * means[1]) / 0.625
     assert record["train_loss"] == pytest.approx(expected, rel=1e-14)
@@ -413,8 +415,31 @@ def test_a_weight_that_cannot_be_averaged_by_names_its_client(weight):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_as_many_weights_as_clients(count):
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match=f"3 clients need as many weights, not {count}"):
         federation(cohort=always([3, 8, 5], [0.2] * count)).advance()
+
+
+@pytest.mark.parametrize("weights", [[600, 600], [1.0, 1.0], [0.3, 0.3]])
+def test_weights_that_are_no_shares_are_refused(weights):
+    with pytest.raises(ValueError, match=f"add up to {sum(weights):g}, not 1: divide them"):
+        federation(cohort=always([3, 8], weights)).advance()
+
+
+def test_a_theta_that_is_not_finite_is_refused_before_training():
+    with pytest.raises(ValueError, match="theta holds NaN or infinite values before any client"):
+        FedAvg(torch.tensor([0.0, -math.inf]), quadratic, always([3]))
+
+
+@pytest.mark.parametrize("loss", [torch.tensor(0.5), 0.5, [0.25, 0.75]])
+def test_lists_do_for_a_cohort_and_a_number_for_losses(loss):
+    def train(theta, clients, round):
+        for _ in clients:
+            yield theta + 1, loss
+
+    everyone = Cohort([0, 1], [0, 1], [0.5, 0.5])
+    loop = FedAvg(torch.zeros(3), train, lambda round: everyone)
+    (record,) = run(loop, 1)
+    assert record["train_loss"] == 0.5 and loop.theta.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e5])
@@ -440,6 +465,15 @@ def test_a_loss_that_is_not_finite_names_its_step():
         federation(train=train).advance()
 
 
+def test_a_client_without_losses_is_named():
+    def train(theta, clients, round):
+        for _ in clients:
+            yield theta, torch.zeros(0)
+
+    with pytest.raises(ClientError, match=r"round 1, client \d+: it gives no loss"):
+        federation(train=train).advance()
+
+
 @pytest.mark.parametrize("scaled", ["by weights", "by a factor"])
 def test_changes_that_are_scaled_up_cannot_leave_the_fixed_point_range(scaled):
     def train(theta, clients, round):
@@ -447,7 +481,7 @@ def test_changes_that_are_scaled_up_cannot_leave_the_fixed_point_range(scaled):
             yield torch.full_like(theta, 9000.0), torch.ones(1)  # alone below the limit of 2^14
 
     weights, factor = ([2.0] * 5, 1.0) if scaled == "by weights" else (None, 10.0)
-    method = Method(factor=lambda theta_k, theta: factor)
+    method = Method(factor=lambda theta_k, theta: factor, any_sum=True)
     loop = federation(train=train, cohort=always(range(5), weights), method=method)
     with pytest.raises(ClientError, match="beyond the fixed-point range"):
         loop.advance()

@@ -93,6 +93,53 @@ def test_a_parameter_of_any_shape_has_its_view(shape):
 # ---------------------------------------------------------------------------- buffers
 
 
+@pytest.mark.parametrize("reaches", [True, False])
+def test_gradients_that_left_the_view_come_back_at_the_step(reaches):
+    models = [randomise(build_vit("vit_demo", 5)) for _ in range(2)]
+    flat = FlatView(models[0].named_parameters())
+    entries = Entries(flat, None, Sgd(lr=0.1, momentum=0.0))
+    plain = torch.optim.SGD(models[1].parameters(), lr=0.1)
+    for _ in range(2):
+        for model in models:
+            model.zero_grad()
+            logits = model(torch.ones(2, 3, 32, 32))
+            (logits if reaches else model.head.weight).square().sum().backward()
+        entries.step(lr=0.1)
+        plain.step()
+        for name, p in models[1].named_parameters():
+            assert torch.equal(flat.view(flat.theta, name), p)
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_a_sparse_gradient_is_made_dense(filled):
+    model = torch.nn.Embedding(9, 4, sparse=True)
+    flat = FlatView(model)
+    entries = Entries(flat, None, Sgd(lr=1.0, momentum=0.0))
+    before = model.weight.detach().clone()
+    loss = model(torch.tensor([1, 2, 2])).sum()
+    if filled:
+        flat.fill_grad(loss)
+    else:
+        model.zero_grad()
+        loss.backward()
+    entries.step(lr=1.0)
+    torch.testing.assert_close(
+        before - model.weight, torch.eye(9)[:, [1, 2, 2]].sum(1, True).expand(9, 4)
+    )
+
+
+def test_what_no_view_can_hold_is_refused_and_constants_stay_the_models():
+    model = torch.nn.Linear(4, 3)
+    flat = FlatView(model)
+    for mask in (torch.ones(15, dtype=torch.bool), torch.ones_like(flat.theta)):
+        with pytest.raises(ValueError, match=r"a mask must be \(128,\) bool in the view's layout"):
+            Entries(flat, mask, Sgd())
+    with pytest.raises(ValueError, match="c is torch.complex64"):
+        FlatView({"c": torch.nn.Parameter(torch.tensor([1 + 2j]))}.items())
+    model.register_buffer("causal", torch.full((2, 2), -math.inf).triu(1))
+    assert set(FlatView(model).shapes) == {"weight", "bias"}
+
+
 def with_statistics(seed=0):
     torch.manual_seed(seed)
     layers = torch.nn.Conv2d(2, 5, 3), torch.nn.BatchNorm2d(5), torch.nn.Flatten()

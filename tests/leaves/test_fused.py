@@ -157,6 +157,68 @@ def test_a_whole_models_gradient_is_that_without_fusion(backend):
     assert model.passes is None
 
 
+BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vectors_may_lie_anyhow_in_memory(backend):
+    x, norm = draw(2, 5, 8, dtype=torch.float32), norm_of(8, torch.float32)
+    column, single = draw(8, 3, dtype=torch.float32)[:, 0], torch.ones(1, device=DEVICE)
+    for bias in (column, single.expand(8)):
+        expected = x + x + bias
+        total, normed = fused.add_norm(x, x, bias, norm, backend=backend)
+        torch.testing.assert_close(total, expected)
+        torch.testing.assert_close(normed, norm(expected), rtol=1e-5, atol=1e-5)
+        gelu = fused.bias_gelu(x, bias, backend=backend)
+        torch.testing.assert_close(gelu, F.gelu(x + bias), rtol=1e-5, atol=1e-5)
+    norm.weight = nn.Parameter(column)
+    normed = fused.add_norm(x, x, column, norm, backend=backend)[1]
+    torch.testing.assert_close(normed, norm(x + x + column), rtol=1e-5, atol=1e-5)
+
+
+class Shifted(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_computed_is_refused_by_name(backend):
+    x, norm = draw(2, 5, 8, dtype=torch.float32), norm_of(8, torch.float32)
+    bias = x[0, 0]
+    operations = [
+        ("branch must be", lambda: fused.add_norm(x, x[:1, :1], bias, norm, backend=backend)),
+        ("bias must be", lambda: fused.add_norm(x, x, bias[:4], norm, backend=backend)),
+        ("bias must be", lambda: fused.bias_gelu(x, bias[:4], backend=backend)),
+        (r"bias must be \(8,\), not None", lambda: fused.bias_gelu(x, None, backend=backend)),
+        ("weight must be", lambda: fused.qkv_heads(x, x[0], bias, 2, backend=backend)),
+        ("multiple of 3", lambda: fused.qkv_heads(x, x[0], bias, 3, backend=backend)),
+    ]
+    others = nn.LayerNorm((5, 8)), nn.LayerNorm(8, bias=False), Shifted(8)
+    for other in (*others, nn.LayerNorm(8, elementwise_affine=False)):
+        call = partial(fused.add_norm, x, x, bias, other.to(DEVICE), backend=backend)
+        operations.append(("norm must be an nn.LayerNorm", call))
+    for said, call in operations:
+        with pytest.raises(ValueError, match=said):
+            call()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_heads_under_autocast_have_the_gradients_of_a_linear_layer(bias):
+    linear, x = nn.Linear(8, 24, bias, device=DEVICE), draw(2, 5, 8, dtype=torch.float32)
+    gradients = []
+    for fuses in (True, False):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            parts = (
+                fused.qkv_heads(x, linear.weight, linear.bias, 2)
+                if fuses
+                else linear(x).split(8, dim=-1)
+            )
+            loss = sum((i + 1) * part.sum() for i, part in enumerate(parts))
+        assert parts[0].dtype == torch.bfloat16
+        gradients.append(torch.autograd.grad(loss, list(linear.parameters())))
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-2)
+
+
 def test_first_use_compares_kernels_with_the_reference(monkeypatch):
     fused.serves.cache_clear()
     device = torch.device(DEVICE)

@@ -62,6 +62,15 @@ def test_equal_keys_fall_to_the_first():
     assert keep_lowest(torch.tensor([1.0, 0, 1, 0, 1, 1]), 4).tolist() == [1, 1, 1, 1, 0, 0]
 
 
+def test_what_has_no_order_is_refused():
+    with pytest.raises(ValueError, match="the scores of b hold NaN"):
+        mask_from_scores({"a": torch.ones(3), "b": torch.tensor([1.0, math.nan])}, 0.0)
+    with pytest.raises(ValueError, match="1 of 2 keys to rank are NaN"):
+        keep_lowest(torch.tensor([1.0, math.nan]), 1)
+    with pytest.raises(ValueError, match=r"a vector \(P,\), not \(4, 5\)"):
+        keep_lowest(torch.zeros(4, 5), 3)
+
+
 def test_the_rules_keep_what_they_say():
     theta, scores = torch.randn(500), torch.rand(500)
     masks = {

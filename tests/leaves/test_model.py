@@ -213,6 +213,25 @@ def hugging_face(prefix=""):
     return behind(prefix, state)
 
 
+def transformers_5(prefix=""):
+    """The keys of the state_dict() of a ViTModel of transformers 5; its files have the others."""
+    renames = {
+        "encoder.layer.": "layers.",
+        "attention.attention.query": "attention.q_proj",
+        "attention.attention.key": "attention.k_proj",
+        "attention.attention.value": "attention.v_proj",
+        "attention.output.dense": "attention.o_proj",
+        "intermediate.dense": "mlp.fc1",
+        "output.dense": "mlp.fc2",
+    }
+    state = {}
+    for key, value in hugging_face().items():
+        for old, new in renames.items():
+            key = key.replace(old, new)
+        state[prefix + key] = value
+    return state
+
+
 OTHER = {key: value + 1 for key, value in SOURCE.items()}
 LAYOUTS = {
     "model_state_dict": {"epoch": 3, "model_state_dict": SOURCE, "optimizer_state_dict": {}},
@@ -254,6 +273,8 @@ LAYOUTS = {
     "float64": {key: value.double() for key, value in SOURCE.items()},
     "ViTModel": hugging_face(),
     "ViTForImageClassification": hugging_face("vit.") | behind("classifier.", CLASSIFIER),
+    "ViTModel of transformers 5": transformers_5(),
+    "its ViTForImageClassification": transformers_5("vit.") | behind("classifier.", CLASSIFIER),
     "ViTModel in a wrapper": {"model": hugging_face("module.encoder.")},
 }
 

@@ -120,6 +120,23 @@ def test_invalid_options_are_refused(options):
         SparseSGDM(parameters(), **{"lr": 0.1} | options)
 
 
+BACKENDS = ["reference", "triton"] if HAS_TRITON else ["reference"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operands_of_another_shape_layout_or_type_are_refused_by_name(backend):
+    theta, wide = torch.zeros(4, device=DEVICE), torch.zeros(4, 2, device=DEVICE)
+    operands = dict(grad=theta, momentum_buffer=None, mask=None, compute_copy=None)
+    for name, wrong, said in [
+        ("grad", wide[:, 0], "grad must be a contiguous vector"),
+        ("momentum_buffer", theta[:3], r"momentum_buffer must be .* \(4,\), not \(3,\)"),
+        ("mask", theta, "mask must be bool, not torch.float32"),
+        ("compute_copy", wide, "compute_copy must be a contiguous vector"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            sparse_sgdm_(theta, **operands | {name: wrong}, lr=1.0, backend=backend)
+
+
 def random_masks(params, seed=9):
     generator = torch.Generator().manual_seed(seed)
     return [torch.rand(p.shape, generator=generator) < 0.4 for p in params]
