@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from built import build, build_loop
+from built import build, build_learner, build_loop
 
+from commands.options import federation
 from fedavg import Method
 from federated.cohort import sample_clients
 from federated.methods import METHODS
@@ -36,7 +37,8 @@ def test_a_method_knows_its_entries_where_the_exact_sums_are(small_data, monkeyp
     seen = []
     monkeypatch.setitem(METHODS, "mean", lambda o, shared: seen.append(shared) or Method())
     monkeypatch.setattr(rounds, "exact_place", lambda device: torch.device("meta"))
-    build_loop(small_data)
+    learner, _, line = build_learner(small_data)
+    rounds.method_of(learner, federation(line.groups), {})
     assert seen[-1].entries.is_meta
 
 
