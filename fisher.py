@@ -47,14 +47,7 @@ UNDERFLOW = 16  # times the smallest number: gradients below it are zeros to any
 BATCH = 64  # images to score at a time; changes no score
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
-NO_CHOICE = (
-    "attention",
-    "sdp",
-    "pool",
-    "norm",
-    "dropout",
-    "rnn",
-)  # whole numbers for their backward
+FOR_BACKWARD = ("attention", "sdp", "pool", "norm", "dropout", "rnn")  # keep whole numbers for it
 REPLAYED = 2  # shapes of batches that are replayed: each keeps the memory of its passes
 Replay = Callable[[Callable[..., Tensor], list[Tensor]], Callable[..., Tensor]]
 
@@ -294,7 +287,7 @@ class Scorer:
             for kind, p in module.named_parameters(recurse=False, remove_duplicate=False):
                 self.places.setdefault(p, []).append(f"{prefix}.{kind}".lstrip("."))
         self.rounding = {n: _coarser(self.parameters[n].dtype, dtype) for n in self.names}
-        self.coarsest = dtype  # that the model's passes compute in
+        self.coarsest = torch.float64  # of the types that the model's passes compute in
         self.classes = 0
         self.labels, self.score, self.dtype = labels, score, dtype
         self.scale, self.replay = scale, replay
@@ -363,6 +356,7 @@ class Scorer:
     ) -> None:
         """Add a batch's squares to `total` (P,), which `sums` are views of, by replay if it can."""
         ways, kind = self._ways_of(inputs), (inputs.shape, inputs.dtype, given.dtype)
+        singly = len(ways.looped)
         _check_given(given, self.classes)
         repeats = inputs.shape in self._sizes and not ways.one_by_one
         if self.replay and repeats and kind not in self._replays and len(self._replays) < REPLAYED:
@@ -375,6 +369,7 @@ class Scorer:
             self._replays[kind](inputs=inputs, given=given.to(inputs.device))
         else:
             self._check_size(inputs, self._add(sums, ways, inputs, given))
+        _say_singly(ways.looped[singly:])
 
     def _add(
         self,
@@ -404,19 +399,16 @@ class Scorer:
             if not strays:
                 labels = _sampled_labels(logits, given) if given.is_floating_point() else given
                 leaves = [*copies.values(), *watched, *leaves]
-                grads = _gradients(self._score_of(logits, labels), leaves)
+                grads = iter(_gradients(self._score_of(logits, labels), leaves))
         if strays:
-            names = [n for module in strays for n in ways.hooked[module].values()]
-            ways.loop_over(names)
-            _say_singly(names)
+            ways.loop_over([n for module in strays for n in ways.hooked[module].values()])
             return self._add(sums, ways, inputs, given, bounds)
-        for name, grad in zip(copies, grads, strict=False):
-            if grad is not None:
+        for name in copies:
+            if (grad := next(grads)) is not None:
                 parts[name] += _square(grad, parts[name]).sum(dim=0, keepdim=True)
         self._add_looped(parts, ways.looped, inputs, labels)
-        reached = [grad is not None and grad.any() for grad in grads[len(copies) :]]
-        pairs = zip(fresh, reached, strict=False)
-        if doubtful := [name for name, some in pairs if some or parts[name].any()]:
+        reached = {n for n in fresh if (grad := next(grads)) is not None and grad.any()}
+        if doubtful := [name for name in fresh if name in reached or parts[name].any()]:
             self._prove(parts, ways, doubtful, inputs, labels)
         for name in fresh:
             sums[name] += parts[name]
@@ -456,28 +448,23 @@ class Scorer:
         kinds = {name: _coarser(self.rounding[name], self.coarsest) for name in names}
         if wrong := [n for n in names if _differs(parts[n], truth[n], kinds[n])]:
             ways.loop_over(wrong)
-            _say_singly(wrong)
             for name in wrong:
                 parts[name] = truth[name]
 
     def _logits(self, inputs: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the logits of a copy of the inputs, with other values of some parameters."""
-        # by torch's own search for shared parameters, a module with two names would stay changed
-        values = values or {}
-        places = {place: value for name, value in values.items() for place in self._places_of(name)}
-        arguments = (inputs.detach().clone(),)
+        pairs = (values or {}).items()
+        places = {at: value for n, value in pairs for at in self.places[self.parameters[n]]}
+        copy, call = inputs.detach().clone(), torch.func.functional_call
         with _same_attributes(self.model):
             if not places:
-                return _logits(self.model(*arguments))
-            replaced = torch.func.functional_call
-            return _logits(replaced(self.model, places, arguments, tie_weights=False))
+                return _logits(self.model(copy))
+            # by torch's own search for shared weights, a module with two names would stay changed
+            return _logits(call(self.model, places, (copy,), tie_weights=False))
 
     def _score_of(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return what is differentiated: the sum of all samples' scores, times the scale."""
         return _summed_score(logits, labels, self.score) * self.scale
-
-    def _places_of(self, name: str) -> list[str]:
-        return self.places[self.parameters[name]]
 
     @contextlib.contextmanager
     def _training(self, names: Iterable[str]) -> Iterator[list[nn.Parameter]]:
@@ -533,7 +520,7 @@ class Scorer:
             grads = _gradients(self._score_of(self._logits(inputs)[part], labels[part]), chosen)
         for name, grad in zip(names, grads, strict=True):
             if grad is not None:
-                sums[name] += _square(grad.to_dense(), sums[name])
+                sums[name] += _square(grad, sums[name])
 
     # ------------------------------------------------------------------------ the first batch
 
@@ -579,7 +566,7 @@ class Scorer:
                 "the model has a single logit, of which log p is always 0: score 'logit' "
                 "differentiates the logit itself, and logits (0, z) are a binary model's"
             )
-        with _Operations() as operations:
+        with _Operations() as operations:  # of a second pass: the first may try its kernels
             alone = self._logits(first)
         self.coarsest = _coarser(self.coarsest, operations.coarsest)
         if not self._close(alone, out[:1]) and not self._close(alone, self._logits(first)):
@@ -716,15 +703,14 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(
         self, operation: Any, types: Any, arguments: tuple = (), named: dict | None = None
     ) -> Any:
-        results = operation(*arguments, **(named or {}))
-        real = [_is_real(value) for value in tree_leaves(results)]
-        for value in tree_leaves(results):
-            if _is_real(value) and value.dtype.itemsize > 1:
-                self.coarsest = _coarser(self.coarsest, value.dtype)
-        reads = any(_is_real(value) for value in tree_leaves((arguments, named)))
-        chooses = reads and not all(real) and not any(n in operation.__name__ for n in NO_CHOICE)
-        self.choose |= chooses
-        return results
+        result = operation(*arguments, **(named or {}))
+        values = [value for value in tree_leaves(result) if value is not None]
+        real = [value.dtype for value in values if _is_real(value)]
+        self.coarsest = _coarser(self.coarsest, *(kind for kind in real if kind.itemsize > 1))
+        reads = any(map(_is_real, tree_leaves((arguments, named))))
+        backward = any(part in operation.__name__ for part in FOR_BACKWARD)
+        self.choose |= reads and len(real) < len(values) and not backward
+        return result
 
 
 def _is_real(value: Any) -> bool:
@@ -751,10 +737,11 @@ def _differs(total: Tensor, truth: Tensor, kind: torch.dtype, bound: Tensor | No
 
 
 def _gradients(value: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
-    """Return the gradients by some leaves; None where none reaches."""
+    """Return the gradients by some leaves, dense; None where none reaches. Accumulates nothing."""
     if not leaves or not value.requires_grad:
         return [None] * len(leaves)
-    return [*torch.autograd.grad(value, leaves, allow_unused=True)]  # accumulates nothing
+    grads = torch.autograd.grad(value, leaves, allow_unused=True)
+    return [grad if grad is None else grad.to_dense() for grad in grads]
 
 
 def _pair(batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -940,7 +927,7 @@ def _lengths(calls: list[_Call]) -> list[int]:
 
 
 def _input_of(inputs: tuple, named: dict) -> Tensor:
-    """Return the one tensor that a module was called with, by position or by name; else a scalar."""
+    """Return the one tensor that a module was called with, by position or name; else a scalar."""
     values = [*inputs, *named.values()]
     single = len(values) == 1 and isinstance(values[0], Tensor)
     return values[0] if single else torch.empty(())

@@ -467,7 +467,7 @@ def test_modes_are_flags_and_no_train_or_eval_is_called():
     [
         ((torch.zeros(3, 4), torch.tensor([1, 3, 2])), "true", "labels 'true' lie in 0..2"),
         ((torch.zeros(3, 4), torch.tensor([1, -100, 2])), "true", "these are -100 to 2"),
-        ((torch.zeros(3, 4), torch.full((3,), 2.0)), "sampled", r"labels 'sampled' lie in \[0, 1\)"),
+        ((torch.zeros(3, 4), torch.full((3,), 2.0)), "sampled", "labels 'sampled' lie in .0, 1"),
         ((torch.zeros(3, 4), torch.full((3,), math.nan)), "sampled", "these are nan to nan"),
         ([torch.zeros(3, 4)], "sampled", "or a pair .inputs, labels., not a list of 1: take"),
         ((torch.zeros(3, 4), torch.zeros(3), 3), "sampled", "not a tuple of 3: take"),
@@ -529,7 +529,7 @@ def test_models_of_several_types_are_scored_in_a_batch(kind, recwarn):
 
 
 @quiet
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [0, 11])  # of the second, an expert gets one row a sample
 def test_experts_that_tokens_choose_are_exact(seed):
     def forward(m, x):
         tokens = x.reshape(-1, x.shape[-1])
