@@ -541,7 +541,7 @@ class Scorer:
         for name, module in covered.items():
             self.rounding[name] = _coarser(self.rounding[name], *(c.kind for c in calls[module]))
         rest = [name for name in self.names if name not in covered]
-        broadcast = self._broadcasting(rest, samples, out)
+        broadcast = [name for name in rest if self.parameters[name].shape[:1] == (1,)]
         truth = self._truth(samples, out)
         ways = _Ways(hooked, broadcast, [], [], routes)
         ways.loop_over(self._differing(ways, {*covered, *broadcast}, truth, samples, out))
@@ -603,26 +603,6 @@ class Scorer:
         a, b = a.where(finite, 0), b.where(finite, 0)
         return _norm(a - b) <= tolerance * max(_norm(a), a.numel() ** 0.5)
 
-    @torch.no_grad()
-    def _broadcasting(self, names: list[str], samples: Tensor, out: Tensor) -> list[str]:
-        """Return the parameters of which each sample reads its own copy, along the first axis."""
-        names = [n for n in names if self.parameters[n].shape[:1] == (1,)]
-        if not names:
-            return []
-        copies = {
-            n: torch.cat([self.parameters[n] + i for i in range(len(samples))]) for n in names
-        }
-        try:
-            changed = self._logits(samples, copies)
-            alone = self._close(out[:1], changed[:1])  # copies may take another kernel's rounding
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # the model's own: it may look at the shape of what it reads
-            alone = False
-        if alone or len(names) < 2:
-            return names if alone else []
-        return [n for name in names for n in self._broadcasting([name], samples, out)]
-
     def _truth(self, samples: Tensor, out: Tensor) -> dict[str, Tensor]:
         """Return autograd's squares of some samples, for the labels of `_strong_labels`. They take
         the passes of the batch, so that no other kernel's rounding comes in."""
@@ -656,9 +636,14 @@ class Scorer:
             self._add(sums, ways, samples, _strong_labels(out, self.score), bounds)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # the model's own
-            return {*names}
-        return {n for n in names if _differs(sums[n], truth[n], self.rounding[n], bounds[n])}
+        except Exception:  # the model's own: it may look at the shape of what it reads
+            differ = {*names}
+        else:
+            differ = {n for n in names if _differs(sums[n], truth[n], self.rounding[n], bounds[n])}
+        if copied := [name for name in ways.broadcast if name in differ]:
+            ways.loop_over(copied)  # the others may be right without these copies
+            return self._differing(ways, names, truth, samples, out)
+        return differ
 
     # ------------------------------------------------------------------------ what stayed zero
 
