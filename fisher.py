@@ -651,7 +651,8 @@ class Scorer:
         """Refuse scores of zero of parameters that gradients reach in training mode alone."""
         scored = torch.stack([total.any() for total in sums.values()]).tolist()
         names = [name for name, some in zip(sums, scored, strict=True) if not some]
-        names = [n for n in names if n not in self._reached(names, samples, training=False)]
+        reached = self._reached(names, samples, training=False)
+        names = [name for name in names if name not in reached]
         if names and (late := self._reached(names, samples, training=True)):
             raise ValueError(
                 f"no gradient reaches {', '.join(late)} in eval mode, only in training mode, so "
@@ -684,6 +685,11 @@ class _Operations(TorchDispatchMode):
     """
 
     coarsest, choose = torch.float64, False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Tell torch that nothing is compiled here: else it imports its compiler, for seconds."""
+        return False
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, arguments: tuple = (), named: dict | None = None
