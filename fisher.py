@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 import zlib
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +29,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 try:
     import triton
@@ -42,6 +46,8 @@ NOISE = 8  # times the precision: error of a sum, in terms of the sum of what it
 UNDERFLOW = 16  # times the smallest number: gradients below it are zeros to any comparison
 BATCH = 64  # images to score at a time; changes no score
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+FOR_BACKWARD = ("attention", "sdp", "pool", "norm", "dropout", "rnn")  # keep whole numbers for it
 REPLAYED = 2  # shapes of batches that are replayed: each keeps the memory of its passes
 Replay = Callable[[Callable[..., Tensor], list[Tensor]], Callable[..., Tensor]]
 
@@ -160,18 +166,26 @@ def fisher_diagonal(
 
     Plain Linear, LayerNorm and Conv2d with kernel = stride take part in one batched backward pass,
     and so do parameters (1, ...) that broadcast over the batch, such as class tokens and position
-    grids. All others are scored sample by sample, which is said once. On two samples every tensor's
-    scores are compared with autograd's own per-sample gradients: one that differs is scored sample
-    by sample too. One whose gradients are zero there is compared on the first batch where they are
-    not. A layer that a later batch calls in another way is scored sample by sample from there on.
+    grids. All others are scored sample by sample, which is said once. On the first and the last
+    sample of the first batch, every tensor's scores are compared with autograd's own per-sample
+    gradients: one that differs is scored sample by sample too. One whose gradients are zero there
+    is compared on the first batch where they are not. A layer that a later batch calls in another
+    way, or with rows that are not the samples in their order (tokens that choose an expert), is
+    scored sample by sample from there on.
 
-    The model is scored in eval mode, without autocast, and left as it was: modes, buffers,
-    requires_grad, gradients. It reads copies of the inputs.
+    The model is scored in eval mode, without autocast and uncompiled, and left as it was: modes,
+    buffers, requires_grad, gradients and the attributes of its modules, caches among them. It reads
+    copies of the inputs. Neither train() nor eval() is called, nor a hook on accumulated gradients.
+
+    What is not seen: a weight that is read past its module by none of the samples compared, but by
+    others; rows of a layer that are chosen without a comparison, an index or a whole number; and
+    what a model keeps outside of its modules (a global cache, a list that a hook fills).
 
     Args:
         model: on one device; answers with logits (N, C), alone, first in a tuple, under "logits" in
             a dictionary or as an attribute.
-        batches: inputs, a tensor (N, ...), or pairs (inputs, given (N,)).
+        batches: inputs, a tensor (N, ...), or pairs (inputs, given (N,)). Whole numbers that are
+            given where labels are sampled are not read.
         parameters: names to score; None scores all.
         labels: "sampled" draws y from the model's own p(y|x), by `seed` and the sample's place in
             the stream, or by the uniform numbers in [0, 1) that are `given`; "true" takes the int64
@@ -184,8 +198,9 @@ def fisher_diagonal(
 
     Raises:
         ValueError: nothing to score, no samples, an unknown option, other outputs than logits, a
-            model whose logits are random or depend on the rest of a batch, gradients that autograd
-            cannot take, or a score that is not finite.
+            single logit without score "logit", labels that are no classes, a model whose logits are
+            random or depend on the rest of a batch, gradients that autograd cannot take or that
+            reach a parameter in training mode alone, or a score that is not finite.
     """
     scorer = Scorer(model, parameters=parameters, labels=labels, score=score, dtype=dtype)
     return scorer.diagonal(batches, seed)
@@ -196,24 +211,33 @@ class _Ways(NamedTuple):
 
     hooked: dict[nn.Module, dict[str, str]]  # in a batch: weight or bias -> its name in the model
     broadcast: list[str]  # in a batch, by a copy for each sample
-    mapped: list[str]  # sample by sample, by torch.func
-    looped: list[str]  # sample by sample, by autograd
-    unproven: list[str]  # of these, what had gradients of zero alone: no comparison tells anything
+    looped: list[str]  # sample by sample
+    unproven: list[str]  # of the others, what had gradients of zero alone: nothing was compared
+    routes: bool  # rows may be chosen by what is in them: each batch is looked at
 
     @property
     def one_by_one(self) -> bool:
-        """Tell whether something is scored sample by sample, or compared with what is."""
-        return bool(self.mapped or self.looped or self.unproven)
+        """Tell whether something is scored sample by sample, or looked at in every batch."""
+        return bool(self.looped or self.unproven or self.routes)
 
-    def loop_over(self, names: Sequence[str]) -> None:
-        """Let these parameters be scored sample by sample, by autograd, from now on."""
+    def loop_over(self, names: Iterable[str]) -> None:
+        """Let these parameters be scored sample by sample from now on."""
         for module, parts in [*self.hooked.items()]:
             parts = {kind: name for kind, name in parts.items() if name not in names}
             self.hooked.update({module: parts}) if parts else self.hooked.pop(module)
-        for rest in (self.broadcast, self.mapped, self.unproven):
+        for rest in (self.broadcast, self.unproven):
             rest[:] = [name for name in rest if name not in names]
         self.looped.extend(names)
-        _say_singly(names)
+
+
+class _Call(NamedTuple):
+    """What a layer was called with, a scalar if not with rows, and the type of what it gave."""
+
+    rows: Tensor
+    kind: torch.dtype
+
+
+_Calls = dict[nn.Module, list[_Call]]
 
 
 class Scorer:
@@ -262,8 +286,9 @@ class Scorer:
         for prefix, module in model.named_modules():
             for kind, p in module.named_parameters(recurse=False, remove_duplicate=False):
                 self.places.setdefault(p, []).append(f"{prefix}.{kind}".lstrip("."))
-        floats = [p.dtype for p in self.parameters.values() if p.is_floating_point()]
-        self.precision = torch.finfo(max(floats, key=lambda kind: torch.finfo(kind).eps))
+        self.rounding = {n: _coarser(self.parameters[n].dtype, dtype) for n in self.names}
+        self.coarsest = torch.float64  # of the types that the model's passes compute in
+        self.classes = 0
         self.labels, self.score, self.dtype = labels, score, dtype
         self.scale, self.replay = scale, replay
         self._replays: dict[tuple, Callable[..., Tensor]] = {}  # by what a batch is
@@ -281,9 +306,7 @@ class Scorer:
             total, count = self._empty_sums(), 0
             sums = self._by_name(total, self.names)
             for batch in batches:
-                inputs, targets = batch if isinstance(batch, tuple | list) else (batch, None)
-                if not isinstance(inputs, Tensor) or inputs.dim() == 0:
-                    raise ValueError(f"samples come as a tensor (N, ...), not {_described(inputs)}")
+                inputs, targets = _pair(batch)
                 if self.labels == "sampled" and (
                     targets is None or not targets.is_floating_point()
                 ):
@@ -295,9 +318,11 @@ class Scorer:
                     raise ValueError(f"inputs {shapes}: there must be one for each sample")
                 if len(inputs) > 0:
                     self._add_batch(total, sums, inputs, targets)
+                    samples = _ends(inputs)
                 count += len(inputs)
             if count == 0:
                 raise ValueError("the calibration set is empty")
+            self._check_reached(sums, samples)
             total = total if self.replay is None else total.clone()  # the next call's are the same
             total /= count * self.scale**2
             sums = self._by_name(total, self.names)
@@ -331,6 +356,8 @@ class Scorer:
     ) -> None:
         """Add a batch's squares to `total` (P,), which `sums` are views of, by replay if it can."""
         ways, kind = self._ways_of(inputs), (inputs.shape, inputs.dtype, given.dtype)
+        singly = len(ways.looped)
+        _check_given(given, self.classes)
         repeats = inputs.shape in self._sizes and not ways.one_by_one
         if self.replay and repeats and kind not in self._replays and len(self._replays) < REPLAYED:
 
@@ -342,6 +369,7 @@ class Scorer:
             self._replays[kind](inputs=inputs, given=given.to(inputs.device))
         else:
             self._check_size(inputs, self._add(sums, ways, inputs, given))
+        _say_singly(ways.looped[singly:])
 
     def _add(
         self,
@@ -364,29 +392,46 @@ class Scorer:
             copies[name] = p.expand(len(inputs), *p.shape[1:]).clone().requires_grad_()
         fresh = {name: torch.zeros_like(sums[name]) for name in ways.unproven}
         parts = {**sums, **fresh}
-        watched = _watching({name: self.parameters[name] for name in fresh})
-        with torch.enable_grad(), watched as reached, self._hooked(parts, ways, bounds) as calls:
+        hooked = self._hooked(ways.hooked, parts, bounds or {})
+        with torch.enable_grad(), self._training(fresh) as watched, hooked as (calls, leaves):
             logits = self._logits(inputs, copies)
-            strays = [module for module, rows in calls.items() if rows != [len(inputs)]]
+            strays = self._strays(calls, inputs, ways.routes)
             if not strays:
                 labels = _sampled_labels(logits, given) if given.is_floating_point() else given
-                if logits.requires_grad:  # something is hooked, copied or watched
-                    self._score_of(logits, labels).backward()
+                leaves = [*copies.values(), *watched, *leaves]
+                grads = iter(_gradients(self._score_of(logits, labels), leaves))
         if strays:
             ways.loop_over([n for module in strays for n in ways.hooked[module].values()])
             return self._add(sums, ways, inputs, given, bounds)
-        for name, copy in copies.items():
-            if copy.grad is not None:
-                parts[name] += _square(copy.grad, parts[name]).sum(dim=0, keepdim=True)
-        if ways.mapped:
-            self._add_mapped(parts, ways.mapped, inputs, labels)
-        if ways.looped:
-            self._add_looped(parts, ways.looped, inputs, labels)
+        for name in copies:
+            if (grad := next(grads)) is not None:
+                parts[name] += _square(grad, parts[name]).sum(dim=0, keepdim=True)
+        self._add_looped(parts, ways.looped, inputs, labels)
+        reached = {n for n in fresh if (grad := next(grads)) is not None and grad.any()}
         if doubtful := [name for name in fresh if name in reached or parts[name].any()]:
             self._prove(parts, ways, doubtful, inputs, labels)
         for name in fresh:
             sums[name] += parts[name]
         return logits.detach()
+
+    def _strays(self, calls: _Calls, inputs: Tensor, routes: bool) -> list[nn.Module]:
+        """Return the layers that did not see one row a sample, in the order of the samples."""
+        strays = [module for module, seen in calls.items() if _lengths(seen) != [len(inputs)]]
+        if routes and not strays and len(inputs) > 1:
+            with torch.no_grad():
+                self._logits(inputs.flip(0))  # whose rows come in the other order, if they are
+            strays = [m for m, seen in calls.items() if not self._mirrored(*seen)]
+        for seen in calls.values():
+            seen.clear()  # its memory
+        return strays
+
+    def _mirrored(self, *seen: _Call) -> bool:
+        """Tell whether two calls saw the same rows, in opposite orders."""
+        if len(seen) != 2 or seen[0].rows.shape != seen[1].rows.shape:
+            return False
+        rows, others = seen[0].rows.flatten(1).double(), seen[1].rows.flip(0).flatten(1).double()
+        allowed = _tolerance(self.coarsest) * rows.norm(dim=1)
+        return bool(((rows - others).norm(dim=1) <= allowed).all())
 
     def _prove(
         self,
@@ -400,82 +445,82 @@ class Scorer:
         truth = self._by_name(self._zeros(names), names)
         self._add_looped(truth, names, inputs, labels)
         ways.unproven[:] = [name for name in ways.unproven if name not in names]
-        if wrong := [name for name in names if self._differs(parts[name], truth[name])]:
+        kinds = {name: _coarser(self.rounding[name], self.coarsest) for name in names}
+        if wrong := [n for n in names if _differs(parts[n], truth[n], kinds[n])]:
             ways.loop_over(wrong)
             for name in wrong:
                 parts[name] = truth[name]
 
     def _logits(self, inputs: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the logits of a copy of the inputs, with other values of some parameters."""
-        if not values:
-            return _logits(self.model(inputs.detach().clone()))
-        # by torch's own search for shared parameters, a module with two names would stay changed
-        values = {place: value for name, value in values.items() for place in self._places_of(name)}
-        replaced = torch.func.functional_call
-        return _logits(replaced(self.model, values, (inputs.detach().clone(),), tie_weights=False))
+        pairs = (values or {}).items()
+        places = {at: value for n, value in pairs for at in self.places[self.parameters[n]]}
+        copy, call = inputs.detach().clone(), torch.func.functional_call
+        with _same_attributes(self.model):
+            if not places:
+                return _logits(self.model(copy))
+            # by torch's own search for shared weights, a module with two names would stay changed
+            return _logits(call(self.model, places, (copy,), tie_weights=False))
 
     def _score_of(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return what is differentiated: the sum of all samples' scores, times the scale."""
         return _summed_score(logits, labels, self.score) * self.scale
 
-    def _places_of(self, name: str) -> list[str]:
-        return self.places[self.parameters[name]]
+    @contextlib.contextmanager
+    def _training(self, names: Iterable[str]) -> Iterator[list[nn.Parameter]]:
+        """Let gradients of these parameters be taken in the block, and yield them."""
+        chosen = [self.parameters[name] for name in names]
+        try:
+            for p in chosen:
+                p.requires_grad_(True)
+            yield chosen
+        finally:
+            for p in chosen:
+                p.requires_grad_(False)
 
     @contextlib.contextmanager
     def _hooked(
-        self, sums: dict[str, Tensor], ways: _Ways, bounds: dict[str, Tensor] | None
-    ) -> Iterator[dict[nn.Module, list[int]]]:
-        """Let the batched modules add their squares to `sums` in the block's backward pass.
+        self,
+        modules: dict[nn.Module, dict[str, str]],
+        sums: dict[str, Tensor],
+        bounds: dict[str, Tensor],
+    ) -> Iterator[tuple[_Calls, list[Tensor]]]:
+        """Let these modules add their squares to `sums` in a backward pass of the block.
 
         Yields:
-            of how many samples each was called, which is filled by the forward pass.
+            what comes to hold the rows of each call, and the leaves at which the graph begins.
         """
-        calls: dict[nn.Module, list[int]] = {}
+        calls: _Calls = {module: [] for module in modules}
+        leaves: list[Tensor] = []
         handles = []
-        for module, names in ways.hooked.items():
-            mine = {kind: sums[name] for kind, name in names.items()}
-            limits = {kind: bounds[name] for kind, name in names.items()} if bounds else {}
-            hook = _recorder(mine, limits, calls.setdefault(module, []))
+        for module, names in modules.items():
+            parts = {kind: sums[name] for kind, name in names.items() if sums}
+            limits = {kind: bounds[name] for kind, name in names.items() if bounds}
+            hook = _recorder(parts, limits, calls[module], leaves)
             handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
         try:
-            yield calls
+            yield calls, leaves
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _add_mapped(
-        self, sums: dict[str, Tensor], names: list[str], inputs: Tensor, labels: Tensor
-    ) -> None:
-        """Add squares of gradients that torch.func takes of all samples at once."""
-        chosen = {name: self.parameters[name].detach() for name in names}
-
-        def sample_score(values: dict, x: Tensor, y: Tensor) -> Tensor:
-            return self._score_of(self._logits(x[None], values), y[None])
-
-        gradients = torch.func.vmap(torch.func.grad(sample_score), in_dims=(None, 0, 0))
-        for name, grad in gradients(chosen, inputs, labels).items():
-            sums[name] += _square(grad, sums[name]).sum(dim=0)
 
     def _add_looped(
         self, sums: dict[str, Tensor], names: list[str], inputs: Tensor, labels: Tensor
     ) -> None:
         """Add squares of gradients that autograd takes of one sample after the other."""
-        chosen = [self.parameters[name] for name in names]
-        try:
-            for p in chosen:
-                p.requires_grad_(True)
-            for x, y in zip(inputs, labels, strict=True):
-                with torch.enable_grad():
-                    value = self._score_of(self._logits(x[None]), y[None])
-                if not value.requires_grad:
-                    continue
-                grads = torch.autograd.grad(value, chosen, allow_unused=True)
-                for name, grad in zip(names, grads, strict=True):
-                    if grad is not None:
-                        sums[name] += _square(grad.to_dense(), sums[name])
-        finally:
-            for p in chosen:
-                p.requires_grad_(False)
+        for n in range(len(inputs) if names else 0):
+            self._add_sample(sums, names, inputs[n : n + 1], labels[n : n + 1], 0)
+
+    def _add_sample(
+        self, sums: dict[str, Tensor], names: list[str], inputs: Tensor, labels: Tensor, n: int
+    ) -> None:
+        """Add squares of the gradients that autograd takes of sample n, in a batch."""
+        part = slice(n, n + 1)
+        with torch.enable_grad(), self._training(names) as chosen:
+            grads = _gradients(self._score_of(self._logits(inputs)[part], labels[part]), chosen)
+        for name, grad in zip(names, grads, strict=True):
+            if grad is not None:
+                sums[name] += _square(grad, sums[name])
 
     # ------------------------------------------------------------------------ the first batch
 
@@ -486,35 +531,51 @@ class Scorer:
             return self._ways[kind]
         samples = _ends(inputs)
         plain = _plain_modules(self.model, {*self.names})
-        with _counted(plain) as calls:
-            out = self._checked_logits(samples)
+        with self._hooked(plain, {}, {}) as (calls, _):
+            out, routes = self._checked_logits(samples)
         usual = [len(samples), 1]  # as many rows as samples, in both calls
-        hooked = {module: names for module, names in plain.items() if calls[module] == usual}
-        covered = {name for names in hooked.values() for name in names.values()}
+        hooked = {
+            module: names for module, names in plain.items() if _lengths(calls[module]) == usual
+        }
+        covered = {name: m for m, names in hooked.items() for name in names.values()}
+        for name, module in covered.items():
+            self.rounding[name] = _coarser(self.rounding[name], *(c.kind for c in calls[module]))
         rest = [name for name in self.names if name not in covered]
-        broadcast = self._broadcasting(rest, samples, out)
-        mapped = [name for name in rest if name not in broadcast]
+        broadcast = [name for name in rest if self.parameters[name].shape[:1] == (1,)]
         truth = self._truth(samples, out)
-        ways = self._verified(_Ways(hooked, broadcast, mapped, [], []), samples, out, truth)
-        _say_singly([name for name in self.names if name in {*ways.mapped, *ways.looped}])
+        ways = _Ways(hooked, broadcast, [], [], routes)
+        ways.loop_over(self._differing(ways, {*covered, *broadcast}, truth, samples, out))
+        looped = {*rest, *ways.looped} - {*ways.broadcast}
+        ways.looped[:] = [name for name in self.names if name in looped]
+        ways.unproven[:] = [n for n in self.names if n not in looped and not truth[n].any()]
+        _say_singly(ways.looped)
         if all(torch.isfinite(total).all() for total in truth.values()):
             self._ways[kind] = ways
         return ways
 
     @torch.no_grad()
-    def _checked_logits(self, samples: Tensor) -> Tensor:
-        """Return the logits of some samples; refuse a model that has no per-sample gradients."""
+    def _checked_logits(self, samples: Tensor) -> tuple[Tensor, bool]:
+        """Return the logits of some samples, and whether rows may be chosen by what is in them;
+        refuse a model that has no per-sample gradients."""
         out, first = self._logits(samples), samples[:1]
         if len(out) != len(samples):
             raise ValueError(f"{len(samples)} samples have {len(out)} rows of logits")
-        alone = self._logits(first)
+        self.classes = out.shape[1]
+        if self.classes == 1 and self.score == "log-prob":
+            raise ValueError(
+                "the model has a single logit, of which log p is always 0: score 'logit' "
+                "differentiates the logit itself, and logits (0, z) are a binary model's"
+            )
+        with _Operations() as operations:  # of a second pass: the first may try its kernels
+            alone = self._logits(first)
+        self.coarsest = _coarser(self.coarsest, operations.coarsest)
         if not self._close(alone, out[:1]) and not self._close(alone, self._logits(first)):
             raise ValueError(
                 "the model's logits of the same samples differ between two calls, in eval mode "
                 "too: there is something random in it"
             )
         self._check_apart(alone, out[:1])
-        return out
+        return out, operations.choose
 
     @torch.no_grad()
     def _check_size(self, inputs: Tensor, logits: Tensor) -> None:
@@ -535,36 +596,21 @@ class Scorer:
     def _close(self, a: Tensor, b: Tensor) -> bool:
         """Tell whether logits agree up to the rounding of the passes; what is not finite has to be
         so in both."""
-        tolerance = TOLERANCE * max(self.precision.eps, torch.finfo(a.dtype).eps) ** 0.5
+        tolerance = _tolerance(_coarser(self.coarsest, a.dtype))
         finite = a.isfinite()
         if not torch.equal(finite, b.isfinite()):
             return False
         a, b = a.where(finite, 0), b.where(finite, 0)
         return _norm(a - b) <= tolerance * max(_norm(a), a.numel() ** 0.5)
 
-    @torch.no_grad()
-    def _broadcasting(self, names: list[str], samples: Tensor, out: Tensor) -> list[str]:
-        """Return the parameters of which each sample reads its own copy, along the first axis."""
-        names = [n for n in names if self.parameters[n].shape[:1] == (1,)]
-        if not names:
-            return []
-        copies = {
-            n: torch.cat([self.parameters[n] + i for i in range(len(samples))]) for n in names
-        }
-        try:
-            changed = self._logits(samples, copies)
-            alone = self._close(out[:1], changed[:1])  # copies may take another kernel's rounding
-        except (RuntimeError, IndexError, ValueError):
-            alone = False
-        if alone or len(names) < 2:
-            return names if alone else []
-        return [n for name in names for n in self._broadcasting([name], samples, out)]
-
     def _truth(self, samples: Tensor, out: Tensor) -> dict[str, Tensor]:
-        """Return autograd's squares of some samples, for the labels of `_strong_labels`."""
+        """Return autograd's squares of some samples, for the labels of `_strong_labels`. They take
+        the passes of the batch, so that no other kernel's rounding comes in."""
         truth = self._by_name(self._zeros(self.names), self.names)
+        labels = _strong_labels(out, self.score)
         try:
-            self._add_looped(truth, self.names, samples, _strong_labels(out, self.score))
+            for n in range(len(samples)):
+                self._add_sample(truth, self.names, samples, labels, n)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -575,54 +621,148 @@ class Scorer:
             _check_finite(truth)
         return truth
 
-    def _verified(
-        self, ways: _Ways, samples: Tensor, out: Tensor, truth: dict[str, Tensor]
-    ) -> _Ways:
-        """Return the ways that give autograd's own squares of these samples, tensor by tensor."""
-        labels = _strong_labels(out, self.score)
-        names = {name for parts in ways.hooked.values() for name in parts.values()}
-        names |= {*ways.broadcast}
-        batched = ways._replace(mapped=[])
-        differ = self._differing(batched, names, truth, samples, labels)
-        hooked = {
-            module: {kind: name for kind, name in parts.items() if name not in differ}
-            for module, parts in ways.hooked.items()
-        }
-        hooked = {module: parts for module, parts in hooked.items() if parts}
-        broadcast = [name for name in ways.broadcast if name not in differ]
-        mapped = [n for n in self.names if n in {*ways.mapped, *differ}]
-        alone = _Ways({}, [], mapped, [], [])
-        looped = self._differing(alone, mapped, truth, samples, labels) if mapped else set()
-        mapped = [name for name in mapped if name not in looped]
-        unproven = [n for n in self.names if n not in looped and not truth[n].any()]
-        return _Ways(hooked, broadcast, mapped, [n for n in self.names if n in looped], unproven)
-
     def _differing(
         self,
         ways: _Ways,
         names: Iterable[str],
         truth: dict[str, Tensor],
         samples: Tensor,
-        labels: Tensor,
+        out: Tensor,
     ) -> set[str]:
         """Return those of some names whose squares are not the true ones."""
         zeros = self._zeros(self.names), self._zeros(self.names)
         sums, bounds = (self._by_name(vector, self.names) for vector in zeros)
         try:
-            self._add(sums, ways, samples, labels, bounds)
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
-            return {*names}
-        return {name for name in names if self._differs(sums[name], truth[name], bounds[name])}
+            self._add(sums, ways, samples, _strong_labels(out, self.score), bounds)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # the model's own: it may look at the shape of what it reads
+            differ = {*names}
+        else:
+            differ = {n for n in names if _differs(sums[n], truth[n], self.rounding[n], bounds[n])}
+        if copied := [name for name in ways.broadcast if name in differ]:
+            ways.loop_over(copied)  # the others may be right without these copies
+            return self._differing(ways, names, truth, samples, out)
+        return differ
 
-    def _differs(self, total: Tensor, truth: Tensor, bound: Tensor | None = None) -> bool:
-        """Tell whether squares are not the true ones; without signs they come to `bound`."""
-        precision = self.precision.eps
-        smallest = precision * self.precision.tiny
-        allowed = TOLERANCE * precision**0.5 * _norm(truth)
-        allowed += (UNDERFLOW * smallest) ** 2 * truth.numel() ** 0.5
-        if bound is not None:
-            allowed += (NOISE * precision) ** 2 * _norm(bound)  # of a sum that cancels
-        return not _norm(total - truth) <= allowed
+    # ------------------------------------------------------------------------ what stayed zero
+
+    def _check_reached(self, sums: dict[str, Tensor], samples: Tensor) -> None:
+        """Refuse scores of zero of parameters that gradients reach in training mode alone."""
+        scored = torch.stack([total.any() for total in sums.values()]).tolist()
+        names = [name for name, some in zip(sums, scored, strict=True) if not some]
+        reached = self._reached(names, samples, training=False)
+        names = [name for name in names if name not in reached]
+        if names and (late := self._reached(names, samples, training=True)):
+            raise ValueError(
+                f"no gradient reaches {', '.join(late)} in eval mode, only in training mode, so "
+                "that it would score 0: if the model keeps in eval mode what it computed of it, "
+                "call model.train() before scoring; else leave it out of `parameters`"
+            )
+
+    def _reached(self, names: list[str], samples: Tensor, training: bool) -> list[str]:
+        """Return those of some parameters that the logits' gradients reach in a mode."""
+        if not names:
+            return []
+        devices = [p.device.index for p in self.parameters.values() if p.is_cuda][:1]
+        with torch.random.fork_rng(devices), _standing_still(self.model, training):
+            with torch.enable_grad(), self._training(names) as chosen:
+                try:
+                    grads = _gradients(self._logits(samples).sum(), chosen)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception:  # the model's own: statistics of a single sample, say
+                    return []
+        return [name for name, grad in zip(names, grads, strict=True) if grad is not None]
+
+
+class _Operations(TorchDispatchMode):
+    """Notes what the operations of the block do.
+
+    Attributes:
+        coarsest: of the types that they compute in; fp8 is only stored in.
+        choose: whether real numbers become truth values or whole ones, which may choose rows.
+    """
+
+    coarsest, choose = torch.float64, False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Tell torch that nothing is compiled here: else it imports its compiler, for seconds."""
+        return False
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, arguments: tuple = (), named: dict | None = None
+    ) -> Any:
+        result = operation(*arguments, **(named or {}))
+        values = [value for value in tree_leaves(result) if value is not None]
+        real = [value.dtype for value in values if _is_real(value)]
+        self.coarsest = _coarser(self.coarsest, *(kind for kind in real if kind.itemsize > 1))
+        reads = any(map(_is_real, tree_leaves((arguments, named))))
+        backward = any(part in operation.__name__ for part in FOR_BACKWARD)
+        self.choose |= reads and len(real) < len(values) and not backward
+        return result
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _coarser(*kinds: torch.dtype) -> torch.dtype:
+    return max(kinds, key=lambda kind: torch.finfo(kind).eps)
+
+
+def _tolerance(kind: torch.dtype) -> float:
+    return TOLERANCE * torch.finfo(kind).eps ** 0.5
+
+
+def _differs(total: Tensor, truth: Tensor, kind: torch.dtype, bound: Tensor | None = None) -> bool:
+    """Tell whether squares of gradients in a type are not the true ones; without signs they come to
+    `bound`."""
+    precision = torch.finfo(kind)
+    allowed = _tolerance(kind) * _norm(truth)
+    allowed += (UNDERFLOW * precision.eps * precision.tiny) ** 2 * truth.numel() ** 0.5
+    if bound is not None:
+        allowed += (NOISE * precision.eps) ** 2 * _norm(bound)  # of a sum that cancels
+    return not _norm(total - truth) <= allowed
+
+
+def _gradients(value: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
+    """Return the gradients by some leaves, dense; None where none reaches. Accumulates nothing."""
+    if not leaves or not value.requires_grad:
+        return [None] * len(leaves)
+    grads = torch.autograd.grad(value, leaves, allow_unused=True)
+    return [grad if grad is None else grad.to_dense() for grad in grads]
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Return the inputs and what is given with them.
+
+    Raises:
+        ValueError: it is no batch.
+    """
+    inputs, given = batch, None
+    if isinstance(batch, tuple | list):
+        if len(batch) != 2:
+            raise ValueError(
+                "a batch is a tensor of inputs or a pair (inputs, labels), not a "
+                f"{_described(batch)} of {len(batch)}: take the inputs, or the pair, out of it"
+            )
+        inputs, given = batch
+    if not isinstance(inputs, Tensor) or inputs.dim() == 0:
+        raise ValueError(f"samples come as a tensor (N, ...), not {_described(inputs)}")
+    if not isinstance(given, Tensor | None):
+        raise ValueError(f"labels come as a tensor (N,), not {_described(given)}")
+    return inputs, given
+
+
+def _check_given(given: Tensor, classes: int) -> None:
+    """Refuse numbers that draw no label, and labels that are no classes."""
+    draws = given.is_floating_point()
+    if not ((given >= 0) & (given < (1 if draws else classes))).all():
+        allowed = "numbers given to labels 'sampled' lie in [0, 1)"
+        allowed = allowed if draws else f"labels 'true' lie in 0..{classes - 1}, a logit each"
+        raise ValueError(f"{allowed}; these are {given.min().item()} to {given.max().item()}")
 
 
 def _say_singly(names: Sequence[str]) -> None:
@@ -658,54 +798,59 @@ def _square(grad: Tensor, total: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _watching(parameters: dict[str, nn.Parameter]) -> Iterator[set[str]]:
-    """Yield a set that comes to hold the parameters that a backward pass in the block reaches with
-    gradients other than zero."""
-    reached: set[str] = set()
-    before = {name: p.grad for name, p in parameters.items()}
-    for p in parameters.values():
-        p.grad = None
-        p.requires_grad_(True)
-    try:
-        yield reached
-        for name, p in parameters.items():
-            if p.grad is not None and p.grad.to_dense().any():
-                reached.add(name)
-    finally:
-        for name, p in parameters.items():
-            p.requires_grad_(False)
-            p.grad = before[name]
+def _standing_still(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Hold a model in a mode, frozen, uncompiled and without autocast; leave it as it was.
 
-
-@contextlib.contextmanager
-def _standing_still(model: nn.Module) -> Iterator[None]:
-    """Hold a model in eval mode, frozen and without autocast; leave it as it was."""
+    Modes are set by their flags: train() and eval() may do more, such as merging weights.
+    """
     modes = {module: module.training for module in model.modules()}
     trainable = {p: p.requires_grad for p in model.parameters()}
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in modes
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     device = next(iter(trainable)).device.type if trainable else "cpu"
     fast = torch.backends.mha.get_fastpath_enabled()
+    compiles = "torch._dynamo" in sys.modules  # compiled modules may pass hooks by
+    eager = torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()
     try:
-        model.eval()
+        for module in modes:
+            module.training = training
         torch.backends.mha.set_fastpath_enabled(False)  # it passes modules by
         for p in trainable:
             p.requires_grad_(False)
-        with torch.inference_mode(False), torch.autocast(device, enabled=False):
-            yield
+        with eager, torch.inference_mode(False), torch.autocast(device, enabled=False):
+            with _same_attributes(model):
+                yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for p, trains in trainable.items():
             p.requires_grad_(trains)
-        for module, training in modes.items():
-            module.training = training
+        for module, mode in modes.items():
+            module.training = mode
         with torch.no_grad():
-            for module, name, buffer, before in buffers:
-                buffer.copy_(before)
-                setattr(module, name, buffer)  # which the model may have replaced
+            for buffer, before in buffers:
+                with contextlib.suppress(RuntimeError):  # an expanded one: none can write to it
+                    buffer.copy_(before)
+
+
+@contextlib.contextmanager
+def _same_attributes(model: nn.Module) -> Iterator[None]:
+    """Leave the attributes of all modules as they were, whatever a pass keeps there; likewise what
+    is in dictionaries, lists and sets among them."""
+    before = [(vars(module), {**vars(module)}) for module in model.modules()]
+    containers = [
+        (value, [*value.items()] if isinstance(value, dict) else [*value])
+        for _, attributes in before
+        for value in attributes.values()
+        if type(value) in CONTAINERS
+    ]
+    try:
+        yield
+    finally:
+        for attributes, values in before:
+            attributes.clear()
+            attributes.update(values)
+        for container, values in containers:
+            container.clear()
+            container.extend(values) if isinstance(container, list) else container.update(values)
 
 
 def _logits(output: Any) -> Tensor:
@@ -767,32 +912,16 @@ def _plain_modules(model: nn.Module, scored: set[str]) -> dict[nn.Module, dict[s
     return plain
 
 
-@contextlib.contextmanager
-def _counted(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[int]]]:
-    """Yield a dictionary that comes to hold the rows of each call of these modules."""
-    calls: dict[nn.Module, list[int]] = {module: [] for module in modules}
-
-    def note(module: nn.Module, inputs: tuple, named: dict, output: Tensor) -> None:
-        calls[module].append(_rows(inputs, named))
-
-    handles = [module.register_forward_hook(note, with_kwargs=True) for module in calls]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
+def _lengths(calls: list[_Call]) -> list[int]:
+    """Return how many rows each call of a module saw; -1: what it saw has none."""
+    return [len(call.rows) if call.rows.dim() > 1 else -1 for call in calls]
 
 
-def _rows(inputs: tuple, named: dict) -> int:
-    """Return the length of a module's input along the first axis; -1: it has no such axis."""
-    x = _input_of(inputs, named)
-    return len(x) if x is not None and x.dim() > 1 else -1
-
-
-def _input_of(inputs: tuple, named: dict) -> Tensor | None:
-    """Return the one tensor that a module was called with, by position or by name."""
+def _input_of(inputs: tuple, named: dict) -> Tensor:
+    """Return the one tensor that a module was called with, by position or name; else a scalar."""
     values = [*inputs, *named.values()]
-    return values[0] if len(values) == 1 and isinstance(values[0], Tensor) else None
+    single = len(values) == 1 and isinstance(values[0], Tensor)
+    return values[0] if single else torch.empty(())
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -821,17 +950,21 @@ def _is_plain(module: nn.Module) -> bool:
     return isinstance(module.weight, nn.Parameter) or kind is nn.LayerNorm
 
 
-def _recorder(sums: dict[str, Tensor], bounds: dict[str, Tensor], calls: list[int]) -> Callable:
+def _recorder(
+    sums: dict[str, Tensor], bounds: dict[str, Tensor], calls: list[_Call], leaves: list[Tensor]
+) -> Callable:
     """Return the forward hook that adds a module's squared per-sample gradients to `sums`, what
-    they come to without signs to `bounds`, and its number of rows to `calls`."""
+    they come to without signs to `bounds`, what it saw to `calls`, and to `leaves` its output where
+    the graph begins there."""
 
     def forward(module: nn.Module, inputs: tuple, named: dict, output: Tensor) -> Tensor | None:
-        calls.append(_rows(inputs, named))
-        if not torch.is_grad_enabled() or calls[-1] < 0:
-            return None
         x, entered = _input_of(inputs, named).detach(), None
+        calls.append(_Call(x, output.dtype))
+        if not torch.is_grad_enabled() or x.dim() < 2:
+            return None
         if not output.requires_grad:  # nothing trains: the graph begins here
-            entered = output.requires_grad_().clone()  # which may be changed in place
+            leaves.append(output.requires_grad_())
+            entered = output.clone()  # which may be changed in place
         version = x._version
 
         def backward(grad: Tensor) -> None:
@@ -859,6 +992,8 @@ def _add_squares(
     """Add a module's squared per-sample gradients; without signs, nothing in them cancels."""
     total = next(iter(sums.values()))
     summed = torch.promote_types(grad.dtype, total.dtype)
+    if x.dtype != grad.dtype:  # of a model with autocast of its own
+        x, grad = x.to(summed), grad.to(summed)
     if isinstance(module, nn.LayerNorm):
         shape = module.normalized_shape
         normal = F.layer_norm(x, shape, eps=module.eps)
@@ -871,8 +1006,6 @@ def _add_squares(
     if isinstance(module, nn.Conv2d):
         x = _patches(x, *module.kernel_size)
         grad = grad.flatten(2).transpose(1, 2)
-    if x.dtype != grad.dtype:  # of a model with autocast of its own
-        x, grad = x.to(total.dtype), grad.to(total.dtype)
     x, grad = (v.reshape(len(v), -1, v.shape[-1]) for v in (x, grad))
     if not signs:
         x, grad = x.abs(), grad.abs()

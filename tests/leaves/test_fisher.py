@@ -26,6 +26,9 @@ needs_triton = pytest.mark.skipif(
 )
 
 
+quiet = pytest.mark.filterwarnings("ignore:per-sample gradients one by one")
+
+
 class Odd(nn.Module):
     """Every kind of parameter: hooked, broadcast, tied, called twice, and used without a module."""
 
@@ -47,14 +50,15 @@ class Odd(nn.Module):
         return self.head(x.mean(dim=1))
 
 
-def reference(model, inputs, labels, logit=False):
+def reference(model, inputs, labels, logit=False, names=None):
     """The definition: one backward pass per sample, in float64."""
-    model = model.double()
-    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    parameters = dict(model.double().named_parameters())
+    parameters = {name: parameters[name] for name in names or parameters}
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for x, y in zip(inputs.double(), labels, strict=True):
         out = model(x[None])[0]
         value = out[y] if logit else out.log_softmax(0)[y]
-        grads = torch.autograd.grad(value, list(model.parameters()))
+        grads = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
         for name, grad in zip(total, grads, strict=True):
             total[name] += grad**2 / len(inputs)
     return total
@@ -400,6 +404,233 @@ def test_an_empty_batch_is_no_sample(odd):
         found = fisher_diagonal(model, [(x[:0], y[:0]), (x, y), (x[:0], y[:0])], labels="true")
         expected = fisher_diagonal(model, [(x, y)], labels="true")
     assert all(torch.equal(found[name], scores) for name, scores in expected.items())
+
+
+# ---------------------------------------------------------------------------- strangers' models
+
+
+class Named(nn.Module):
+    """Parts by name, and what is done with them."""
+
+    def __init__(self, forward, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.does = forward
+
+    def forward(self, x):
+        return self.does(self, x)
+
+
+def assert_exact(scores, model, x, y, tolerance=1e-5):
+    """Let scores be the definition's, tensor by tensor; the model is in float64 afterwards."""
+    for name, expected in reference(model, x, y, names=scores).items():
+        error = (scores[name] - expected).norm()
+        assert error <= tolerance * expected.norm(), (name, error / expected.norm())
+
+
+class Merging(nn.Linear):
+    """Adds its low-rank part to its weight in eval mode, and takes it out in training."""
+
+    def __init__(self, wide, tall):
+        super().__init__(wide, tall)
+        self.a, self.b = nn.Parameter(torch.randn(2, wide)), nn.Parameter(torch.randn(tall, 2))
+        self.merged = False
+
+    def train(self, mode=True):
+        with torch.no_grad():
+            if mode == self.merged:
+                self.weight += (-1 if mode else 1) * self.b @ self.a
+                self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        return super().forward(x) + (0 if self.merged else x @ self.a.T @ self.b.T)
+
+
+@quiet
+def test_modes_are_flags_and_no_train_or_eval_is_called():
+    torch.manual_seed(0)
+    model = nn.Sequential(Merging(4, 6), nn.BatchNorm1d(6), nn.Dropout(), nn.Linear(6, 3)).train()
+    before = copy.deepcopy(model.state_dict())
+    x, y = torch.randn(9, 4), torch.randint(3, (9,))
+    scores = fisher_diagonal(model, [(x, y)], labels="true")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules()) and not model[0].merged
+    for module in model.modules():
+        module.training = False
+    assert_exact(scores, model, x, y, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("batch", "labels", "reason"),
+    [
+        ((torch.zeros(3, 4), torch.tensor([1, 3, 2])), "true", "labels 'true' lie in 0..2"),
+        ((torch.zeros(3, 4), torch.tensor([1, -100, 2])), "true", "these are -100 to 2"),
+        ((torch.zeros(3, 4), torch.full((3,), 2.0)), "sampled", "labels 'sampled' lie in .0, 1"),
+        ((torch.zeros(3, 4), torch.full((3,), math.nan)), "sampled", "these are nan to nan"),
+        ([torch.zeros(3, 4)], "sampled", "or a pair .inputs, labels., not a list of 1: take"),
+        ((torch.zeros(3, 4), torch.zeros(3), 3), "sampled", "not a tuple of 3: take"),
+        ((torch.zeros(3, 4), [0, 1, 2]), "true", "labels come as a tensor .N,., not list"),
+    ],
+)  # fmt: skip
+def test_what_are_no_labels_is_refused_by_name(batch, labels, reason):
+    with pytest.raises(ValueError, match=reason):
+        fisher_diagonal(nn.Linear(4, 3), [batch], labels=labels)
+
+
+def test_a_single_logit_has_no_log_probability():
+    model, x = nn.Linear(4, 1), torch.randn(5, 4)
+    with pytest.raises(ValueError, match="single logit.*score 'logit'"):
+        fisher_diagonal(model, [x])
+    assert torch.equal(fisher_diagonal(model, [x], score="logit")["bias"], torch.ones(1))
+
+
+@quiet
+@pytest.mark.parametrize("frozen", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_tensor_that_is_only_read_does_not_loosen_the_comparison(frozen):
+    def forward(m, x):  # the inner weight is read past its module, by little
+        y = m.inner(x).tanh()
+        return m.head(y + 0.1 * F.linear(y, m.inner.weight.T) + m.table.to(x.dtype))
+
+    torch.manual_seed(0)
+    table = nn.Parameter(torch.randn(4).to(frozen), requires_grad=False)
+    model = Named(forward, inner=nn.Linear(4, 4), head=nn.Linear(4, 3), table=table)
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    names = ["inner.weight", "inner.bias", "head.weight", "head.bias"]
+    scores = fisher_diagonal(model, [(x, y)], parameters=names, labels="true")
+    assert_exact(scores, model, x, y)
+
+
+@pytest.mark.parametrize("kind", ["autocast", "bf16 trunk", "fp64"])
+def test_models_of_several_types_are_scored_in_a_batch(kind, recwarn):
+    torch.manual_seed(0)
+    trunk = [nn.Linear(16, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 32)]
+    model = Named(
+        lambda m, x: m.head(m.trunk(x.to(m.trunk[0].weight.dtype)).to(m.head.weight.dtype).mean(1)),
+        trunk=nn.Sequential(*trunk), head=nn.Linear(32, 3),
+    )  # fmt: skip
+    x, y = torch.randn(16, 9, 16), torch.randint(3, (16,))
+    if kind == "bf16 trunk":
+        model.trunk.bfloat16()
+    elif kind == "fp64":
+        model, x = model.double(), x.double()
+    elif kind == "autocast":
+        plain = model.does
+
+        def cast(m, x):
+            with torch.autocast("cpu", torch.bfloat16):  # leaves float64 alone
+                return plain(m, x).to(x.dtype)
+
+        model.does = cast
+    scores = fisher_diagonal(model, [(x[:8], y[:8]), (x[8:], y[8:])], labels="true")
+    assert not recwarn.list
+    assert_exact(scores, model, x, y, 1e-5 if kind == "fp64" else 0.1)  # 8 bits, squared
+
+
+@quiet
+@pytest.mark.parametrize("seed", [0, 11])  # of the second, an expert gets one row a sample
+def test_experts_that_tokens_choose_are_exact(seed):
+    def forward(m, x):
+        tokens = x.reshape(-1, x.shape[-1])
+        chosen = m.gate(tokens).argmax(dim=1)
+        y = torch.zeros_like(tokens)
+        for k, expert in enumerate(m.experts):  # which may get N rows, but not one of each sample
+            at = (chosen == k).nonzero()[:, 0]
+            y = y.index_add(0, at, expert(tokens[at]).relu())
+        return m.head(y.view_as(x).mean(dim=1))
+
+    torch.manual_seed(seed)
+    experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+    model = Named(forward, gate=nn.Linear(8, 2), experts=experts, head=nn.Linear(8, 3))
+    x, y = torch.randn(4, 2, 8), torch.randint(3, (4,))
+    names = [name for name, _ in model.named_parameters() if not name.startswith("gate")]
+    scores = fisher_diagonal(model, [(x, y)], parameters=names, labels="true")
+    assert_exact(scores, model, x, y, 1e-4)
+
+
+class Caching(nn.Module):
+    """Keeps what it computed of its parameter until it trains again."""
+
+    def __init__(self):
+        super().__init__()
+        self.biases, self.head, self.cache = nn.Parameter(torch.randn(4)), nn.Linear(4, 3), {}
+
+    def train(self, mode=True):
+        if mode:
+            self.cache = {}
+        return super().train(mode)
+
+    def forward(self, x):
+        if self.training:
+            return self.head(x * self.biases[[1, 0, 2, 3]])
+        if "biases" not in self.cache:
+            self.cache["biases"] = self.biases[[1, 0, 2, 3]]
+        return self.head(x * self.cache["biases"])
+
+
+@quiet
+def test_a_cache_is_neither_left_behind_nor_taken_for_a_constant():
+    torch.manual_seed(0)
+    model, x, y = Caching(), torch.randn(5, 4), torch.randint(3, (5,))
+    scores = fisher_diagonal(model, [(x, y)], labels="true")
+    assert model.training and not model.cache
+    assert_exact(scores, model, x, y)
+    model.float().eval()
+    with torch.no_grad():
+        model(x)
+    with pytest.raises(ValueError, match="reaches biases in eval mode.*call model.train.. before"):
+        fisher_diagonal(model, [(x, y)], labels="true")
+    assert not model.training and not model.cache["biases"].requires_grad
+
+
+@quiet
+def test_nothing_is_accumulated_so_no_optimizer_in_a_hook_steps():
+    torch.manual_seed(0)
+    low = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.zeros(3, 2))  # no gradient reaches a
+    model = Named(
+        lambda m, x: m.base(x) + x @ m.a.T @ m.b.T, base=nn.Linear(4, 3), a=low[0], b=low[1]
+    )
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: pytest.fail("a hook ran"))
+    fisher_diagonal(model, [torch.randn(8, 4), torch.randn(8, 4)])
+    assert all(p.grad is None for p in model.parameters())
+
+
+@quiet
+def test_what_modules_keep_of_a_pass_is_not_left_in_them():
+    def forward(m, x):
+        m.register_buffer("seen", x.detach())
+        y = m.embed(x) * m.gain
+        m.mean, m.last = 0.9 * m.mean + 0.1 * y.detach().mean(dim=0), y
+        m.activations.append(y)
+        return m.head(y)
+
+    torch.manual_seed(0)
+    model = Named(
+        forward, embed=nn.Linear(4, 4), gain=nn.Parameter(torch.ones(4)), head=nn.Linear(4, 3),
+        mean=torch.zeros(4), activations=[],
+    )  # fmt: skip
+    model.register_buffer("wide", torch.ones(1).expand(3))
+    x, y = torch.randn(5, 4), torch.randint(3, (5,))
+    scores = fisher_diagonal(model, [(x, y)], labels="true")
+    assert not hasattr(model, "seen") and not hasattr(model, "last") and not model.activations
+    assert not model.mean.any()
+    copy.deepcopy(model)
+    model.mean = model.mean.double()
+    assert_exact(scores, model, x, y)
+
+
+@quiet
+def test_a_model_may_look_at_the_shape_of_what_it_reads():
+    def forward(m, x):
+        assert m.grid.shape == (1, *x.shape[1:]), "grid of another size"
+        return m.head((x + m.grid).mean(dim=1))
+
+    torch.manual_seed(0)
+    model = Named(forward, grid=nn.Parameter(torch.randn(1, 6, 4)), head=nn.Linear(4, 3))
+    x, y = torch.randn(5, 6, 4), torch.randint(3, (5,))
+    assert_exact(fisher_diagonal(model, [(x, y)], labels="true"), model, x, y)
 
 
 # ---------------------------------------------------------------------------- replays, precision
