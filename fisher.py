@@ -288,7 +288,7 @@ class Scorer:
                 self.places.setdefault(p, []).append(f"{prefix}.{kind}".lstrip("."))
         self.rounding = {n: _coarser(self.parameters[n].dtype, dtype) for n in self.names}
         self.coarsest = torch.float64  # of the types that the model's passes compute in
-        self.classes = 0
+        self.classes, self.unreached = 0, self.names  # until a first call shows otherwise
         self.labels, self.score, self.dtype = labels, score, dtype
         self.scale, self.replay = scale, replay
         self._replays: dict[tuple, Callable[..., Tensor]] = {}  # by what a batch is
@@ -648,17 +648,23 @@ class Scorer:
     # ------------------------------------------------------------------------ what stayed zero
 
     def _check_reached(self, sums: dict[str, Tensor], samples: Tensor) -> None:
-        """Refuse scores of zero of parameters that gradients reach in training mode alone."""
-        scored = torch.stack([total.any() for total in sums.values()]).tolist()
-        names = [name for name, some in zip(sums, scored, strict=True) if not some]
-        reached = self._reached(names, samples, training=False)
-        names = [name for name in names if name not in reached]
-        if names and (late := self._reached(names, samples, training=True)):
+        """Refuse scores of zero of parameters that gradients reach in training mode alone.
+
+        Which a gradient reaches is asked once: the next call's model is the same.
+        """
+        if not self.unreached:
+            return
+        scored = torch.stack([sums[name].any() for name in self.unreached]).tolist()
+        zeros = [name for name, some in zip(self.unreached, scored, strict=True) if not some]
+        reached = self._reached(zeros, samples, training=False)
+        zeros = [name for name in zeros if name not in reached]
+        if late := self._reached(zeros, samples, training=True):
             raise ValueError(
                 f"no gradient reaches {', '.join(late)} in eval mode, only in training mode, so "
                 "that it would score 0: if the model keeps in eval mode what it computed of it, "
                 "call model.train() before scoring; else leave it out of `parameters`"
             )
+        self.unreached = []
 
     def _reached(self, names: list[str], samples: Tensor, training: bool) -> list[str]:
         """Return those of some parameters that the logits' gradients reach in a mode."""
