@@ -41,7 +41,7 @@ run_folder.git_commit = lambda: "faults"  # quicker; so are curves that nobody s
 fedavg.plot_curves = centralized.plot_curves = lambda logs, path: Path(path).touch()
 SAVE_SECONDS = 0.05  # between checkpoints; a run outside these tests has 60
 drive.drive.__kwdefaults__["save_seconds"] = SAVE_SECONDS
-UNEQUAL = ("seconds", "wall_seconds", "environment", "commit", "log", SEAL)  # of equal runs
+UNEQUAL = ("seconds", "wall_seconds", "date", "environment", "commit", "log", SEAL)  # of equal runs
 UNCOUNTED = ("config.json", "checkpoint.prev.pt", "checkpoint.new.pt", "lock")
 
 
