@@ -357,7 +357,8 @@ class Scorer:
         """Add a batch's squares to `total` (P,), which `sums` are views of, by replay if it can."""
         ways, kind = self._ways_of(inputs), (inputs.shape, inputs.dtype, given.dtype)
         singly = len(ways.looped)
-        _check_given(given, self.classes)
+        if not (given.is_cuda and kind in self._replays):  # it would wait for the device
+            _check_given(given, self.classes)
         repeats = inputs.shape in self._sizes and not ways.one_by_one
         if self.replay and repeats and kind not in self._replays and len(self._replays) < REPLAYED:
 

@@ -205,6 +205,9 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+RESAMPLERS: dict[tuple, Tensor] = {}  # position_matrix by sizes, device and type, of all models
+
+
 class VisionTransformer(nn.Module):
     """A ViT with DINO's parameter names and a linear head; see `build_vit`."""
 
@@ -217,7 +220,6 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(shape.width, shape.heads) for _ in range(shape.depth))
         self.norm = nn.LayerNorm(shape.width, eps=1e-6)
         self.head = nn.Linear(shape.width, classes)
-        self._resamplers: dict[tuple, Tensor] = {}
         self.passes: Any = None
 
     def positions(self, height: int, width: int) -> Tensor:
@@ -225,11 +227,12 @@ class VisionTransformer(nn.Module):
         grid = self.shape.grid
         if (height, width) == (grid, grid):
             return self.pos_embed
-        key = (height, width, self.pos_embed.device, self.pos_embed.dtype)
-        if key not in self._resamplers:
-            matrix = position_matrix(grid, height, width)
-            self._resamplers[key] = matrix.to(self.pos_embed.device, self.pos_embed.dtype)
-        patches = self._resamplers[key] @ self.pos_embed[:, 1:]
+        key = (grid, height, width, self.pos_embed.device, self.pos_embed.dtype)
+        if key not in RESAMPLERS:
+            with torch.inference_mode(False):  # others may train on it
+                matrix = position_matrix(grid, height, width)
+            RESAMPLERS[key] = matrix.to(self.pos_embed.device, self.pos_embed.dtype)
+        patches = RESAMPLERS[key] @ self.pos_embed[:, 1:]
         return torch.cat([self.pos_embed[:, :1], patches], dim=1)
 
     def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:

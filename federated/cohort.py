@@ -67,7 +67,7 @@ def sample_clients(clients: int, fraction: float, *, seed: int, round: int) -> n
 
 
 def sample_by_size(sizes: Sequence[int], fraction: float, *, seed: int, round: int) -> np.ndarray:
-    """Draw as many distinct clients, each draw in proportion to its samples.
+    """Draw as many distinct clients as `cohort_size` says, each in proportion to its samples.
 
     With equal weights a large client then counts by being drawn more often, not by a longer step.
 

@@ -191,6 +191,6 @@ def _check_like(stored: Any, restored: Any, where: str) -> None:
 
 
 def _differences(before: dict | None, now: dict | None) -> str:
-    before, now = before or {}, now or {}
-    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    before, now = before or {}, now or {}  # an older version's state has fewer names
+    names = [name for name in sorted(before) if before[name] != now.get(name)]
     return ", ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in names)

@@ -178,7 +178,7 @@ def end_advice(records: Sequence[dict], classes: int, images: int, lr: float) ->
         lr: that was typed.
     """
     accuracies = [record["val_acc"] for record in records if "val_acc" in record]
-    if len(accuracies) < 2 or not images or "answered" in records[-1]:
+    if len(accuracies) < 2 or not images or any("answered" in record for record in records):
         return ""  # of a private run noise and clipping decide, and nothing is searched
     start, end, chance = accuracies[0], accuracies[-1], 1 / classes
     if end < start:

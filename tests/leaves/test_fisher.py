@@ -15,6 +15,7 @@ from conftest import ROOT, needs_cuda
 from torch import nn
 
 import fisher
+import model as vit
 from fisher import Scorer, fisher_diagonal, square_accumulate_
 from machine.cuda_graph import GraphedStep
 from model import build_vit
@@ -737,3 +738,16 @@ def test_a_graph_gives_the_eager_scores_on_a_gpu():
     graphed = Scorer(model, replay=replay).diagonal(batches, seed=1)
     assert [graphed_step.status for graphed_step in statuses] == ["on"]
     assert all(torch.equal(eager[name], graphed[name]) for name in eager)
+
+
+def test_a_model_keeps_its_constants_from_pass_to_pass(monkeypatch):
+    """The position grid of other sizes: made and copied anew it would stop a capture on a GPU."""
+    made, position_matrix = [], vit.position_matrix
+    count = lambda *sizes: made.append(sizes) or position_matrix(*sizes)  # noqa: E731
+    monkeypatch.setattr(vit, "position_matrix", count)
+    monkeypatch.setattr(vit, "RESAMPLERS", {})
+    model = vit.build_vit("vit_demo", classes=10)
+    size = 2 * model.shape.patch * model.shape.grid
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    Scorer(model).diagonal(images.split(2))
+    assert len(made) == 1
