@@ -356,10 +356,10 @@ def test_a_mask_made_anew_must_be_the_checkpoints(cli, finished, monkeypatch):
     (finished / "mask.pt").unlink()
     assert cli("eval", finished)[0] == 0 and (finished / "mask.pt").exists()
     (finished / "mask.pt").unlink()
-    made = mask_cache.cached_mask
+    cached_mask = mask_cache.cached_mask
 
     def another(calibration):
-        mask = made(calibration)
+        mask = cached_mask(calibration)
         return Mask(mask.shapes, mask.trains.roll(1), mask.origin)
 
     monkeypatch.setattr(mask_cache, "cached_mask", another)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, needs_cuda
+from strangers import Forward
 from torch import nn
 
 import fisher
@@ -410,19 +411,6 @@ def test_an_empty_batch_is_no_sample(odd):
 # ---------------------------------------------------------------------------- strangers' models
 
 
-class Named(nn.Module):
-    """Parts by name, and what is done with them."""
-
-    def __init__(self, forward, **parts):
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self.does = forward
-
-    def forward(self, x):
-        return self.does(self, x)
-
-
 def assert_exact(scores, model, x, y, tolerance=1e-5):
     """Let scores be the definition's, tensor by tensor; the model is in float64 afterwards."""
     for name, expected in reference(model, x, y, names=scores).items():
@@ -496,7 +484,7 @@ def test_a_tensor_that_is_only_read_does_not_loosen_the_comparison(frozen):
 
     torch.manual_seed(0)
     table = nn.Parameter(torch.randn(4).to(frozen), requires_grad=False)
-    model = Named(forward, inner=nn.Linear(4, 4), head=nn.Linear(4, 3), table=table)
+    model = Forward(forward, inner=nn.Linear(4, 4), head=nn.Linear(4, 3), table=table)
     x, y = torch.randn(8, 4), torch.randint(3, (8,))
     names = ["inner.weight", "inner.bias", "head.weight", "head.bias"]
     scores = fisher_diagonal(model, [(x, y)], parameters=names, labels="true")
@@ -507,7 +495,7 @@ def test_a_tensor_that_is_only_read_does_not_loosen_the_comparison(frozen):
 def test_models_of_several_types_are_scored_in_a_batch(kind, recwarn):
     torch.manual_seed(0)
     trunk = [nn.Linear(16, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 32)]
-    model = Named(
+    model = Forward(
         lambda m, x: m.head(m.trunk(x.to(m.trunk[0].weight.dtype)).to(m.head.weight.dtype).mean(1)),
         trunk=nn.Sequential(*trunk), head=nn.Linear(32, 3),
     )  # fmt: skip
@@ -543,7 +531,7 @@ def test_experts_that_tokens_choose_are_exact(seed):
 
     torch.manual_seed(seed)
     experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
-    model = Named(forward, gate=nn.Linear(8, 2), experts=experts, head=nn.Linear(8, 3))
+    model = Forward(forward, gate=nn.Linear(8, 2), experts=experts, head=nn.Linear(8, 3))
     x, y = torch.randn(4, 2, 8), torch.randint(3, (4,))
     names = [name for name, _ in model.named_parameters() if not name.startswith("gate")]
     scores = fisher_diagonal(model, [(x, y)], parameters=names, labels="true")
@@ -589,7 +577,7 @@ def test_a_cache_is_neither_left_behind_nor_taken_for_a_constant():
 def test_nothing_is_accumulated_so_no_optimizer_in_a_hook_steps():
     torch.manual_seed(0)
     low = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.zeros(3, 2))  # no gradient reaches a
-    model = Named(
+    model = Forward(
         lambda m, x: m.base(x) + x @ m.a.T @ m.b.T, base=nn.Linear(4, 3), a=low[0], b=low[1]
     )
     for p in model.parameters():
@@ -608,7 +596,7 @@ def test_what_modules_keep_of_a_pass_is_not_left_in_them():
         return m.head(y)
 
     torch.manual_seed(0)
-    model = Named(
+    model = Forward(
         forward, embed=nn.Linear(4, 4), gain=nn.Parameter(torch.ones(4)), head=nn.Linear(4, 3),
         mean=torch.zeros(4), activations=[],
     )  # fmt: skip
@@ -629,7 +617,7 @@ def test_a_model_may_look_at_the_shape_of_what_it_reads():
         return m.head((x + m.grid).mean(dim=1))
 
     torch.manual_seed(0)
-    model = Named(forward, grid=nn.Parameter(torch.randn(1, 6, 4)), head=nn.Linear(4, 3))
+    model = Forward(forward, grid=nn.Parameter(torch.randn(1, 6, 4)), head=nn.Linear(4, 3))
     x, y = torch.randn(5, 6, 4), torch.randint(3, (5,))
     assert_exact(fisher_diagonal(model, [(x, y)], labels="true"), model, x, y)
 
@@ -742,12 +730,12 @@ def test_a_graph_gives_the_eager_scores_on_a_gpu():
 
 def test_a_model_keeps_its_constants_from_pass_to_pass(monkeypatch):
     """The position grid of other sizes: made and copied anew it would stop a capture on a GPU."""
-    made, position_matrix = [], vit.position_matrix
-    count = lambda *sizes: made.append(sizes) or position_matrix(*sizes)  # noqa: E731
+    matrices, position_matrix = [], vit.position_matrix
+    count = lambda *sizes: matrices.append(sizes) or position_matrix(*sizes)  # noqa: E731
     monkeypatch.setattr(vit, "position_matrix", count)
     monkeypatch.setattr(vit, "RESAMPLERS", {})
     model = vit.build_vit("vit_demo", classes=10)
     size = 2 * model.shape.patch * model.shape.grid
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     Scorer(model).diagonal(images.split(2))
-    assert len(made) == 1
+    assert len(matrices) == 1

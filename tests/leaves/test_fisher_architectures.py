@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from strangers import Forward
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
@@ -46,19 +47,6 @@ def architecture(name, *shape, tokens=None):
         return build
 
     return register
-
-
-class Forward(nn.Module):
-    """Modules and parameters by name, and what is done with them."""
-
-    def __init__(self, forward, **parts):
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self.does = forward
-
-    def forward(self, x):
-        return self.does(self, x)
 
 
 def parameter(*shape):
