@@ -5,6 +5,7 @@ import math
 import weakref
 
 import pytest
+import taped
 import torch
 from conftest import needs_cuda
 
@@ -39,22 +40,11 @@ def run(take_step, steps=4):
     return torch.stack([take_step(x=x, lr=0.5 / (1 + j)) for j, x in enumerate(inputs)]).cpu()
 
 
-def faithful(run, device):
-    """What `record` returns on a GPU, by a replay that runs the step."""
-    output = run()
-
-    class Graph:
-        def replay(self):
-            output.copy_(run())
-
-    return Graph(), output
-
-
 def unfaithful(run, device):
-    graph, output = faithful(run, device)
-    replay = graph.replay
-    graph.replay = lambda: (replay(), output.add_(1e-6))
-    return graph, output
+    tape, output = taped.record(run, device)
+    replay = tape.replay
+    tape.replay = lambda: (replay(), output.add_(1e-6))
+    return tape, output
 
 
 def failing(run, device):
@@ -74,7 +64,7 @@ def expected(device="cpu"):
 
 
 def test_replays_read_new_inputs_and_the_capture_leaves_no_trace(monkeypatch):
-    monkeypatch.setattr(cuda_graph, "record", faithful)
+    monkeypatch.setattr(cuda_graph, "record", taped.record)
     descent, said = Descent(), []
     graphed = GraphedStep(descent.step, [descent.theta, descent.grad], "cpu", say=said.append)
     losses, theta = expected()
@@ -125,7 +115,7 @@ def test_an_obstacle_known_beforehand_is_not_tried(monkeypatch):
 
 
 def test_earlier_steps_have_given_their_memory_back(monkeypatch):
-    monkeypatch.setattr(cuda_graph, "record", faithful)
+    monkeypatch.setattr(cuda_graph, "record", taped.record)
     earlier = GraphedStep(Descent().step, [], "cpu")
     earlier.step, gone = lambda x, earlier=earlier: None, weakref.ref(earlier)  # a cycle
     del earlier
@@ -142,7 +132,7 @@ def test_earlier_steps_have_given_their_memory_back(monkeypatch):
 
 
 def test_a_diverged_step_is_no_difference(monkeypatch):
-    monkeypatch.setattr(cuda_graph, "record", faithful)
+    monkeypatch.setattr(cuda_graph, "record", taped.record)
     x = torch.tensor([math.inf, 1.0])
 
     def step(by):
@@ -155,7 +145,7 @@ def test_a_diverged_step_is_no_difference(monkeypatch):
 def test_what_cannot_be_meant_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="mode must be auto, on or off, not 'yes'"):
         GraphedStep(lambda: None, [], "cpu", mode="yes")
-    monkeypatch.setattr(cuda_graph, "record", faithful)
+    monkeypatch.setattr(cuda_graph, "record", taped.record)
     eager, graphed = (GraphedStep(torch.sum, [], "cpu", mode=mode) for mode in ("off", "on"))
     for step in (eager, graphed):
         assert step(input=torch.ones(3, 4)) == 12
@@ -165,6 +155,36 @@ def test_what_cannot_be_meant_is_refused(monkeypatch):
         graphed(input=torch.ones(1, 4))  # copying would broadcast
     with pytest.raises(ValueError, match=r"and is \(3, 4\) torch.int64 now"):
         graphed(input=torch.ones(3, 4, dtype=torch.int64))  # and cast
+
+
+def test_a_number_that_python_counts_on_is_seen_to_stand_still(monkeypatch):
+    monkeypatch.setattr(cuda_graph, "record", taped.record)
+    seen, said = [], []
+
+    def step(x):
+        seen.append(x)
+        return x.sum() * len(seen)
+
+    GraphedStep(step, [], "cpu", say=said.append)(x=torch.ones(3))
+    assert said == [
+        "no CUDA graph, kernels are launched one by one: a replay differs from the eager step"
+    ]
+
+
+HOST = {
+    "asks": lambda x: x * x.sum().item(),
+    "chooses": lambda x: x[x > 0].sum(),
+    "branches": lambda x: x if x.sum() > 0 else -x,
+    "makes": lambda x: x * torch.tensor([1.0, 2.0, 3.0]),
+}
+
+
+@pytest.mark.parametrize("step", HOST.values(), ids=HOST)
+def test_a_step_that_waits_for_the_host_is_not_recorded(monkeypatch, step):
+    monkeypatch.setattr(cuda_graph, "record", taped.record)
+    graphed = GraphedStep(step, [], "cpu", mode="on")
+    with pytest.raises(CaptureError, match="operation not permitted when stream is capturing"):
+        graphed(x=torch.ones(3))
 
 
 @needs_cuda

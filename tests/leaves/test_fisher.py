@@ -9,6 +9,7 @@ import sys
 import warnings
 
 import pytest
+import taped
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, needs_cuda
@@ -18,6 +19,7 @@ from torch import nn
 import fisher
 import model as vit
 from fisher import Scorer, fisher_diagonal, square_accumulate_
+from machine import cuda_graph
 from machine.cuda_graph import GraphedStep
 from model import build_vit
 
@@ -713,19 +715,49 @@ def test_copies_that_are_rounded_otherwise_are_still_a_samples_own(recwarn):
     assert ways.broadcast == ["token"] and not ways.one_by_one and not recwarn.list
 
 
-@needs_cuda
-def test_a_graph_gives_the_eager_scores_on_a_gpu():
-    model, batches = two_layers().cuda(), [torch.randn(8, 5).cuda() for _ in range(4)]
+def check_graphed(model, batches, device):
+    """Compare the scores of batches that a graph replays with eager ones."""
     statuses = []
 
     def replay(step, state):
-        statuses.append(GraphedStep(step, state, "cuda", mode="on"))
+        statuses.append(GraphedStep(step, state, device, mode="on"))
         return statuses[-1]
 
-    eager = Scorer(model).diagonal(batches, seed=1)
-    graphed = Scorer(model, replay=replay).diagonal(batches, seed=1)
+    model = model.to(device)
+    batches = [batch.to(device) for batch in batches]
+    graphed = Scorer(model, replay=replay)
+    for seed in (1, 2):
+        eager, scores = (s.diagonal(batches, seed) for s in (Scorer(model), graphed))
+        assert all(torch.equal(eager[name], scores[name]) for name in eager)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(0.5)  # in place: the next replays see it
     assert [graphed_step.status for graphed_step in statuses] == ["on"]
-    assert all(torch.equal(eager[name], graphed[name]) for name in eager)
+
+
+def vit_of_another_size():
+    model = build_vit("vit_demo", classes=10)
+    torch.manual_seed(0)
+    nn.init.normal_(model.head.weight)
+    return model, torch.randn(16, 3, 48, 48).split(4)
+
+
+GRAPHED = {
+    "layers": lambda: (two_layers(), torch.randn(32, 5).split(8)),
+    "ViT of another size": vit_of_another_size,
+}
+
+
+@pytest.mark.parametrize("made", GRAPHED.values(), ids=GRAPHED)
+def test_a_recorded_pass_gives_the_eager_scores(monkeypatch, made):
+    monkeypatch.setattr(cuda_graph, "record", taped.record)
+    check_graphed(*made(), "cpu")
+
+
+@needs_cuda
+@pytest.mark.parametrize("made", GRAPHED.values(), ids=GRAPHED)
+def test_a_graph_gives_the_eager_scores_on_a_gpu(made):
+    check_graphed(*made(), "cuda")
 
 
 def test_a_model_keeps_its_constants_from_pass_to_pass(monkeypatch):

@@ -4,14 +4,15 @@ import copy
 
 import numpy as np
 import pytest
+import taped
 import torch
 from built import build
 from conftest import needs_cuda
-from leaves.test_cuda_graph import faithful
 
 import model as vit
 from machine import cuda_graph
 from training.clients import Clients, HeadsTogether
+from training.learner import Learner
 
 MASK = ("--head", "ridge", "--mask-rule", "random")
 SMALL = ("--J", 2, "--batch-size", 8)
@@ -131,7 +132,7 @@ def test_an_fp16_overflow_is_redone_at_a_lower_scale(small_data):
 def replay(monkeypatch, clients):
     """Let a client's steps on this CPU take the way of those on a GPU."""
     learner = clients.learner
-    monkeypatch.setattr(cuda_graph, "record", faithful)
+    monkeypatch.setattr(cuda_graph, "record", taped.record)
     clients.graphed = cuda_graph.GraphedStep(learner.local_step, learner.entries.state, "cpu")
     return clients.graphed
 
@@ -150,9 +151,11 @@ ON_STATIC_INPUTS = {
 }
 
 
+@pytest.mark.parametrize("fuses", [False, True], ids=["", "fused"])
 @pytest.mark.parametrize("options", ON_STATIC_INPUTS.values(), ids=ON_STATIC_INPUTS)
-def test_steps_on_static_inputs_are_the_eager_ones(small_data, monkeypatch, options):
+def test_steps_on_static_inputs_are_the_eager_ones(small_data, monkeypatch, options, fuses):
     """At rates that are powers of two, where lr * d is exact, a GPU's way gives the CPU's bits."""
+    monkeypatch.setattr(Learner, "_may_fuse", lambda self: fuses)
     ends = []
     for on_static_inputs in (False, True):
         learner, clients = build(small_data, "--lr", "0.125", *options)
