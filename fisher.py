@@ -77,12 +77,14 @@ def square_accumulate_reference_(total: Tensor, grads: Tensor, inputs: Tensor) -
 if triton is not None:
 
     @triton.jit
-    def _add_squares_kernel(total_ptr, products_ptr, samples, size, BLOCK: tl.constexpr):
+    def _add_squares_kernel(
+        total_ptr, products_ptr, size, SAMPLES: tl.constexpr, BLOCK: tl.constexpr
+    ):
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         live = at < size
         squares = tl.zeros((BLOCK,), dtype=tl.float32)
         source = products_ptr + at
-        for _ in range(samples):
+        for _ in range(SAMPLES):
             product = tl.load(source, live, other=0.0).to(tl.float32)
             squares += product * product
             source += size
@@ -108,7 +110,7 @@ def square_accumulate_triton_(total: Tensor, grads: Tensor, inputs: Tensor) -> N
         products = torch.bmm(grads[part].transpose(1, 2), inputs[part])
         with torch.cuda.device(total.device) if total.is_cuda else contextlib.nullcontext():
             _add_squares_kernel[blocks](
-                total, products, len(products), total.numel(), BLOCK=SQUARES_BLOCK
+                total, products, total.numel(), SAMPLES=len(products), BLOCK=SQUARES_BLOCK
             )
 
 

@@ -282,13 +282,19 @@ if triton is not None:
 
     @triton.jit
     def _add_up_kernel(
-        sums_ptr, partial_ptr, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+        sums_ptr,
+        partial_ptr,
+        rows,
+        width,
+        ROWS: tl.constexpr,
+        STEPS: tl.constexpr,
+        COLUMNS: tl.constexpr,
     ):
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         inside = column < width
         sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        for start in range(0, rows, ROWS):
-            row = start + tl.arange(0, ROWS)
+        for step in range(STEPS):
+            row = step * ROWS + tl.arange(0, ROWS)
             at = row[:, None].to(tl.int64) * width + column[None, :]
             sums += tl.load(partial_ptr + at, (row < rows)[:, None] & inside[None, :], other=0.0)
         tl.store(sums_ptr + column, tl.sum(sums, 0).to(sums_ptr.dtype.element_ty), inside)
@@ -392,7 +398,10 @@ def add_up(partial: Tensor, dtype: torch.dtype) -> Tensor:
     sums = partial.new_empty(1, columns, dtype=dtype)
     with on(partial):
         _add_up_kernel[(triton.cdiv(columns, SUM_COLUMNS),)](
-            sums, partial, rows, columns, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS
+            *(sums, partial, rows, columns),
+            ROWS=SUM_ROWS,
+            STEPS=triton.cdiv(rows, SUM_ROWS),
+            COLUMNS=SUM_COLUMNS,
         )
     return sums
 

@@ -320,9 +320,9 @@ COMPILE = """
 import fisher, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-kernel, constants = fisher._add_squares_kernel, dict(BLOCK=fisher.SQUARES_BLOCK)
+kernel, constants = fisher._add_squares_kernel, dict(SAMPLES=64, BLOCK=fisher.SQUARES_BLOCK)
 for capability, half in ((75, "fp16"), (80, "bf16"), (90, "bf16")):
-    types = {"samples": "i32", "size": "i32", "products_ptr": "*" + half, "total_ptr": "*fp32"}
+    types = {"size": "i32", "products_ptr": "*" + half, "total_ptr": "*fp32"}
     signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32))

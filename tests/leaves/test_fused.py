@@ -274,7 +274,7 @@ tile |= dict(ROWS=fused.ROWS, STEPS=fused.STEPS, SUMS=True)
 blocks = dict.fromkeys(("_bias_gelu_kernel", "_bias_gelu_backward_kernel", "_pack_kernel"), tile)
 blocks["_add_norm_kernel"] = norm
 blocks["_add_norm_backward_kernel"] = norm | dict(STEPS=fused.NORM_STEPS, SUMS=True)
-blocks["_add_up_kernel"] = dict(ROWS=fused.SUM_ROWS, COLUMNS=fused.SUM_COLUMNS)
+blocks["_add_up_kernel"] = dict(ROWS=fused.SUM_ROWS, STEPS=2, COLUMNS=fused.SUM_COLUMNS)
 kernels = [getattr(fused, name) for name in dir(fused) if name.endswith("_kernel")]
 for capability, half in ((75, "*fp16"), (80, "*bf16"), (90, "*bf16")):
     for kernel in kernels:
