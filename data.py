@@ -8,7 +8,8 @@ arXiv:1909.06335).
     from data import draw_batches, shard_by_class, synthetic_dataset
     labels = synthetic_dataset(samples_per_class=10).train.labels.numpy()
     shards = shard_by_class(labels, clients=50, classes_per_client=2, seed=0)
-    draws = draw_batches(shards[7], batch_size=4, steps=3, seed=0, round=1, client=7)  # (3, 4, 4)
+    draws = draw_batches(shards[7], batch_size=8, steps=3, seed=0, round=1, client=7)
+    image, row, column, flip = draws.unbind(-1)  # (3, 8) each: crop_and_flip takes a step's draws
 """
 
 from __future__ import annotations
@@ -365,7 +366,7 @@ def shard_by_class(
         if cover:
             raise ValueError(
                 f"{clients} clients of {classes_per_client} classes cannot cover {len(classes)} "
-                "classes; --cover partial leaves some out"
+                "classes; cover=False leaves some out"
             )
         used = np.sort(random(seed, "classes in use").permutation(len(classes))[:slots])
         classes, class_sizes = classes[used], class_sizes[used]

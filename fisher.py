@@ -48,6 +48,7 @@ BATCH = 64  # images to score at a time; changes no score
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 FOR_BACKWARD = ("attention", "sdp", "pool", "norm", "dropout", "rnn")  # keep whole numbers for it
+SAID = 4  # names in a warning
 REPLAYED = 2  # shapes of batches that are replayed: each keeps the memory of its passes
 Replay = Callable[[Callable[..., Tensor], list[Tensor]], Callable[..., Tensor]]
 
@@ -199,10 +200,11 @@ def fisher_diagonal(
         name -> tensor of the parameter's shape, in `dtype`; all are views of one vector.
 
     Raises:
-        ValueError: nothing to score, no samples, an unknown option, other outputs than logits, a
-            single logit without score "logit", labels that are no classes, a model whose logits are
-            random or depend on the rest of a batch, gradients that autograd cannot take or that
-            reach a parameter in training mode alone, or a score that is not finite.
+        ValueError: nothing to score, no samples, a tensor in place of batches, an unknown option,
+            other outputs than logits, a single logit without score "logit", labels that are no
+            classes, a model whose logits are random or depend on the rest of a batch, gradients
+            that autograd cannot take or that reach a parameter in training mode alone, or a score
+            that is not finite.
     """
     scorer = Scorer(model, parameters=parameters, labels=labels, score=score, dtype=dtype)
     return scorer.diagonal(batches, seed)
@@ -303,6 +305,8 @@ class Scorer:
         now = dict(self.model.named_parameters())
         if any(now.get(name) is not p for name, p in self.parameters.items()):
             raise ValueError("the model has other parameters than its Scorer was made for")
+        if isinstance(batches, Tensor):
+            raise ValueError("batches are several: pass [inputs], or inputs.split(32)")
         generator = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(b"fisher labels")]))
         with _standing_still(self.model):
             total, count = self._empty_sums(), 0
@@ -776,7 +780,8 @@ def _check_given(given: Tensor, classes: int) -> None:
 
 def _say_singly(names: Sequence[str]) -> None:
     if names:
-        warnings.warn(f"per-sample gradients one by one for {', '.join(names)}", stacklevel=5)
+        shown = names if len(names) <= SAID else [f"{len(names)} parameters", *names[:SAID], "..."]
+        warnings.warn(f"per-sample gradients one by one for {', '.join(shown)}", stacklevel=5)
 
 
 def _strong_labels(out: Tensor, score: str) -> Tensor:

@@ -8,7 +8,8 @@ Ridge outputs are no logits: one temperature, fitted on validation cross-entropy
     import torch; from head import RidgeSums, solve_ridge
     x, y = torch.randn(50, 8), torch.arange(50) % 5
     sums = RidgeSums(8, 5).update(x[:30], y[:30]) + RidgeSums(8, 5).update(x[30:], y[30:])
-    weight, bias = solve_ridge(sums, ridge=1e-3)  # (5, 8), (5,): logits = x @ weight.T + bias
+    weight, bias = solve_ridge(sums, ridge=1e-3)  # (5, 8), (5,), float64 as the sums
+    scores = x @ weight.float().T + bias.float()  # (50, 5): the largest is the class
 """
 
 from __future__ import annotations

@@ -326,8 +326,13 @@ def masks_in_order(masks, parameters: Sequence[Tensor], names: Sequence[str]) ->
     if isinstance(masks, Mapping):
         if not names:
             raise ValueError("masks by name need the names: pass model.named_parameters()")
-        if odd := set(masks) ^ set(names) or {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"names not once in both masks and parameters: {sorted(odd, key=str)}")
+        if unknown := sorted(masks.keys() - {*names}, key=str):
+            raise ValueError(f"masks of no parameter: {', '.join(map(str, unknown))}")
+        if lacking := [name for name in names if name not in masks]:
+            lack = ", ".join(lacking)
+            raise ValueError(f"parameters without a mask (None trains all of one): {lack}")
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"several parameters of one name: {', '.join(sorted(twice))}")
         masks = [masks[name] for name in names]
     masks = [None] * len(parameters) if masks is None else list(masks)
     if len(masks) != len(parameters):

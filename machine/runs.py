@@ -42,6 +42,7 @@ NAMES = (  # of a run's files and folders; none may be a link
 )
 FORMAT = 1  # of the folder; a folder of another format is refused by number
 CHECKPOINT = 2  # the same of a checkpoint
+SAID = 5  # options that a refusal names
 PUT_BACK = "Put the run's own file in its place, or take another --name"
 
 
@@ -158,13 +159,15 @@ class Run:
     def _check_options(self, options: dict, free: set[str], identity: str) -> None:
         self.check(identity)
         stored = self.config()["options"] if self.config_path.exists() else options
-        other = "; ".join(
+        others = [
             f"{name} is {stored.get(name)!r} there and {options.get(name)!r} here"
             for name in sorted({*stored, *options} - free)
             if stored.get(name) != options.get(name)
             and json.dumps(stored.get(name)) != json.dumps(options.get(name))  # nan is not nan
-        )
-        if other:
+        ]
+        if others:
+            more = f"; and {len(others) - SAID} more" if len(others) > SAID else ""
+            other = "; ".join(others[:SAID]) + more
             raise ValueError(
                 f"{self.folder} was made by other options: {other}. Take another --name"
             )

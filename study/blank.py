@@ -21,32 +21,33 @@ from typing import NamedTuple
 
 from study import history, report
 from study.figures import FIGURES, Series, drawn
-from study.history import TUNED
+from study.history import METHODS, TUNED
 from study.past import Past
 
 LATEX = Path(__file__).parent / "latex"
 WRITERS = {"report.tex": LATEX / "blank", "references.bib": LATEX}
 PLAIN = {"aggregate": "mean", "server": "fedavg"}  # FedAvg's; of a version without them absent
 LENGTHS = ("rounds", "epochs")
-METHODS = (  # options that make another method of FedAvg, where they are set
-    *("prox", "scaffold", "local_norm", "fedir", "fedvc", "dp_noise", "dp_clip", "dropout"),
-    *("straggler_fraction", "secure_aggregation"),
-)
 
 
 class Part(NamedTuple):
-    """A table of the report: its name, and which runs it holds."""
+    """A table of the report: its name, which runs it holds, what its rows say in any case."""
 
     name: str
     holds: Callable[[dict], bool]
+    says: tuple[str, ...]
 
 
 PARTS = (
-    Part("centralized", lambda o: o["command"] == "centralized" and not masked(o)),
-    Part("ridge", lambda o: o["command"] == "ridge"),
-    Part("fedavg", lambda o: plain(o) and not masked(o)),
-    Part("masks", lambda o: masked(o) and (plain(o) or o["command"] == "centralized")),
-    Part("methods", lambda o: o["command"] == "fedavg" and not plain(o)),
+    Part("centralized", lambda o: o["command"] == "centralized" and not masked(o), ()),
+    Part("ridge", lambda o: o["command"] == "ridge", ("sharding",)),
+    Part("fedavg", lambda o: plain(o) and not masked(o), ("sharding",)),
+    Part(
+        "masks",
+        lambda o: masked(o) and (plain(o) or o["command"] == "centralized"),
+        ("mask_rule", "sparsity"),
+    ),
+    Part("methods", lambda o: o["command"] == "fedavg" and not plain(o), METHODS),
 )
 ROWS = {  # of a figure, what its axes and panels show; all else that differs is in the labels
     "heterogeneity": ("train", "sharding", "J"),
@@ -102,7 +103,7 @@ def write(runs: Sequence[Past], out: Path) -> tuple[list[str], list[str]]:
     pieces = []
     for part in PARTS:
         if chosen := [run for run in good if part.holds(run.options)]:
-            numbers |= write_part(part.name, chosen, generated)
+            numbers |= write_part(part, chosen, generated)
             pieces.append(f"table/{part.name}")
     report.write_numbers(numbers, generated)
     shown, further = comparable(good)
@@ -130,24 +131,23 @@ def draw(ran: dict[str, list[Series]], out: Path) -> list[str]:
 def comparable(runs: Sequence[Past]) -> tuple[list[Past], list[str]]:
     """Return the runs that figures show, and a line for each that only the tables have.
 
-    All are of the data set of most runs. Of runs that differ in their rounds or epochs alone those
-    of the most are shown; of central ones those with test figures on their way, if some have them.
+    All are of the data set of most runs; of central ones those with test figures on their way, if
+    some have them. Of runs that differ in their rounds or epochs alone those of the most are shown.
     """
     counts = Counter(run.options["data"] for run in runs if "data" in run.options)
     main = max(counts, key=counts.get, default=None)
     others = [run for run in runs if run.options.get("data", main) != main]
     why = {id(run): f"most runs are on {main}" for run in others}
+    central = [run for run in runs if PARTS[0].holds(run.options) and id(run) not in why]
+    if any(map(tested, central)):
+        untested = "its log has no test figures, which --eval-test writes"
+        why |= {id(run): untested for run in central if not tested(run)}
     names = [name for name in history.differing(runs) if name not in LENGTHS]
-    for group in history.rows(runs, names).values():
+    for group in history.rows([r for r in runs if id(r) not in why], names).values():
         longest = max(group, key=length)
         for run in group:
             if length(run) < length(longest):
-                why.setdefault(id(run), f"{longest.folder} is the same but longer")
-    central = [run for run in runs if PARTS[0].holds(run.options)]
-    if any(tested(run) for run in central if id(run) not in why):
-        for run in central:
-            if not tested(run):
-                why.setdefault(id(run), "its log has no test figures, which --eval-test writes")
+                why[id(run)] = f"{longest.folder} is the same but longer"
     notes = [f"in no figure: {run.folder}: {why[id(run)]}" for run in runs if id(run) in why]
     return [run for run in runs if id(run) not in why], notes
 
@@ -162,18 +162,17 @@ def tested(run: Past) -> bool:
     return any("test_acc" in record for record in run.records[:-1])
 
 
-def write_part(name: str, runs: list[Past], out: Path) -> dict[str, str | None]:
+def write_part(part: Part, runs: list[Past], out: Path) -> dict[str, str | None]:
     """Write a table: a row for what differs, of each the best rate; return its numbers."""
-    names = [column for column in history.columns(runs) if column not in TUNED]
-    if name == "methods":  # what makes it one stands in its row, if it is the only one
-        set_options = [n for n in METHODS if any(run.options.get(n) for run in runs)]
-        names = [n for n in dict.fromkeys([*names, *set_options]) if n != "command"]
-    names = names or ["command"]
+    says = [n for n in part.says if any(run.options.get(n) for run in runs)]
+    names = [n for n in dict.fromkeys([*history.columns(runs), *says]) if n not in TUNED]
+    if len({run.options["command"] for run in runs}) == 1:
+        names = [n for n in names if n != "command"] or ["command"]
     best = history.best_rates(runs, names)
     tuned = [column for column in TUNED if column in history.differing(runs)]
     lines = history.lines(best, names, tuned)
-    report.write_lines(name, lines, len(names), out)
-    return report.line_numbers(name, lines, len(names))
+    report.write_lines(part.name, lines, len(names), out)
+    return report.line_numbers(part.name, lines, len(names))
 
 
 def experiments(runs: list[Past], calibrated: list[Past]) -> dict[str, list[Series]]:

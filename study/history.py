@@ -31,7 +31,14 @@ LEADING = (  # of the columns; the others follow in the order of the command lin
     *("command", "train", "head", "sharding", "J", "aggregate", "server"),
     *("mask_rule", "sparsity", "threshold", "calibration_rounds", "schedule"),
 )
-TOLD = ("data", "model", "sharding")  # wherever runs differ in them, though others tell the same
+METHODS = (  # options that make another method of FedAvg, where they are set
+    *("prox", "scaffold", "local_norm", "fedir", "fedvc", "dp_noise", "dp_clip", "dropout"),
+    *("straggler_fraction", "secure_aggregation"),
+)
+TOLD = (  # wherever runs that have them differ in them, though others tell the same
+    *("data", "model", "train", "sharding", "J", "aggregate", "server", "mask_rule", "sparsity"),
+    *("schedule", *METHODS),
+)
 UNCOMPARED = {  # what no row is told by
     *("seed", "name", "runs_dir", "data_dir", "device", "threads", "pixels", "nc", "dirichlet"),
     *("search", "search_lr", "search_weight_decay", "search_schedule", "search_length", "fresh"),
@@ -137,7 +144,8 @@ def splitting(runs: Sequence[Past], before: Sequence[str], names: Iterable[str])
     what is TOLD."""
     chosen: list[str] = []
     for name in names:
-        tells = name in TOLD and len(rows(runs, [name])) > 1
+        having = [run for run in runs if name in run.options]
+        tells = name in TOLD and len(rows(having, [name])) > 1
         if tells or len(rows(runs, [*before, *chosen, name])) > len(rows(runs, [*before, *chosen])):
             chosen.append(name)
     return chosen

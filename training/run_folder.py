@@ -47,6 +47,10 @@ def open_run(
     run = runs.Run(
         safe_files.folder_below(stored["runs_dir"], name), writes=workspace.group.rank == 0
     )
+    if run.config_path.exists():
+        command = run.config()["options"].get("command")
+        if command != stored["command"]:
+            raise ValueError(f"{run.folder} is of {command}, another command: take another --name")
     if stored.get("mask_rule") is not None:
         vit.scoped_names(model, stored["mask_scope"])  # refuses before anything is written
     if stored.get("head_images") is not None:
@@ -132,6 +136,7 @@ def finished_summary(
     for fault in run_faults(run):
         runs.say(f"warning: {fault}")
     why = ", stopped early" if early else ""
+    why += f", beyond the {total} asked for" if summary[unit] > total else ""
     print(f"{run.folder} is finished: {unit} {summary[unit]}{why}. {headline(summary)}")
     return summary
 

@@ -184,7 +184,7 @@ def end_advice(records: Sequence[dict], classes: int, images: int, lr: float) ->
     if end < start:
         return (
             f"the run ends at {100 * end:.2f} % on validation, below the {100 * start:.2f} % that "
-            f"it started from: its steps are too long, try --lr {lr / 10:g}"
+            f"it started from: it is too short, or its steps are too long: try --lr {lr / 10:g}"
         )
     if end <= chance + 2 * math.sqrt(chance / images):  # two standard errors of a guess
         return (

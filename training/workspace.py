@@ -139,7 +139,8 @@ class Workspace:
             )
         except ValueError as error:
             options = f"--clients {clients}" + (f" --nc {nc}" if nc is not None else "")
-            raise ValueError(f"{options}: {error}") from None
+            said = str(error).replace("cover=False", "--cover partial")
+            raise ValueError(f"{options}: {said}") from None
         self.shards = [self.train_index[part] for part in parts]
         if not everyone:
             self.train_index = np.sort(np.concatenate(self.shards))

@@ -30,8 +30,8 @@ def applied(text, diff):
     return text
 
 
-def test_there_are_five():
-    assert len(RECIPES) == 5
+def test_there_are_six():
+    assert len(RECIPES) == 6
 
 
 @pytest.mark.parametrize("title", RECIPES)

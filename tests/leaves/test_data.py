@@ -195,7 +195,7 @@ def test_one_function_deals_by_whichever_rule_is_named():
     (lambda y: shard_iid(y, 45_001, 0), r"1..45000 \(the samples\), not 45001"),
     (
         lambda y: shard_by_class(y, 33, 3, 0),
-        "33 clients of 3 classes cannot cover 100 classes; --cover partial leaves some out",
+        "33 clients of 3 classes cannot cover 100 classes; cover=False leaves some out",
     ),
     (lambda y: shard_by_class(y, 1, 101, 0, cover=False), "not 101"),
     (lambda y: shard_by_class(y, 4500, 11, 0, cover=False), "need 49500 parts"),

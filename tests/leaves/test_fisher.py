@@ -348,6 +348,8 @@ def test_what_cannot_be_scored_is_refused(odd):
         fisher_diagonal(nn.Flatten(), [x])
     with pytest.raises(ValueError, match="calibration set is empty"):
         fisher_diagonal(model, [])
+    with pytest.raises(ValueError, match=r"pass \[inputs\]"):
+        fisher_diagonal(model, x)
     with pytest.raises(ValueError, match="unknown labels 'false'"):
         fisher_diagonal(model, [x], labels="false")
     for batch in (x, (x, torch.rand(7))):

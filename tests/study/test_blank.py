@@ -93,6 +93,22 @@ def test_figures_show_what_compares_and_say_what_they_leave_out(tmp_path):
     assert any("searched" in note and "--eval-test" in note for note in notes)
 
 
+def test_a_longer_central_run_without_test_figures_hides_no_shorter_one(tmp_path):
+    for name, epochs in (("long", 6), ("tested", 3)):
+        leave(tmp_path / name, 0.4, command="centralized", epochs=epochs)
+    log = tmp_path / "tested" / "log.jsonl"
+    log.write_text(log.read_text().replace("val_loss", "test_acc"))
+    shown, (note,) = blank.comparable(history.read_all([tmp_path]))
+    assert [run.name for run in shown] == ["tested"] and "--eval-test" in note
+
+
+def test_the_only_masked_run_says_its_mask(tmp_path):
+    leave(tmp_path / "runs" / "a", 0.4, mask_rule="random", sparsity=0.9)
+    blank.write(history.read_all([tmp_path / "runs"]), tmp_path / "out")
+    table = (tmp_path / "out" / "generated" / "masks.md").read_text()
+    assert "mask rule" in table and "random" in table and "0.9" in table
+
+
 def test_an_option_that_a_run_lacks_is_none_in_the_keys_of_its_numbers(tmp_path):
     for name, val_acc, schedule, nesterov in (
         ("a", 0.3, "cosine", None),

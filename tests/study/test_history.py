@@ -79,6 +79,14 @@ def test_data_set_and_sharding_are_told_though_another_option_follows_them(tmp_p
     assert history.columns(history.read_all([tmp_path])) == ["train", "sharding", "data"]
 
 
+def test_what_makes_a_run_another_method_is_told_though_another_option_follows_it(tmp_path):
+    leave(tmp_path / "a", 0.3, train="all", dp_noise=None)
+    leave(tmp_path / "b", 0.2, train="head", dp_noise=1.0)
+    leave(tmp_path / "c", 0.4, command="centralized", train="all")
+    names = history.columns(history.read_all([tmp_path]))
+    assert names[:2] == ["command", "train"] and "dp_noise" in names
+
+
 def test_a_mask_option_that_its_rule_does_not_use_is_not_told_along(tmp_path):
     for rule in ("random", "least-sensitive"):
         leave(tmp_path / rule, 0.3, mask_rule=rule, calibration_rounds=4, damp=0.1)

