@@ -593,9 +593,11 @@ def check_backbone(model: nn.Module, tensors: dict[str, Tensor], path: str | Pat
         ours = tuple(expected[key].shape) if key in expected else "absent"
         theirs = tuple(tensors[key].shape) if key in tensors else "absent"
         if ours != theirs:
+            width = theirs[-1] if key == "cls_token" and key in tensors else None
+            meant = [name for name, shape in MODELS.items() if shape.width == width]
             raise ValueError(
                 f"weights {path}: another architecture, {key} is {theirs} in the file and "
-                f"{ours} in the model (--model {'|'.join(MODELS)})"
+                f"{ours} in the model (--model {'|'.join(meant or MODELS)})"
             )
 
 

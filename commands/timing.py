@@ -100,7 +100,8 @@ class Times:
         words += ["--weights=none", "--head=ridge"]
         key = " ".join(words)
         if key not in self.parts:
-            print(f"timing {o['model']} at {o['image_size']} px ...", flush=True)
+            what = ", the head alone" if heads else ""
+            print(f"timing {o['model']} at {o['image_size']} px{what} ...", flush=True)
             self.parts[key] = costs(parsed("fedavg", tuple(words)))._asdict()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             content = {"processor": self.processor, "parts": self.parts}

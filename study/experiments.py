@@ -126,7 +126,7 @@ def scaffold_mask(s: Scale) -> Experiment:
     ):
         more = (*["--scaffold"] * (method == "scaffold"), *more)
         rates = (low, rung(low, 1), rung(low, -1))[: s.tries]
-        rows.append(Row((weights, method), (*options, *more), rates, s.wide_seeds))
+        rows.append(Row((weights, method), (*options, *more), rates, s.seeds))
     return Experiment(("weights", "method"), tuple(rows), ACCURACY, ("plain",))
 
 

@@ -254,7 +254,7 @@ def reached(folder: Path) -> dict[str, float]:
 def draw_overview(figures: Mapping[str, float], path: Path) -> None:
     """Draw test accuracy against classes per client, beside what is published."""
     order = list(PUBLISHED)
-    here, published = "here: ViT-Ti/16, trained with labels", "published: ViT-S/16, DINO"
+    here, published = "here: ViT-Ti/16, trained with labels", "others, published: ViT-S/16, DINO"
     series = {here: figures, published: PUBLISHED}
     figure, axes = plots.pyplot().subplots(figsize=(5.0, 2.6), layout="constrained")
     for i, (name, values) in enumerate(series.items()):
@@ -265,6 +265,7 @@ def draw_overview(figures: Mapping[str, float], path: Path) -> None:
             axes.annotate(f"{y:.1f}", (at, y), shift, textcoords="offset points", ha="center")
     axes.set(xlabel=CLASSES, ylabel="test accuracy (%)", ylim=(66, 92))
     axes.set_xticks(range(len(order)), order)
+    axes.margins(x=0.08)
     axes.grid(axis="y")
     axes.legend(loc="lower left")
     plots.save(figure, path)

@@ -323,7 +323,8 @@ def along(runs: Sequence[Past], names: Collection[str], shown: str = "columns") 
     commands = rows(runs, ["command"]).values()
     shared = [n for n in differing(runs) if all(any(n in r.options for r in c) for c in commands)]
     others = [n for n in shared if n not in names and len(rows(users(runs, n), [n])) > 1]
-    return [f"along with these {shown} differ: {', '.join(others)}"] * bool(others)
+    said = f"not among the {shown}, as they change along with them: {', '.join(others)}"
+    return [said] * bool(others)
 
 
 def users(runs: Iterable[Past], name: str) -> list[Past]:

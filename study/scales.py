@@ -63,7 +63,7 @@ class Scale(NamedTuple):
     agreement_images: int  # scored where clients' masks are compared
     tries: int  # learning rates that a row tries
     mask_tries: int  # the same of mask rules
-    seeds: tuple[int, ...]  # of heads, agreement
+    seeds: tuple[int, ...]  # of heads, agreement, SCAFFOLD under a mask
     mask_seeds: tuple[int, ...]  # of mask rules
     wide_seeds: tuple[int, ...]  # of the other runs that train a backbone
     widened: int  # rates that a row may try beyond its own

@@ -98,8 +98,12 @@ def test_an_option_that_follows_from_others_is_told_and_no_column(tmp_path):
     leave(tmp_path / "b", 0.3, J=8, rounds=2)
     runs = history.read_all([tmp_path])
     assert history.columns(runs) == ["J"]
-    assert history.along(runs, ["J"]) == ["along with these columns differ: rounds"]
-    assert history.along(runs, ["J"], "labels") == ["along with these labels differ: rounds"]
+    assert history.along(runs, ["J"]) == [
+        "not among the columns, as they change along with them: rounds"
+    ]
+    assert history.along(runs, ["J"], "labels") == [
+        "not among the labels, as they change along with them: rounds"
+    ]
 
 
 def test_what_is_damaged_or_not_finished_is_named(tmp_path):
@@ -175,4 +179,6 @@ def test_options_of_a_single_command_are_not_told_along(tmp_path):
     leave(tmp_path / "a", 0.3)
     leave(tmp_path / "b", 0.3, command="centralized", epochs=3, nesterov=True, lr=0.3)
     runs = history.read_all([tmp_path])
-    assert history.along(runs, ["command"]) == ["along with these columns differ: lr"]
+    assert history.along(runs, ["command"]) == [
+        "not among the columns, as they change along with them: lr"
+    ]

@@ -267,7 +267,7 @@ def test_the_readme_is_short():
 
 def test_the_readme_shows_the_house():
     text = (ROOT / "README.md").read_text()
-    house = text.partition("## The house")[2].partition("```")[2].partition("```")[0]
+    house = text.partition("## Files")[2].partition("```")[2].partition("```")[0]
     at_the_top = {f"{file}.py" for file in files() if "." not in file}
     shown = {line.split()[0] for line in house.splitlines() if line.strip()}
     assert at_the_top | {f"{room}/" for room in ROOMS} <= shown
