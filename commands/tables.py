@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+from commands.costs import batch_of, train_images
 from commands.options import Line
+from federated.cohort import cohort_size
 from machine import runs
 from study import history, plots
 from study.measures import VALIDATION
@@ -146,7 +148,8 @@ def run_plot(line: Line) -> None:
     pasts, twice = history.distinct(pasts)
     every = pasts
     pasts, names, tuned = history.arranged(every, o.by)
-    curves = panels(pasts, names, labels_of(pasts, names, o.labels), o.by is not None)
+    labels = labels_of(pasts, names, o.labels)
+    curves = panels(in_one_unit(pasts), names, labels, o.by is not None)
     print(f"written to {plots.plot_bands(curves, out, keys)}")
     groups = history.rows(pasts, names)
     for rate in rates_of(groups, history.rows(every, names), names, tuned):
@@ -155,6 +158,28 @@ def run_plot(line: Line) -> None:
     notes += [*history.along(pasts, [*names, *tuned], "labels"), *caveats(groups, names)]
     for note in notes:
         print(note, file=sys.stderr)
+
+
+def in_one_unit(pasts: list[Past]) -> list[Past]:
+    """Return runs of rounds beside runs of epochs with both counted in passes over the training
+    images, of whole cohorts that take all J steps; others as they are."""
+    if len({past.unit for past in pasts}) < 2:
+        return pasts
+    try:
+        passes = [passes_of(past.options) if past.unit == "round" else 1.0 for past in pasts]
+    except KeyError:  # an option that another version did not have
+        return pasts
+    counted = [
+        [{"pass": each * r[past.unit]} | r for r in past.records if past.unit in r]
+        for past, each in zip(pasts, passes, strict=True)
+    ]
+    return [p._replace(records=records) for p, records in zip(pasts, counted, strict=True)]
+
+
+def passes_of(o: dict) -> float:
+    """Return how often a round draws each training image, on average."""
+    clients = cohort_size(o["clients"], o["fraction"])
+    return clients * o["J"] * batch_of(o) / train_images(o)
 
 
 def rates_of(

@@ -28,6 +28,11 @@ LETTERS = 15  # of a legend, an inch
 LEAST = 4  # points of a curve, from which on it leaves room beside it
 CLOSE = 0.15  # of an axis, the share in which the ends of several curves are drawn large
 FORMULA = re.compile(r"(\$(?:N_c|J|\\alpha) = [\w.+-]+\$)")  # that a label may hold
+UNITS = {  # what figures are drawn against: the first of these that a record has
+    "pass": "pass over the training images",
+    "round": "round",
+    "epoch": "epoch",
+}
 IMAGES = {"training": "train", "validation": "val", "test": "test"}  # of a log's figures
 AXES = {  # of these
     "loss": "cross-entropy (nats)",
@@ -134,7 +139,7 @@ def plot_bands(
     path: str | Path,
     keys: Sequence[str] = ("val_acc",),
 ) -> Path:
-    """Draw logged figures against rounds or epochs: mean over seeds, and all of them as a band.
+    """Draw logged figures against rounds, epochs or passes: mean over seeds, and all as a band.
 
     Of more than MOST curves in a panel the best and the worst at the end are drawn, the others in
     grey. Panels share an axis where their ranges are alike; ends that lie close are drawn large.
@@ -232,7 +237,7 @@ def _seeds(logs: Sequence[Sequence[dict]], key: str) -> tuple[np.ndarray, np.nda
 
 
 def _series(records: Sequence[dict], key: str) -> dict[float, float]:
-    points = ((r.get("round", r.get("epoch")), r[key]) for r in records if key in r)
+    points = ((next((r[x] for x in UNITS if x in r), None), r[key]) for r in records if key in r)
     try:
         return {float(x): float(y) for x, y in points}
     except (OverflowError, TypeError, ValueError):
@@ -241,8 +246,8 @@ def _series(records: Sequence[dict], key: str) -> dict[float, float]:
 
 
 def _unit(logs) -> str:
-    names = {name for log in logs for record in log for name in record}
-    return " or ".join(name for name in ("round", "epoch") if name in names)
+    names = {next((x for x in UNITS if x in record), None) for log in logs for record in log}
+    return " or ".join(said for name, said in UNITS.items() if name in names)
 
 
 # ---------------------------------------------------------------------------- panels

@@ -41,6 +41,21 @@ def test_a_table_names_what_it_leaves_out(cli, folders):
     assert cli("table", "runs/stopped")[0] == 2
 
 
+def test_rounds_beside_epochs_are_counted_in_passes(cli, small_data, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots, "plot_bands", lambda curves, path, keys: drawn.update(curves))
+    steps = {"data": "synthetic", "val_fraction": 0.1, "fraction": 0.3, "batch_size": 50}
+    leave(small_data / "runs" / "a", 0.5, **steps)
+    leave(small_data / "runs" / "b", 0.5, command="centralized", **steps)
+    for name in ("config.json", "log.jsonl"):
+        file = small_data / "runs" / "b" / name
+        file.write_text(file.read_text().replace("round", "epoch"))
+    assert cli("plot", "runs", "--metric", "val_acc")[0] == 0
+    central, federated = (drawn[""][name][0] for name in ("centralized", "fedavg"))
+    assert [r["pass"] for r in central] == [0, 1, 2, 3]
+    assert [r["pass"] for r in federated] == [j * 3 * 4 * 50 / 18_000 for j in range(4)]
+
+
 def test_seeds_are_bands_under_the_names_that_are_given(cli, folders, monkeypatch):
     drawn = {}
 
