@@ -264,8 +264,8 @@ def described(f: dict) -> list[tuple[str, str]]:
         ("what it can do", f"{limits}, measured just now"),
     ]
     if "step_seconds" in f:
-        rate = f["images_per_second"]
-        speed = f"{f['images_a_step']} images, so {rate:,.{0 if rate >= 10 else 1}f} images/s"
+        each = f["images_per_second"]
+        speed = f"{f['images_a_step']} images, so {each:,.{0 if each >= 10 else 1}f} images/s"
         lines.append(("a training step", f"{timed(f['step_seconds'])} for {speed}"))
         if kernels:
             lines.append(("CUDA graph", f["cuda_graph"]))

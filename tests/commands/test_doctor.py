@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from built import parsed
 
-from commands import trial
+from commands import doctor, trial
 from commands.costs import Costs
 from training import probe
 from training.clients import Clients, HeadsTogether
@@ -55,6 +55,8 @@ def test_doctor_says_what_a_command_will_cost(cli, small_data, options):
     )
     assert all(words in out for words in (*said, "time in all")) and "passes" not in out
     assert all(f"measuring a {what}" in err or what in err for what in MEASURED)
+    slow = doctor.described(figures | {"images_per_second": 0.79})
+    assert any(text.endswith("so 0.8 images/s") for _, text in slow)
     assert figures["cuda_graph"].startswith("off (")
     assert not (small_data / "runs").exists() and not (small_data / "data").exists()
 

@@ -109,8 +109,14 @@ def test_a_run_leaves_its_folder_and_the_same_command_again_says_so(cli, small_d
     assert status == 0 and "is finished: round 2" in out
     assert before == {p: p.read_bytes() for p in folder.iterdir()}
     status, out, _ = cli(*TINY, "--nc", 10, "--rounds", 1)  # no run becomes a shorter one
-    assert status == 0 and "is finished: round 2" in out
+    assert status == 0 and "is finished: round 2, beyond the 1 asked for" in out
     assert json.loads((folder / "config.json").read_text())["options"]["rounds"] == 2
+
+
+def test_a_run_of_another_command_is_called_that_alone(cli):
+    assert cli(*TINY, "--name", "a")[0] == 0
+    status, _, err = cli("centralized", "--data", "synthetic", "--name", "a")
+    assert status == 2 and err.endswith("is of fedavg, another command: take another --name\n")
 
 
 def test_more_rounds_extend_a_run_to_the_bits_of_a_longer_one(cli, small_data):

@@ -684,6 +684,12 @@ def test_what_is_scored_one_by_one_is_not_replayed():
         scorer.diagonal([torch.randn(6, 4)] * 3)
 
 
+def test_a_warning_names_a_few_of_many_parameters():
+    model = nn.Sequential(*(nn.Conv2d(1, 1, 3, padding=1) for _ in range(3)), nn.Flatten())
+    with pytest.warns(UserWarning, match=r"for 6 parameters, 0.weight, .*, 1.bias, \.\.\.$"):
+        fisher_diagonal(model, [torch.randn(3, 1, 2, 2)])
+
+
 def test_a_scale_of_the_score_is_taken_out_of_the_scores():
     model, batches = two_layers(), [torch.randn(6, 5)]
     plain, scaled = (Scorer(model, scale=scale).diagonal(batches) for scale in (1.0, 256.0))

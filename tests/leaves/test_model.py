@@ -370,6 +370,11 @@ def test_a_vit_without_a_class_token_is_named(tmp_path):
     assert "it has no class token" in saved_refusal(state, tmp_path)
 
 
+def test_weights_of_another_models_width_name_that_model(tmp_path):
+    state = {"cls_token": torch.zeros(1, 1, 384)}
+    assert saved_refusal(state, tmp_path).endswith("in the model (--model vit_s16)")
+
+
 @pytest.mark.parametrize(
     ("shape", "key"),
     [

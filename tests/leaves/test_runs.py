@@ -38,6 +38,8 @@ def test_other_options_are_refused_by_name_and_free_ones_pass(run):
     assert run.config_path.read_bytes() == before
     Run(run.folder).open({"rounds": 10}, free={"rounds"})
     assert run.config()["options"] == {"rounds": 10}
+    with pytest.raises(ValueError, match="a is None there and 0 here; .* here; and 2 more. Take"):
+        Run(run.folder).open({"rounds": 10} | dict.fromkeys("abcdefg", 0))
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "gone"])
