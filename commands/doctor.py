@@ -43,6 +43,9 @@ class Doctor(NamedTuple):
 
 
 OPTIONS = (Doctor,)
+LONG = 24 * 3600  # seconds; a command that takes longer is told of a smaller one
+WORTH = 1.3  # times the rate of products, from which on another precision is named
+SMALLER = ("vit_ti16", 64)  # its model, and pixels a side
 
 
 def run(line: Line) -> None:
@@ -78,6 +81,9 @@ def examine(line: Line) -> dict:
             "product_rate_tflop_per_second": rounded(rates[0] / 1e12),
             "copy_bandwidth_gb_per_second": rounded(rates[1] / 1e9),
         }
+        if workspace.dtype == torch.float32 and device.type == "cpu":
+            half = product_rate(torch.bfloat16, device)
+            figures["bf16_to_product_rate"] = rounded(half / rates[0])
         if trial.learner is not None:
             figures |= of_training(trial, costs, rates[0])
         if costs.feature:
@@ -137,7 +143,9 @@ def of_training(trial: Trial, costs: Costs, rate: float) -> dict:
         parts["average"] = clients * trial.average
     parts["passes"] = max(0.0, seconds - sum(parts.values()))
     unit = "round" if clients else "step"
+    smaller = probe.operations_of(SMALLER[0], trial.workspace.classes, SMALLER[1])
     return figures | {
+        "smaller_job_to_operations": rounded(smaller / probe.operations(learner)),
         f"{unit}_parts_seconds": {name: rounded(value) for name, value in parts.items()},
         f"{unit}_tflop": rounded(operations / 1e12),
         "share_of_product_rate": rounded(operations / seconds / rate),
@@ -263,6 +271,8 @@ def described(f: dict) -> list[tuple[str, str]]:
         *((f"{name} kernel", kernel) for name, kernel in kernels.items()),
         ("what it can do", f"{limits}, measured just now"),
     ]
+    if (times := f.get("bf16_to_product_rate", 0)) >= WORTH:
+        lines.append(("--precision bf16", f"its matrix products are {times:.1f} times as fast"))
     if "step_seconds" in f:
         each = f["images_per_second"]
         speed = f"{f['images_a_step']} images, so {each:,.{0 if each >= 10 else 1}f} images/s"
@@ -294,7 +304,12 @@ def described(f: dict) -> list[tuple[str, str]]:
         (f"time for {'the ' * (name == 'head')}{name}", timed(s))
         for name, s in f["parts_seconds"].items()
     ]
-    return [*lines, ("time in all", f"{timed(f['total_seconds'])} for this {f['command']} command")]
+    lines.append(("time in all", f"{timed(f['total_seconds'])} for this {f['command']} command"))
+    if f["total_seconds"] > LONG and (share := f.get("smaller_job_to_operations", 1)) < 0.5:
+        name, size = SMALLER
+        less = f"1/{1 / share:.0f} of the operations an image, by count"
+        lines.append(("a smaller job", f"--model {name} --image-size {size} has {less}"))
+    return lines
 
 
 def part_of(name: str, parts: dict[str, float], f: dict) -> str:

@@ -56,6 +56,14 @@ def operations(learner: Learner) -> float:
     return float(counter.get_total_flops())
 
 
+def operations_of(name: str, classes: int, size: int) -> float:
+    """Return the same of one of model.MODELS, all of which trains, at so many pixels a side."""
+    model = vit.build_vit(name, classes)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, size, size)).sum().backward()
+    return float(counter.get_total_flops())
+
+
 def pixels(learner: Learner, images: int) -> float:
     """Return the seconds that cropping, resizing and normalising take, an image."""
     workspace, draws = learner.workspace, draws_of(learner, images)

@@ -61,6 +61,24 @@ def test_doctor_says_what_a_command_will_cost(cli, small_data, options):
     assert not (small_data / "runs").exists() and not (small_data / "data").exists()
 
 
+def test_doctor_names_what_would_be_faster(cli, small_data):
+    figures, *_ = figures_of(cli)
+    assert figures["bf16_to_product_rate"] > 0 and figures["smaller_job_to_operations"] > 1
+    slow = {"total_seconds": 1e6, "bf16_to_product_rate": 2.0, "smaller_job_to_operations": 0.02}
+    lines = dict(doctor.described(figures | slow))
+    assert lines["--precision bf16"] == "its matrix products are 2.0 times as fast"
+    smaller = "--model vit_ti16 --image-size 64 has 1/50 of the operations an image, by count"
+    assert lines["a smaller job"] == smaller
+    short = dict(
+        doctor.described(figures | slow | {"total_seconds": 60, "bf16_to_product_rate": 1})
+    )
+    assert not {"--precision bf16", "a smaller job"} & short.keys()
+    large = dict(doctor.described(figures | {"total_seconds": 1e6}))
+    assert "a smaller job" not in large  # its model is the larger one
+    half, *_ = figures_of(cli, "--precision", "bf16")
+    assert "bf16_to_product_rate" not in half
+
+
 def test_doctor_serves_the_other_commands(cli, small_data):
     data = ("--data", "synthetic")
     central, out, _ = figures_of(cli, "--epochs", 3, command=("centralized", *data, "--B", 32))

@@ -645,6 +645,16 @@ def test_a_model_on_kept_patches_is_the_model_of_those_patches():
     assert not torch.allclose(model.features(images, keep), whole, rtol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_attends_in_fp32_on_a_cpu(dtype):
+    q, k, v = torch.randn(3, 2, 3, 17, 16).to(dtype).unbind()
+    attended = vit.attend(q.requires_grad_(), k, v)
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).transpose(1, 2)
+    assert torch.equal(attended, exact.flatten(2).to(dtype))
+    attended.sum().backward()
+    assert q.grad.dtype == attended.dtype == dtype
+
+
 def test_features_can_be_had_from_any_block_on():
     model = build_vit("vit_demo", 10)
     images = torch.randn(2, 3, 32, 32)
