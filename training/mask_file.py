@@ -156,6 +156,8 @@ def given_mask(file: str, model: vit.VisionTransformer, copy: Path) -> Mask:
 def say_rounds(rounds: Iterable[dict], rule: str, consensus: str) -> None:
     """Print what rounds of a calibration came to, in scores, which --threshold is compared with.
 
+    How the scores are spread is said of the first round, of all weights.
+
     Args:
         rounds: a masks.CalibrationRound each, as a mask file has it.
     """
@@ -166,8 +168,8 @@ def say_rounds(rounds: Iterable[dict], rule: str, consensus: str) -> None:
         bar = f"scores {'from' if sign < 0 else 'up to'} {sign * step['bar']:.3g}"
         quantiles = sorted(sign * key for key in step["quantiles"])  # LEVELS lie around a half
         pairs = zip(masks.LEVELS, quantiles, strict=True)
-        shares = (f"{100 * level:g} % below {score:.3g}" for level, score in pairs)
-        scores = "" if ranks else f", {bar} (of all: {', '.join(shares)})"
+        below = ", ".join(f"{100 * level:g} % below {score:.3g}" for level, score in pairs)
+        scores = "" if ranks else f", {bar}" + f" (of all: {below})" * (step["round"] == 1)
         print(f"calibration round {step['round']}: {alive}{scores}", flush=True)
 
 

@@ -367,6 +367,7 @@ def test_a_calibration_says_what_each_round_came_to(small_data, capsys):
     first, last = capsys.readouterr().out.splitlines()
     assert "calibration round 1: 33,384 of 66,768 weights stay alive, scores from" in first
     assert "calibration round 2: 16,692 of 33,384 weights stay alive, scores from" in last
+    assert "below" not in last
     steps = mask.origin["rounds"]
     levels = [-key for key in reversed(steps[0]["quantiles"])]  # of the scores, rising
     assert f"50 % below {levels[2]:.3g}" in first and f"99 % below {levels[4]:.3g}" in first
