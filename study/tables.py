@@ -16,7 +16,7 @@ from study.packed import run_of
 from study.past import Past
 from study.typeset import NOT_RUN, markdown_table
 
-LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)  # of rates
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 WIDENED = 3  # rates that a row may try beyond its own
 PLACE, INSIDE = "of the rates tried", "inside"
 ONE_SEED = "1: no spread"
