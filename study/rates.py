@@ -12,8 +12,9 @@ rate was tried; the best is by validation accuracy.
 from __future__ import annotations
 
 import csv
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,6 +119,20 @@ def read_shares(path: Path) -> dict[Key, float]:
     }
 
 
+def exponent(rows: Iterable[Tried]) -> float:
+    """Return the a of best rate / dense training's = share^-a, by least squares of the logarithms.
+
+    1/2 is the matched rate, 1 the functional one. Only of masks whose best rate is bracketed; NaN
+    where none is.
+    """
+    pairs = [
+        (-math.log(row.share), math.log(row.best / row.dense))
+        for row in rows
+        if row.bracketed and row.share < 1
+    ]
+    return sum(x * y for x, y in pairs) / (sum(x * x for x, _ in pairs) or math.nan)
+
+
 def lines(rows: list[Tried]) -> list[list[str]]:
     """Return the table of rates, with its heading."""
     return [[*HEADING], *(row.line() for row in rows)]
@@ -131,6 +146,9 @@ def main(results: Path) -> None:
     path = Path(__file__).resolve().parent.parent / "docs" / "rates.png"
     figures.draw_rates(rows, path)
     print(f"written: {results / 'rates.csv'}, {path}")
+    for sharding in dict.fromkeys(row.key.sharding for row in rows):
+        power = -exponent(row for row in rows if row.key.sharding == sharding)
+        print(f"{sharding}: best rates follow the share to the power of {power:.2f}")
 
 
 if __name__ == "__main__":
