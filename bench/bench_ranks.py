@@ -33,9 +33,8 @@ SETTINGS = {
     "vit_demo": "--model vit_demo --image-size 32 --batch-size 8",
     "vit_468k": "--model vit_468k --image-size 32 --batch-size 8",
     "vit_ti16": "--model vit_ti16 --image-size 64 --batch-size 32",
-    "vit_ti16_bf16": "--model vit_ti16 --image-size 64 --batch-size 32 --precision bf16",
 }
-GOALS = {"vit_demo": 1.3, "vit_468k": 1.1, "vit_ti16": 1.3, "vit_ti16_bf16": 1.3}
+GOALS = {"vit_demo": 1.3, "vit_468k": 1.1, "vit_ti16": 1.3}
 SHAPES = {
     "1 process x 2 threads": "--processes 1 --threads 2",
     "1 process x 1 thread": "--processes 1 --threads 1",

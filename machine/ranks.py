@@ -40,7 +40,7 @@ CAN_FORK = sys.platform == "linux"  # elsewhere libraries do not survive it, or 
 LEAST_IMAGES = 5_000  # that a process trains on: seconds of training for those of a start
 LEAST_FITTED = 50_000  # the same where one process alone fits a head first
 LONGEST_ROUND = 3e12  # operations of a process, about a minute: several stop between rounds alone
-LEAST_BUSY = 0.75  # of the cores: two processes take 0.73 of the time of two threads
+LEAST_BUSY = 0.75  # of the cores: two processes take 0.6 to 0.85 of the time of two threads
 MEMORY = 2e9  # bytes free for each
 
 

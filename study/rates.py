@@ -1,6 +1,6 @@
 """Which learning rates ended highest under each mask, against the rate that follows the mask.
 
-    python -m study.rates [results/cpu]    writes its rates.csv, and docs/rates.png
+    python -m study.rates [results/cpu]    writes its rates.csv and rate_powers.csv, docs/rates.png
 
 A mask that keeps the share s of all sensitivity takes dense training's rate times s^(-1/2)
 (matched: dense training's update norm) or s^-1 (functional: its change of the loss). Dense
@@ -73,8 +73,13 @@ class Tried(NamedTuple):
         cells.append("yes" if self.bracketed else "no")
         for how in ("matched", "functional"):
             rate = self.follows(how)
-            cells += [f"{rate:.3g}", f"{self.best / rate:.2g}"]
+            cells += [f"{rate:.3g}", two_digits(self.best / rate)]
         return cells
+
+
+def two_digits(value: float) -> str:
+    """Write a ratio to two digits, without an exponent from a hundred on."""
+    return f"{float(f'{value:.2g}'):g}"
 
 
 def best(accuracy: Mapping[float, float]) -> float:
@@ -126,9 +131,7 @@ def exponent(rows: Iterable[Tried]) -> float:
     where none is.
     """
     pairs = [
-        (-math.log(row.share), math.log(row.best / row.dense))
-        for row in rows
-        if row.bracketed and row.share < 1
+        (-math.log(row.share), math.log(row.best / row.dense)) for row in rows if row.bracketed
     ]
     return sum(x * y for x, y in pairs) / (sum(x * x for x, _ in pairs) or math.nan)
 
@@ -138,17 +141,25 @@ def lines(rows: list[Tried]) -> list[list[str]]:
     return [[*HEADING], *(row.line() for row in rows)]
 
 
+def powers(rows: list[Tried]) -> list[list[str]]:
+    """Return the powers of the share that best rates follow, a sharding a line, with a heading."""
+    table = [["sharding", "masks", "bracketed", "power"]]
+    for sharding in dict.fromkeys(row.key.sharding for row in rows):
+        masked = [row for row in rows if row.key.sharding == sharding and row.key.rule != "dense"]
+        inside = sum(row.bracketed for row in masked)
+        table.append([sharding, f"{len(masked)}", f"{inside}", f"{-exponent(masked):.2f}"])
+    return table
+
+
 def main(results: Path) -> None:
-    """Write the table of rates and its figure."""
+    """Write the tables of rates and of their powers, and the figure."""
     rows = tried(results)
-    text = "\n".join(",".join(line) for line in lines(rows))
-    (results / "rates.csv").write_text(f"{text}\n", encoding="utf-8")
+    for name, table in (("rates", lines(rows)), ("rate_powers", powers(rows))):
+        text = "\n".join(",".join(line) for line in table)
+        (results / f"{name}.csv").write_text(f"{text}\n", encoding="utf-8")
     path = Path(__file__).resolve().parent.parent / "docs" / "rates.png"
     figures.draw_rates(rows, path)
-    print(f"written: {results / 'rates.csv'}, {path}")
-    for sharding in dict.fromkeys(row.key.sharding for row in rows):
-        power = -exponent(row for row in rows if row.key.sharding == sharding)
-        print(f"{sharding}: best rates follow the share to the power of {power:.2f}")
+    print(f"written: {results / 'rates.csv'}, {results / 'rate_powers.csv'}, {path}")
 
 
 if __name__ == "__main__":
