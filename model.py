@@ -165,7 +165,7 @@ EVERY, CLASS_TOKEN = slice(None), slice(1)  # rows of tokens
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return what queries (N, heads, R, d) gather from keys and values: (N, R, heads * d)."""
     dtype = q.dtype
-    if q.is_cpu and q.element_size() == 2:  # a CPU's backward pass is several times as fast in fp32
+    if q.is_cpu and q.element_size() == 2:  # where a CPU's kernels are slow
         q, k, v = q.float(), k.float(), v.float()
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).to(dtype)
 

@@ -133,7 +133,8 @@ def of_training(trial: Trial, costs: Costs, rate: float) -> dict:
         return figures
     say("what a step consists of")
     seconds = costs.a_round(o) if clients else step
-    operations = steps * batch * probe.operations(learner)
+    of_image = probe.operations(learner)
+    operations = steps * batch * of_image
     parts = {
         "products": operations / rate,
         "pixels": steps * batch * probe.pixels(learner, trial.batch),
@@ -145,7 +146,7 @@ def of_training(trial: Trial, costs: Costs, rate: float) -> dict:
     unit = "round" if clients else "step"
     smaller = probe.operations_of(SMALLER[0], trial.workspace.classes, SMALLER[1])
     return figures | {
-        "smaller_job_to_operations": rounded(smaller / probe.operations(learner)),
+        "smaller_job_to_operations": rounded(smaller / of_image),
         f"{unit}_parts_seconds": {name: rounded(value) for name, value in parts.items()},
         f"{unit}_tflop": rounded(operations / 1e12),
         "share_of_product_rate": rounded(operations / seconds / rate),
