@@ -2,15 +2,19 @@
 
     add_norm    total = x + (branch + bias);  normed = LayerNorm(total)
     bias_gelu   GELU(x + bias), exact
-    qkv_heads   x W' + b, cut into the heads of q, k and v
+    attention   softmax(q k' / sqrt(C)) v,  q, k, v = the heads of x W' + b
 
 `bias` is that of the linear layer before, which computes its product alone. So its gradient, a sum
 over tokens, and those of LayerNorm's weight and bias come out of the pass that has the values at
 hand: as a partial sum for every few rows, which a second small pass adds up. No atomics, block
 sizes fixed by shape: the same bits every time. Operands are fp16, bf16, fp32 or, in the reference,
 fp64; arithmetic and sums are in fp32 or wider. Reverse mode alone, once: no forward-mode products.
-Source: Ba 2016, arXiv:1607.06450; Hendrycks 2016, arXiv:1606.08415; fused as in Dao's and Liger's
-kernels (arXiv:2410.10989).
+
+Attention is PyTorch's, and then only the gradients of q, k and v are put together here; but for
+half precision and up to 256 tokens on a Hopper GPU. There a program has a whole head at hand: no
+softmax in pieces, and a gradient in one pass, straight into that of x W' + b.
+Source: Ba 2016, arXiv:1607.06450; Hendrycks 2016, arXiv:1606.08415; fused as in Liger's kernels
+(arXiv:2410.10989); the gradient of attention from its rows' sums as in Dao 2022, arXiv:2205.14135.
 
     import torch; from fused import add_norm
     x, branch = torch.randn(2, 5, 48), torch.randn(2, 5, 48)
@@ -23,7 +27,7 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +45,9 @@ NORM_TILE = 2048  # elements of a tile of whole rows, at least one row
 NORM_STEPS = 8  # tiles whose gradients share a partial sum
 COLUMNS, ROWS, STEPS = 128, 16, 4  # the same of tiles that are cut out of rows
 SUM_ROWS, SUM_COLUMNS = 256, 16  # of partial sums: a few hundred rows in one or two loads
+TOKENS, HEAD_WIDTHS = 256, (16, 32, 64)  # the most that attention's kernels take, and which
+QUERIES, KEYS = 64, 64  # of a program of attention, and of a step of its gradient
+LOG2E = math.log2(math.e)
 TOLERANCE = 4  # times the precision of a dtype: kernel against reference, of values near 1
 ROUGH = 2.0**-21  # what passes there for fp32's: a GPU's quick division and root err by some units
 
@@ -109,6 +116,39 @@ def pack_reference(q: Tensor, k: Tensor, v: Tensor, sums: bool) -> tuple[Tensor,
     if not sums:
         return packed, None
     return packed, wide(packed)[0].sum(0, keepdim=True).to(q.dtype)
+
+
+def attention_reference(qkv: Tensor, heads: int, queries: int) -> tuple[Tensor, Tensor]:
+    """Return what the first tokens gather (N, queries, D), of qkv (N, T, 3 D), and the logarithm
+    (N, heads, queries), to base 2, of each row's sum of exponentials."""
+    q, k, v = heads_of(qkv, heads)
+    scores = q[:, :, :queries] @ k.mT * (LOG2E / math.sqrt(q.shape[-1]))
+    log_sums = torch.logsumexp(scores / LOG2E, -1) * LOG2E
+    gathered = torch.exp2(scores - log_sums[..., None]) @ v
+    return gathered.transpose(1, 2).flatten(2).to(qkv.dtype), log_sums
+
+
+def attention_backward_reference(
+    d: Tensor, qkv: Tensor, gathered: Tensor, log_sums: Tensor, heads: int, sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradient by qkv, (N * T, 3 D), and its columns' sums (1, 3 D)."""
+    n, queries, width = d.shape
+    q, k, v = heads_of(qkv, heads)
+    q, scale = q[:, :, :queries], 1 / math.sqrt(q.shape[-1])
+    d, gathered = (x.view(n, queries, heads, -1).transpose(1, 2) for x in wide(d, gathered))
+    p = torch.exp2(q @ k.mT * (scale * LOG2E) - log_sums[..., None])
+    d_scores = p * (d @ v.mT - (d * gathered).sum(-1, keepdim=True)) * scale
+    d_q = F.pad(d_scores @ k, (0, 0, 0, k.shape[2] - queries))
+    parts = (d_q, d_scores.mT @ q, p.mT @ d)
+    return pack_reference(
+        *(x.transpose(1, 2).reshape(-1, width).to(qkv.dtype) for x in parts), sums
+    )
+
+
+def heads_of(qkv: Tensor, heads: int) -> Tensor:
+    """Return q, k and v, (3, N, heads, T, C) in fp32 or wider, of qkv (N, T, 3 D)."""
+    (parts,) = wide(qkv.unflatten(-1, (3, heads, -1)))
+    return parts.permute(2, 0, 3, 1, 4)
 
 
 # ---------------------------------------------------------------------------- kernels
@@ -281,6 +321,99 @@ if triton is not None:
                 tl.store(partial_ptr + at, tl.sum(by_bias, 0), inside)
 
     @triton.jit
+    def _attention_kernel(
+        gathered_ptr,  # (N, queries, heads, C)
+        log_sums_ptr,  # (N, heads, queries)
+        qkv_ptr,  # (N, tokens, 3, heads, C)
+        tokens,
+        queries,
+        heads,
+        scale,  # of scores, to base 2
+        ROWS: tl.constexpr,
+        TOKENS: tl.constexpr,
+        WIDTH: tl.constexpr,
+    ):
+        n, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
+        width = heads * WIDTH
+        c = head * WIDTH + tl.arange(0, WIDTH)
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        token = tl.arange(0, TOKENS)
+        live, inside = (row < queries)[:, None], (token < tokens)[:, None]
+        at_q = (n * tokens + row[:, None]) * (3 * width) + c[None, :]
+        at_k = (n * tokens + token[:, None]) * (3 * width) + width + c[None, :]
+        q = tl.load(qkv_ptr + at_q, live, other=0.0)
+        k = tl.load(qkv_ptr + at_k, inside, other=0.0)
+        v = tl.load(qkv_ptr + at_k + width, inside, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.where((token < tokens)[None, :], scores, float("-inf"))
+        top = tl.max(scores, 1)
+        p = tl.exp2(scores - top[:, None])
+        total = tl.sum(p, 1)
+        gathered = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
+        at = (n * queries + row[:, None]) * width + c[None, :]
+        tl.store(gathered_ptr + at, gathered.to(gathered_ptr.dtype.element_ty), live)
+        at = (n * heads + head) * queries + row
+        tl.store(log_sums_ptr + at, top + tl.log2(total), row < queries)
+
+    @triton.jit
+    def _attention_backward_kernel(
+        d_qkv_ptr,  # (N, tokens, 3, heads, C)
+        partial_ptr,  # (N, 3, heads, C)
+        d_ptr,  # (N, queries, heads, C)
+        qkv_ptr,
+        gathered_ptr,
+        log_sums_ptr,
+        tokens,
+        queries,
+        heads,
+        scale,  # of scores, to base 2
+        SUMS: tl.constexpr,
+        ROWS: tl.constexpr,  # all queries
+        KEYS: tl.constexpr,
+        STEPS: tl.constexpr,
+        WIDTH: tl.constexpr,
+    ):
+        n, head = tl.program_id(1).to(tl.int64), tl.program_id(0)
+        width = heads * WIDTH
+        c = head * WIDTH + tl.arange(0, WIDTH)
+        row = tl.arange(0, ROWS)
+        live = (row < queries)[:, None]
+        at_q = (n * tokens + row[:, None]) * (3 * width) + c[None, :]
+        at = (n * queries + row[:, None]) * width + c[None, :]
+        q = tl.load(qkv_ptr + at_q, live, other=0.0)
+        d = tl.load(d_ptr + at, live, other=0.0)
+        gathered = tl.load(gathered_ptr + at, live, other=0.0)
+        inner = tl.sum(d.to(tl.float32) * gathered.to(tl.float32), 1)
+        sums_ptr = partial_ptr + n * 3 * width + c
+        if SUMS:  # over keys, rows of p add up to 1 and those of d_scores to 0
+            tl.store(sums_ptr + width, tl.zeros((WIDTH,), dtype=tl.float32))
+            tl.store(sums_ptr + 2 * width, tl.sum(d.to(tl.float32), 0))
+        at = (n * heads + head) * queries + row
+        log_sums = tl.load(log_sums_ptr + at, row < queries, other=0.0)
+        d_q = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
+        for step in range(STEPS):
+            key = step * KEYS + tl.arange(0, KEYS)
+            inside = (key < tokens)[:, None]
+            at_k = (n * tokens + key[:, None]) * (3 * width) + width + c[None, :]
+            k = tl.load(qkv_ptr + at_k, inside, other=0.0)
+            v = tl.load(qkv_ptr + at_k + width, inside, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            p = tl.exp2(scores - log_sums[:, None])
+            p = tl.where((key < tokens)[None, :], p, 0.0)
+            d_v = tl.dot(tl.trans(p.to(d.dtype)), d, input_precision="ieee")
+            tl.store(d_qkv_ptr + at_k + width, d_v.to(d_qkv_ptr.dtype.element_ty), inside)
+            d_p = tl.dot(d, tl.trans(v), input_precision="ieee")
+            d_scores = (p * (d_p - inner[:, None]) * (scale * 0.6931471805599453)).to(q.dtype)
+            d_k = tl.dot(tl.trans(d_scores), q, input_precision="ieee")
+            tl.store(d_qkv_ptr + at_k, d_k.to(d_qkv_ptr.dtype.element_ty), inside)
+            d_q = tl.dot(d_scores, k, d_q, input_precision="ieee")
+            unasked = inside & (key >= queries)[:, None]
+            tl.store(d_qkv_ptr + at_k - width, tl.zeros_like(k), unasked)
+        tl.store(d_qkv_ptr + at_q, d_q.to(d_qkv_ptr.dtype.element_ty), live)
+        if SUMS:
+            tl.store(sums_ptr, tl.sum(d_q, 0))
+
+    @triton.jit
     def _add_up_kernel(
         sums_ptr,
         partial_ptr,
@@ -392,6 +525,51 @@ def pack_triton(q: Tensor, k: Tensor, v: Tensor, sums: bool) -> tuple[Tensor, Te
     return packed, add_up(partial, q.dtype) if sums else None
 
 
+def attention_triton(qkv: Tensor, heads: int, queries: int) -> tuple[Tensor, Tensor]:
+    """`attention_reference` in one pass."""
+    n, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    gathered = qkv.new_empty(n, queries, width)
+    log_sums = qkv.new_empty(n, heads, queries, dtype=torch.float32)
+    rows = min(QUERIES, tile_of(queries))
+    with on(qkv):
+        _attention_kernel[(triton.cdiv(queries, rows), heads, n)](
+            *(gathered, log_sums, qkv, tokens, queries, heads),
+            LOG2E / math.sqrt(width // heads),
+            ROWS=rows,
+            TOKENS=tile_of(tokens),
+            WIDTH=width // heads,
+            num_warps=4,
+        )
+    return gathered, log_sums
+
+
+def attention_backward_triton(
+    d: Tensor, qkv: Tensor, gathered: Tensor, log_sums: Tensor, heads: int, sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`attention_backward_reference` in one pass and that of the sums."""
+    (n, tokens, columns), queries = qkv.shape, d.shape[1]
+    d_qkv, partial = torch.empty_like(qkv), partial_sums(qkv, n, columns, sums)
+    keys = min(KEYS, tile_of(tokens))
+    with on(qkv):
+        _attention_backward_kernel[(heads, n)](
+            *(d_qkv, partial, d, qkv, gathered, log_sums, tokens, queries, heads),
+            LOG2E / math.sqrt(columns // 3 // heads),
+            SUMS=sums,
+            ROWS=tile_of(queries),
+            KEYS=keys,
+            STEPS=triton.cdiv(tokens, keys),
+            WIDTH=columns // 3 // heads,
+            num_warps=8 if queries > 128 else 4,  # 256 x 64 scores are 64 registers of a thread
+            num_stages=2,
+        )
+    return d_qkv.view(-1, columns), add_up(partial, qkv.dtype) if sums else None
+
+
+def tile_of(rows: int) -> int:
+    """Return the rows of a tile that holds these."""
+    return max(16, triton.next_power_of_2(rows))
+
+
 def add_up(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the sums (1, columns) over the rows of partial sums."""
     rows, columns = partial.shape
@@ -471,13 +649,39 @@ class _QkvHeads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *parts):
         x, weight = ctx.saved_tensors
-        by_x, by_weight, by_bias = ctx.needs_input_grad[:3]
-        rows = x.reshape(-1, x.shape[-1])
-        flat = [part.transpose(1, 2).reshape(rows.shape).contiguous() for part in parts]
-        d, sums = (pack_triton if ctx.kernels else pack_reference)(*flat, by_bias)
-        dx = (d @ weight).view(x.shape) if by_x else None
-        d_weight = d.T @ rows if by_weight else None
-        return dx, d_weight, sums if sums is None else sums[0], None, None
+        flat = [part.transpose(1, 2).reshape(-1, x.shape[-1]).contiguous() for part in parts]
+        run = pack_triton if ctx.kernels else pack_reference
+        d, sums = run(*flat, ctx.needs_input_grad[2])
+        return *by_linear(d, sums, x, weight, ctx.needs_input_grad), None, None
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, heads, queries, kernels):
+        qkv = F.linear(x, weight, bias)
+        gathered, log_sums = (attention_triton if kernels else attention_reference)(
+            qkv, heads, queries
+        )
+        ctx.save_for_backward(x, weight, qkv, gathered, log_sums)
+        ctx.heads, ctx.kernels = heads, kernels
+        return gathered
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):
+        x, weight, *saved = ctx.saved_tensors
+        run = attention_backward_triton if ctx.kernels else attention_backward_reference
+        d, sums = run(d.contiguous(), *saved, ctx.heads, ctx.needs_input_grad[2])
+        return *by_linear(d, sums, x, weight, ctx.needs_input_grad), None, None, None
+
+
+def by_linear(
+    d: Tensor, sums: Tensor | None, x: Tensor, weight: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients by x, weight and bias of a linear layer whose result's is d (R, O)."""
+    d_x = (d @ weight).view(x.shape) if needed[0] else None
+    d_weight = d.T @ x.reshape(-1, x.shape[-1]) if needed[1] else None
+    return d_x, d_weight, sums if sums is None else sums[0]
 
 
 def add_norm(
@@ -526,7 +730,47 @@ def qkv_heads(
     weight (3 D, D) and bias (3 D,) or None are the linear layer's. Under autocast the results have
     its dtype, as those of nn.Linear. backend, Raises: as in `add_norm`.
     """
-    kernels, width = chooses_kernels(backend, x), x.shape[-1]
+    kernels = chooses_kernels(backend, x)
+    return _QkvHeads.apply(*linear_operands(x, weight, bias, heads), heads, kernels)
+
+
+def attention(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    heads: int,
+    queries: int | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Return what the first `queries` tokens (None: all) gather from x (N, T, D): (N, queries, D).
+
+    weight (3 D, D) and bias (3 D,) or None are those of the linear layer that makes q, k and v.
+    backend: as in `add_norm`, but that "auto" takes PyTorch's attention wherever `attends` does not
+    say "". Raises: as in `add_norm`, and where "triton" has more tokens or other heads than it
+    takes.
+    """
+    kernels = chooses_kernels(backend, x)
+    x, weight, bias = linear_operands(x, weight, bias, heads)
+    tokens, width = x.shape[1:]
+    queries = tokens if queries is None else queries
+    if not 0 < queries <= tokens:
+        raise ValueError(f"queries must be 1 to {tokens}, not {queries}")
+    if backend == "triton" and (reason := too_large(width, heads, tokens)):
+        raise ValueError(f"backend 'triton': {reason}")
+    if backend == "auto" and attends(x.device, x.dtype, width, heads, tokens):
+        q, k, v = _QkvHeads.apply(x, weight, bias, heads, kernels)
+        gathered = F.scaled_dot_product_attention(q[:, :, :queries], k, v)
+        return gathered.transpose(1, 2).flatten(2)
+    return _Attention.apply(x, weight, bias, heads, queries, kernels)
+
+
+def linear_operands(
+    x: Tensor, weight: Tensor, bias: Tensor | None, heads: int
+) -> list[Tensor | None]:
+    """Return the operands of the linear layer that makes q, k and v, checked, as autocast has
+    them."""
+    width = x.shape[-1]
     if x.dim() != 3 or width % heads:
         raise ValueError(f"x must be (N, T, D) with D a multiple of {heads}, not {tuple(x.shape)}")
     operands = [x, *dense((3 * width, width), weight=weight)]
@@ -534,7 +778,7 @@ def qkv_heads(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         operands = [operand if operand is None else operand.to(dtype) for operand in operands]
-    return _QkvHeads.apply(*operands, heads, kernels)
+    return operands
 
 
 def dense(shape: Sequence[int], **operands: Tensor) -> list[Tensor]:
@@ -586,25 +830,7 @@ def serves(device: torch.device, dtype: torch.dtype, width: int, heads: int) -> 
         return "the triton package is not installed here"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"they are for a GPU, and this is a {device}"
-    try:
-        worst = disagreement(device, dtype, width, heads)
-    except Exception as error:  # compilers fail in many ways, all of them before a launch
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise
-        said = str(error).strip().partition("\n")[0]
-        return f"Triton does not run on {device}: {type(error).__name__}: {said}"
-    limit = TOLERANCE * max(torch.finfo(dtype).eps, ROUGH)
-    return "" if worst <= limit else f"kernel and reference differ by {worst:.2g} on {device}"
-
-
-def disagreement(device: torch.device, dtype: torch.dtype, width: int, heads: int) -> float:
-    """Return the largest difference of kernels and reference, gradients included, over the largest
-    value of each tensor; NaN where one holds a NaN."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
+    draw = drawer(device, dtype)
     norm = nn.LayerNorm(width, eps=1e-6).to(device, dtype)
     norm.load_state_dict({"weight": draw(width), "bias": draw(width)})
     x, branch, bias = draw(2, 37, width), draw(2, 37, width), draw(width)
@@ -615,12 +841,76 @@ def disagreement(device: torch.device, dtype: torch.dtype, width: int, heads: in
     upstream = [draw(2, 37, width), draw(2, 37, width), draw(2, 37, 4 * width)]
     upstream += [draw(2, 37, heads, width // heads).transpose(1, 2) for _ in range(3)]
 
-    def results(backend: str) -> list[Tensor]:
-        outputs = [*add_norm(x, branch, bias, norm, backend=backend)]
-        outputs += [bias_gelu(hidden, hidden_bias, backend=backend)]
-        outputs += qkv_heads(x, qkv, qkv_bias, heads, backend=backend)
-        return [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
+    def outputs(backend: str) -> list[Tensor]:
+        results = [*add_norm(x, branch, bias, norm, backend=backend)]
+        results += [bias_gelu(hidden, hidden_bias, backend=backend)]
+        return results + [*qkv_heads(x, qkv, qkv_bias, heads, backend=backend)]
 
-    pairs = zip(results("triton"), results("reference"), strict=True)
-    apart = [(a - b).abs().max() / b.abs().max() for a, b in pairs]
-    return torch.stack([x.float() for x in apart]).max().item()  # Python's max passes NaN over
+    return compared(outputs, leaves, upstream)
+
+
+@functools.cache
+def attends(device: torch.device, dtype: torch.dtype, width: int, heads: int, tokens: int) -> str:
+    """Compare attention's kernels and reference once, on this device at a model's sizes.
+
+    Returns:
+        "" where they agree; else one sentence that says why PyTorch's attention serves.
+    """
+    if not hopper(device) or dtype not in (torch.float16, torch.bfloat16):
+        return "the kernels are for half precision on a Hopper GPU"
+    if reason := too_large(width, heads, tokens):
+        return reason
+    draw = drawer(device, dtype)
+    x, bias = draw(2, tokens, width), draw(3 * width)
+    weight = draw(3 * width, width) / math.sqrt(width)  # scores near 1
+    leaves = [x.requires_grad_() for x in (x, weight, bias)]
+
+    def outputs(backend: str) -> list[Tensor]:
+        asked = [tokens, 1]  # by all, and by the class token alone
+        return [attention(*leaves, heads, queries, backend=backend) for queries in asked]
+
+    return compared(outputs, leaves, [draw(*y.shape) for y in outputs("reference")])
+
+
+def hopper(device: torch.device) -> bool:
+    """Tell whether a device is of the generation that attention's kernels are for."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def too_large(width: int, heads: int, tokens: int) -> str:
+    """Say why attention's kernels do not take these sizes; "" where they do."""
+    if tokens <= TOKENS and width // heads in HEAD_WIDTHS:
+        return ""
+    widths = ", ".join(map(str, HEAD_WIDTHS))
+    taken = f"up to {TOKENS} tokens and heads of {widths}"
+    return f"attention's kernels take {taken}, not {tokens} tokens and heads of {width // heads}"
+
+
+def drawer(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Return a function of sizes that draws normal values."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def compared(
+    outputs: Callable[[str], list[Tensor]], leaves: list[Tensor], upstream: list[Tensor]
+) -> str:
+    """Hold the kernels' outputs and gradients against the reference's, each over the largest value
+    of its tensor; returns "" where they agree, else what is wrong."""
+    device, dtype = leaves[0].device, leaves[0].dtype
+    apart = []
+    try:
+        kernels, references = (
+            [*results, *torch.autograd.grad(results, leaves, upstream)]
+            for results in (outputs("triton"), outputs("reference"))
+        )
+        for a, b in zip(kernels, references, strict=True):
+            apart.append((a - b).abs().max() / b.abs().max())
+    except Exception as error:  # compilers fail in many ways, all of them before a launch
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        said = str(error).strip().partition("\n")[0]
+        return f"Triton does not run on {device}: {type(error).__name__}: {said}"
+    worst = torch.stack([x.float() for x in apart]).max().item()  # Python's max passes NaN over
+    limit = TOLERANCE * max(torch.finfo(dtype).eps, ROUGH)
+    return "" if worst <= limit else f"kernel and reference differ by {worst:.2g} on {device}"

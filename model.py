@@ -275,11 +275,11 @@ class VisionTransformer(nn.Module):
         """Return the same by `passes`, and by the modules' parameters alone: no hook sees it."""
         passes, y = self.passes, blocks[0].norm1(x)
         for block, norm in zip(blocks, [*(b.norm1 for b in blocks[1:]), self.norm], strict=True):
-            rows = CLASS_TOKEN if norm is self.norm else EVERY
+            queries = 1 if norm is self.norm else y.shape[1]  # the class token comes first
             qkv, proj, fc1, fc2 = block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
-            q, k, v = passes.qkv_heads(y, qkv.weight, qkv.bias, block.attn.heads)
-            y = F.linear(attend(q[:, :, rows], k, v), proj.weight)
-            x, y = passes.add_norm(x[:, rows], y, proj.bias, block.norm2)
+            y = passes.attention(y, qkv.weight, qkv.bias, block.attn.heads, queries)
+            x, y = x[:, :queries], F.linear(y, proj.weight)
+            x, y = passes.add_norm(x, y, proj.bias, block.norm2)
             y = passes.bias_gelu(F.linear(y, fc1.weight), fc1.bias)
             x, y = passes.add_norm(x, F.linear(y, fc2.weight), fc2.bias, norm)
         return y[:, 0]
@@ -288,7 +288,7 @@ class VisionTransformer(nn.Module):
     def fused(self, passes: Any) -> Iterator[None]:
         """Let the passes between a block's products be those of `passes`, fused.py for one.
 
-        passes: has add_norm, bias_gelu and qkv_heads.
+        passes: has add_norm, bias_gelu and attention.
         """
         self.passes = passes
         try:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 PLAIN, FUSED = {"fused": "no"}, {"fused": "yes"}
+FUSED_PASS = {"method": "fused"}
 ROUND, STEP = "round, s", "step, ms"
 SHARE = "share of it in a step"
 FIGURES = [  # what it is, goal, file, row, column
@@ -22,6 +23,10 @@ FIGURES = [  # what it is, goal, file, row, column
     ("  CUDA graph", "on", "round", ("vit_s16", ROUND, FUSED), "cuda_graph"),
     ("round, ViT-Ti/16, s", "0.16", "round", ("vit_ti16_224", ROUND, FUSED), "median"),
     ("  passes not fused", "", "round", ("vit_ti16_224", ROUND, PLAIN), "median"),
+    *(
+        (f"  {name} over PyTorch's", "< 1", "fused", {"operation": name} | FUSED_PASS, "to_pytorch")
+        for name in ("add_norm", "bias_gelu", "attention")
+    ),
     ("careful plain loop over it", "", "peers", {"method": "careful"}, "to_project"),
     ("  weights apart by", "", "peers", {"method": "careful"}, "largest_difference"),
     ("optimiser step over a copy", "1.11", "sparse_sgdm", "sparse_sgdm_ triton", "to_copy"),

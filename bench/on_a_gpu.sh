@@ -17,10 +17,11 @@ if [ -n "${SMALL:-}" ]; then
     SETTINGS=(vit_demo) ROUNDS=(--rounds 1) PEERS=vit_demo SCALE=gpu-smoke
     SCORED=(--model vit_demo --image-size 32 --batch 8 --batches 2 --repetitions 1)
     COMMAND=(fedavg --data synthetic --rounds 2) STEPS=(--size 10000 --repetitions 2)
+    PASSES=(--sizes 2 17 48 3 --repetitions 2)
 else
     SETTINGS=(vit_s16 vit_ti16_224) ROUNDS=() PEERS=vit_s16 SCALE=gpu
     SCORED=(--model vit_s16 --image-size 224 --batch 64)
-    COMMAND=(fedavg --nc 1 --J 4 --rounds 2000) STEPS=()
+    COMMAND=(fedavg --nc 1 --J 4 --rounds 2000) STEPS=() PASSES=()
 fi
 SCORING=(training half)
 [ "$DEVICE" = cuda ] || SCORING=(training scoring)
@@ -44,6 +45,8 @@ step 120 "a round" "$PYTHON" bench/bench_round.py --settings "${SETTINGS[@]}" "$
     --graphs auto --device "$DEVICE" --csv "$NEW/round_gpu.csv"
 step 60 "scoring" "$PYTHON" bench/bench_fisher.py "${SCORED[@]}" --methods "${SCORING[@]}" \
     --device "$DEVICE" --json "$NEW/fisher_gpu_vit_s16.json"
+step 40 "passes" "$PYTHON" bench/bench_fused.py "${PASSES[@]}" --device "$DEVICE" \
+    --csv "$NEW/fused_gpu.csv"
 step 90 "the careful loop" "$PYTHON" bench/bench_peers.py --settings "$PEERS" \
     --methods project careful --rounds 4 --device "$DEVICE" --csv "$NEW/peers_gpu.csv"
 step 60 "the optimiser" "$PYTHON" bench/bench_sparse_sgdm.py "${STEPS[@]}" --device "$DEVICE" \

@@ -145,9 +145,15 @@ class Learner:
         wanted = self.training.fused != "off" and not self.training.compile
         if not wanted or device.type != "cuda" or not ours:
             return False
-        reason = fused.serves(device, self.workspace.dtype, shape.width, shape.heads)
+        sizes = self.workspace.dtype, shape.width, shape.heads
+        reason = fused.serves(device, *sizes)
         if reason:
             print(f"passes are not fused: {reason}")
+        elif fused.hopper(device):
+            patches = (self.workspace.backbone.image_size // shape.patch) ** 2
+            tokens = 1 + (self.seen_patches[0] or patches)
+            if why := fused.attends(device, *sizes, tokens):
+                print(f"attention is PyTorch's: {why}")
         return not reason
 
     def keep_activations(self) -> None:

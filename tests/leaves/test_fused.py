@@ -33,9 +33,9 @@ def norm_of(width, dtype=torch.float64):
     return norm
 
 
-def operations(rows, width, dtype, heads=3, backend="reference"):
+def operations(rows, width, dtype, backend="reference"):
     """Return each operation as (function of its operands, operands)."""
-    norm = norm_of(width, dtype)
+    norm, heads = norm_of(width, dtype), max(3, width // 64)
 
     def add_norm(x, branch, bias, weight, shift):
         norm.weight, norm.bias = nn.Parameter(weight), nn.Parameter(shift)
@@ -75,11 +75,16 @@ def test_references_are_pytorchs_own_operations():
     q, k, v = fused.qkv_heads(x, linear.weight, linear.bias, 3)
     parts = linear(x).view(2, 5, 3, 3, 16).permute(2, 0, 3, 1, 4)
     assert all(map(torch.equal, (q, k, v), parts))
+    expected = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+    for queries in (5, 2):
+        for backend in ("auto", "reference"):
+            y = fused.attention(x, linear.weight, linear.bias, 3, queries, backend=backend)
+            torch.testing.assert_close(y, expected[:, :queries], rtol=1e-13, atol=1e-13)
 
 
 def outputs_and_gradients(rows, width, dtype, backend):
     results = []
-    for function, operands in operations(rows, width, dtype, backend=backend).values():
+    for function, operands in operations(rows, width, dtype, backend).values():
         operands = [x.requires_grad_() for x in operands]
         outputs = function(*operands)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -130,9 +135,80 @@ def test_frozen_biases_cost_no_sum(monkeypatch):
         torch.autograd.grad([y.sum() for y in outputs], operands[:1])
 
 
+def attention_results(tokens, width, queries, dtype, backend):
+    """Return attention's output and gradients; operands have the values that fp16 can hold."""
+    weight = draw(3 * width, width) / width**0.5
+    operands = [draw(2, tokens, width), weight, draw(3 * width)]
+    operands = [x.half().to(dtype).requires_grad_() for x in operands]
+    y = fused.attention(*operands, max(3, width // 64), queries, backend=backend)
+    upstream = draw(*y.shape).half().to(dtype)
+    return [y, *torch.autograd.grad(y, operands, upstream)]
+
+
+@pytest.mark.parametrize("queries", [5, 1])
+def test_attentions_reference_has_the_gradient_of_finite_differences(queries):
+    operands = [draw(2, 5, 6), draw(18, 6), draw(18)]
+    call = lambda *x: fused.attention(*x, 3, queries, backend="reference")  # noqa: E731
+    assert torch.autograd.gradcheck(call, [x.requires_grad_() for x in operands])
+
+
+def attention_runs(dtype):
+    """Tell whether attention's kernels compute these here: Triton's interpreter multiplies bf16's
+    bits as integers, and fp32's tiles do not fit on a GPU."""
+    if DEVICE == "cpu":
+        return fused.triton is not None and dtype != torch.bfloat16
+    return dtype != torch.float32 and fused.hopper(torch.device(DEVICE))
+
+
+@pytest.mark.parametrize("dtype", fused.DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "width", "queries"),
+    [
+        (1, 48, 1),
+        (17, 48, 17),
+        (37, 192, 1),
+        (65, 96, 65),
+        (197, 192, 197),
+        (197, 48, 2),
+        (256, 192, 1),
+    ],
+)
+def test_attentions_kernels_are_as_near_the_truth_as_their_reference(tokens, width, queries, dtype):
+    if not attention_runs(dtype):
+        pytest.skip("not for these")
+    sizes = tokens, width, queries
+    kernels = attention_results(*sizes, dtype, "triton")
+    references = attention_results(*sizes, dtype, "reference")
+    truths = attention_results(*sizes, torch.float64, "reference")
+    for kernel, reference, truth in zip(kernels, references, truths, strict=True):
+        near = (reference - truth).abs().max() + torch.finfo(dtype).eps * truth.abs().max()
+        assert (kernel - truth).abs().max() <= 2 * near, truth.shape
+
+
+@pytest.mark.skipif(not attention_runs(torch.float16), reason="no Hopper GPU, no Triton")
+def test_very_low_scores_stay_finite_beside_the_places_that_no_token_fills():
+    bias = torch.cat([torch.full((48,), value) for value in (10.0, -10.0, 1.0)]).half().to(DEVICE)
+    x, weight = draw(1, 17, 48).half(), (draw(144, 48) / 100).half()
+    operands = [t.requires_grad_() for t in (x, weight, bias)]
+    y, reference = (fused.attention(*operands, 3, backend=b) for b in ("triton", "reference"))
+    torch.testing.assert_close(y, reference, rtol=0.01, atol=0.01)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), operands))
+
+
+@needs_triton
+@pytest.mark.skipif(not attention_runs(torch.float16), reason="no Hopper GPU")
+def test_attentions_kernels_give_the_same_bits_and_add_up_only_what_trains(monkeypatch):
+    first, second = (attention_results(65, 96, 65, torch.float16, "triton") for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    monkeypatch.setattr(fused, "add_up", lambda partial, dtype: pytest.fail("a sum was taken"))
+    x, weight = draw(1, 5, 48).half().requires_grad_(), draw(144, 48).half()
+    y = fused.attention(x, weight, draw(144).half(), 3, backend="triton")
+    torch.autograd.grad(y.sum(), x)
+
+
 def model_gradients(model, images, backend=None):
     """Return a loss's gradients by name, of the model as it is or with fused passes."""
-    names = ("add_norm", "bias_gelu", "qkv_heads")
+    names = ("add_norm", "bias_gelu", "attention")
     passes = SimpleNamespace(**{n: partial(getattr(fused, n), backend=backend) for n in names})
     if backend is None:
         logits = model(images)
@@ -192,7 +268,11 @@ def test_what_is_not_computed_is_refused_by_name(backend):
         (r"bias must be \(8,\), not None", lambda: fused.bias_gelu(x, None, backend=backend)),
         ("weight must be", lambda: fused.qkv_heads(x, x[0], bias, 2, backend=backend)),
         ("multiple of 3", lambda: fused.qkv_heads(x, x[0], bias, 3, backend=backend)),
+        ("multiple of 3", lambda: fused.attention(x, x[0], bias, 3, backend=backend)),
     ]
+    for queries in (0, 6):
+        call = partial(fused.attention, x, draw(24, 8).float(), None, 2, queries, backend=backend)
+        operations.append(("queries must be 1 to 5", call))
     others = nn.LayerNorm((5, 8)), nn.LayerNorm(8, bias=False), Shifted(8)
     for other in (*others, nn.LayerNorm(8, elementwise_affine=False)):
         call = partial(fused.add_norm, x, x, bias, other.to(DEVICE), backend=backend)
@@ -244,6 +324,47 @@ def test_first_use_compares_kernels_with_the_reference(monkeypatch):
     fused.serves.cache_clear()
 
 
+def test_attention_is_pytorchs_where_the_kernels_are_not_for(monkeypatch):
+    device, half = torch.device(DEVICE), torch.float16
+    monkeypatch.setattr(fused, "hopper", lambda device: False)
+    fused.attends.cache_clear()
+    assert "half precision on a Hopper GPU" in fused.attends(device, half, 48, 3, 17)
+    monkeypatch.setattr(fused, "hopper", lambda device: True)
+    fused.attends.cache_clear()
+    assert "half precision on a Hopper GPU" in fused.attends(device, torch.float32, 48, 3, 17)
+    assert "up to 256 tokens" in fused.attends(device, half, 48, 3, 257)
+    assert "heads of 16, 32, 64, not 17 tokens and heads of 24" in fused.attends(
+        device, half, 48, 2, 17
+    )
+    fused.attends.cache_clear()
+
+
+@needs_triton
+@pytest.mark.skipif(not attention_runs(torch.float16), reason="no Hopper GPU")
+def test_first_use_compares_attention_with_the_reference(monkeypatch):
+    device, half = torch.device(DEVICE), torch.float16
+    monkeypatch.setattr(fused, "hopper", lambda device: True)
+    fused.attends.cache_clear()
+    assert fused.attends(device, half, 48, 3, 37) == ""
+    right = fused.attention_backward_triton
+
+    def wrong(*operands):
+        d, sums = right(*operands)
+        return d + 0.1 * d.abs().max(), sums
+
+    monkeypatch.setattr(fused, "attention_backward_triton", wrong)
+    fused.attends.cache_clear()
+    assert "differ by" in fused.attends(device, half, 48, 3, 37)
+    fused.attends.cache_clear()
+
+
+@needs_triton
+def test_attentions_kernels_refuse_what_they_cannot_hold():
+    x, weight = draw(1, 257, 48, dtype=torch.float32), draw(144, 48, dtype=torch.float32)
+    with pytest.raises(ValueError, match="up to 256 tokens"):
+        fused.attention(x, weight, None, 3, backend="triton")
+
+
 @pytest.mark.parametrize(
     ("backend", "x", "said"),
     [
@@ -267,25 +388,35 @@ COMPILE = """
 import fused, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-scalars = dict(rows="i32", width="i32", eps="fp32")
-fp32 = {"mean_ptr", "inverse_ptr", "partial_ptr"}
+scalars = dict.fromkeys(("rows", "width", "tokens", "queries", "heads"), "i32")
+scalars |= dict(eps="fp32", scale="fp32")
+fp32 = {"mean_ptr", "inverse_ptr", "partial_ptr", "log_sums_ptr"}
 norm, tile = dict(zip(("ROWS", "WIDTH"), fused.norm_tile(384))), dict(COLUMNS=fused.COLUMNS)
 tile |= dict(ROWS=fused.ROWS, STEPS=fused.STEPS, SUMS=True)
 blocks = dict.fromkeys(("_bias_gelu_kernel", "_bias_gelu_backward_kernel", "_pack_kernel"), tile)
 blocks["_add_norm_kernel"] = norm
 blocks["_add_norm_backward_kernel"] = norm | dict(STEPS=fused.NORM_STEPS, SUMS=True)
 blocks["_add_up_kernel"] = dict(ROWS=fused.SUM_ROWS, STEPS=2, COLUMNS=fused.SUM_COLUMNS)
+head = dict(WIDTH=64)
+blocks["_attention_kernel"] = head | dict(ROWS=fused.QUERIES, TOKENS=256)
+blocks["_attention_backward_kernel"] = head | dict(ROWS=256, KEYS=64, STEPS=4, SUMS=True)
+warps = {"_attention_backward_kernel": 8}
 kernels = [getattr(fused, name) for name in dir(fused) if name.endswith("_kernel")]
 for capability, half in ((75, "*fp16"), (80, "*bf16"), (90, "*bf16")):
     for kernel in kernels:
+        attends = "attention" in kernel.__name__
+        if attends and capability != 90:
+            continue
         types = {n: "*fp32" if n in fp32 else half for n in kernel.arg_names if n.endswith("_ptr")}
         types |= scalars
         signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
         chosen = {n: x for n, x in blocks[kernel.__name__].items() if n in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=signature, constexprs=chosen)
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        options = dict(num_warps=warps.get(kernel.__name__, 4), num_stages=2)
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert f".target sm_{capability}" in built.asm["ptx"], built.asm["ptx"][:400]
         assert "atom." not in built.asm["ptx"]
+        assert attends == ("wgmma" in built.asm["ptx"]) and built.metadata.shared <= 227 << 10
         print("built", capability, kernel.__name__)
 """
 
@@ -298,4 +429,4 @@ def test_kernels_compile_for_turing_ampere_and_hopper_without_a_gpu(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
     )
-    assert done.stdout.count("built") == 3 * 6, done.stderr
+    assert done.stdout.count("built") == 3 * 6 + 2, done.stderr
