@@ -71,8 +71,8 @@ TEST = Measure("test %", "final/test_acc", 100, 2)
 BYTES = Measure("bytes to dense", "bytes_to_dense")
 
 
-def best_of(tried: Mapping[Choice, Iterable[tuple[int, float | None]]]) -> Choice:
-    """Return the choice of the best mean validation accuracy, the first of equals.
+def merits(tried: Mapping[Choice, Iterable[tuple[int, float | None]]]) -> dict[Choice, float]:
+    """Return each choice's mean validation accuracy.
 
     Args:
         tried: choice -> (seed, accuracy) of its runs. Choices are compared on the seeds that all of
@@ -85,7 +85,13 @@ def best_of(tried: Mapping[Choice, Iterable[tuple[int, float | None]]]) -> Choic
         chosen = [acc or 0.0 for seed, acc in runs[choice] if not shared or seed in shared]
         return float(np.mean(chosen))
 
-    return max(runs, key=merit)
+    return {choice: merit(choice) for choice in runs}
+
+
+def best_of(tried: Mapping[Choice, Iterable[tuple[int, float | None]]]) -> Choice:
+    """Return the choice of the best merit, the first of equals; tried: as in `merits`."""
+    accuracy = merits(tried)
+    return max(accuracy, key=accuracy.__getitem__)
 
 
 def gain(measure: Measure, runs: Mapping[int, Past], against: Mapping[int, Past]) -> str:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import masks
 from study import figures, packed
 from study.past import Past
+from study.tables import INSIDE, place
 
 SEED = 0
 FOLDER = "rules"  # which holds the runs of the tables rules and sparsity
@@ -59,8 +60,8 @@ class Tried(NamedTuple):
 
     @property
     def bracketed(self) -> bool:
-        """Whether both a lower and a higher rate than the best one were tried."""
-        return min(self.accuracy) < self.best < max(self.accuracy)
+        """Whether both a lower and a higher rate were tried that ended lower than the best."""
+        return place(self.accuracy) == INSIDE
 
     def follows(self, how: str) -> float:
         """Return the rate that follows the mask; how: of masks.RATES."""

@@ -80,9 +80,14 @@ class Scale(NamedTuple):
     )
 
     def rates(self, rule: str, share: str, sharding: str) -> tuple[float, ...]:
-        """Return the rates that a mask rule tries; N_c = 1 takes rates three rungs lower."""
-        low = RUNGS[("dense", "0") if self.dense_rates else (rule, share)]
-        low = rung(low, 0 if sharding == "iid" else -3)
+        """Return the rates that a mask rule tries.
+
+        N_c = 1 takes rates three rungs lower, but for the least sensitive tenth, which hardly moves
+        there: one.
+        """
+        key = ("dense", "0") if self.dense_rates else (rule, share)
+        fewer = -1 if key == ("least-sensitive", "0.9") else -3
+        low = rung(RUNGS[key], 0 if sharding == "iid" else fewer)
         return (low, rung(low, 1), rung(low, -1))
 
     def masked(

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from study.measures import TEST, VALIDATION, Measure, best_of, gain
+from study.measures import TEST, VALIDATION, Measure, gain, merits
 from study.packed import run_of
 from study.past import Past
 from study.typeset import NOT_RUN, markdown_table
@@ -32,16 +32,27 @@ def around(lr: float, tries: int) -> tuple[float, ...]:
     return (lr, rung(lr, -1), rung(lr, 1))[:tries]
 
 
-def beyond(best: float, rates: Collection[float]) -> float | None:
-    """Return the next rate of LADDER beyond the end of `rates` that the best of them is; or None.
+def place(accuracy: Mapping[float, float]) -> str:
+    """Say where the best of these rates lies: at an end also where that end is as good."""
+    low, high, best = min(accuracy), max(accuracy), max(accuracy.values())
+    if low == high:
+        return "the only one"
+    if accuracy[high] == best:
+        return "the highest"
+    return "the lowest" if accuracy[low] == best else INSIDE
+
+
+def beyond(accuracy: Mapping[float, float]) -> float | None:
+    """Return the next rate of LADDER beyond the end at which the best of these lies; or None.
 
     Of a single rate it is the higher neighbour.
     """
-    if best == max(rates):
-        return next((lr for lr in LADDER if lr > best), None)
-    if best == min(rates):
-        return next((lr for lr in reversed(LADDER) if lr < best), None)
-    return None
+    where = place(accuracy)
+    if where == INSIDE:
+        return None
+    if where == "the lowest":
+        return next((lr for lr in reversed(LADDER) if lr < min(accuracy)), None)
+    return next((lr for lr in LADDER if lr > max(accuracy)), None)
 
 
 class Cell(NamedTuple):
@@ -133,7 +144,7 @@ class Experiment(NamedTuple):
             waiting = (row.cell(lr, seed).name for lr in rates if lr not in tried)
             if not tried or any(name not in given_up for name in waiting):
                 break
-            if (further := beyond(chosen(tried), tried)) is None or further in rates:
+            if (further := beyond(accuracy_of(tried))) is None or further in rates:
                 break
             rates = (*rates, further)
         return rates
@@ -190,11 +201,7 @@ class Experiment(NamedTuple):
     def place(self, row: Row) -> str:
         """Say where the best rate lies among those tried: only inside is it bracketed."""
         tried = self.tried(row)
-        if not tried or None in tried:
-            return ""
-        if len(tried) == 1:
-            return "the only one"
-        return {min(tried): "the lowest", max(tried): "the highest"}.get(chosen(tried), INSIDE)
+        return "" if not tried or None in tried else place(accuracy_of(tried))
 
     def lines(self) -> list[list[str]]:
         """Return the table's lines from the runs' summaries, the heading first."""
@@ -237,11 +244,16 @@ def placed(experiments: Mapping[str, Experiment], results: Path) -> dict[str, Ex
     return {n: e._replace(at=results / (e.folder or n)) for n, e in experiments.items()}
 
 
+def accuracy_of(tried: Tried) -> dict[float | None, float]:
+    """Return the mean validation accuracy of each rate, the lowest rate first."""
+    runs = {lr: [(seed, VALIDATION.of(run)) for seed, run in tried[lr].items()] for lr in tried}
+    return merits({lr: runs[lr] for lr in sorted(runs, key=lambda lr: lr or 0)})
+
+
 def chosen(tried: Tried) -> float | None:
-    """Return the rate of the best mean validation accuracy."""
-    return best_of(
-        {lr: [(seed, VALIDATION.of(run)) for seed, run in s.items()] for lr, s in tried.items()}
-    )
+    """Return the rate of the best mean validation accuracy, the lowest of equals."""
+    accuracy = accuracy_of(tried)
+    return max(accuracy, key=accuracy.__getitem__)
 
 
 def first_of(folder: Path, row: Row, rates: Collection[float | None]) -> Tried:

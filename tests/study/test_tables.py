@@ -138,9 +138,12 @@ def test_a_grid_is_widened_by_three_rates_at_most_and_past_no_failure(tmp_path):
 
 
 def test_beyond_a_grid_is_the_next_rung_on_the_best_rate_s_side():
-    assert beyond(0.03, (0.003, 0.01, 0.03)) == 0.1 and beyond(0.003, (0.003, 0.01)) == 0.001
-    assert beyond(0.01, (0.003, 0.01, 0.03)) is None
-    assert beyond(LADDER[-1], LADDER) is None and beyond(0.2, (0.2, 0.1)) == 0.3
+    assert beyond({0.003: 1, 0.01: 2, 0.03: 3}) == 0.1 and beyond({0.003: 3, 0.01: 2}) == 0.001
+    assert beyond({0.003: 2, 0.01: 3, 0.03: 2}) is None
+    assert beyond({0.003: 2, 0.01: 3, 0.03: 3}) == 0.1 and beyond({0.003: 3, 0.01: 3}) == 0.03
+    assert beyond({0.003: 3, 0.01: 3, 0.03: 2}) == 0.001
+    assert beyond(dict(zip(LADDER, range(len(LADDER)), strict=True))) is None
+    assert beyond({0.2: 2, 0.1: 1}) == 0.3 and beyond({0.2: 1}) == 0.3
 
 
 def test_a_table_reads_packed_runs_as_it_reads_their_folders(tmp_path):
