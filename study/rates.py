@@ -1,6 +1,7 @@
 """Which learning rates ended highest under each mask, against the rate that follows the mask.
 
-    python -m study.rates [results/cpu]    writes its rates.csv and rate_powers.csv, docs/rates.png
+    python -m study.rates [results/cpu]    writes its rates.csv, rate_powers.csv, update_norms.csv,
+                                           and docs/rates.png
 
 A mask that keeps the share s of all sensitivity takes dense training's rate times s^(-1/2)
 (matched: dense training's update norm) or s^-1 (functional: its change of the loss). Dense
@@ -12,11 +13,14 @@ rate was tried; the best is by validation accuracy.
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 import masks
 from study import figures, packed
@@ -24,6 +28,7 @@ from study.past import Past
 from study.tables import INSIDE, place
 
 SEED = 0
+LEAST = 1e-4  # a mask of a smaller share holds next to no sensitivity
 FOLDER = "rules"  # which holds the runs of the tables rules and sparsity
 HEADING = (
     *("sharding", "rule", "sparsity", "calibration_rounds", "sensitivity_share", "rates", "best"),
@@ -143,24 +148,62 @@ def lines(rows: list[Tried]) -> list[list[str]]:
 
 
 def powers(rows: list[Tried]) -> list[list[str]]:
-    """Return the powers of the share that best rates follow, a sharding a line, with a heading."""
-    table = [["sharding", "masks", "bracketed", "power"]]
-    for sharding in dict.fromkeys(row.key.sharding for row in rows):
-        masked = [row for row in rows if row.key.sharding == sharding and row.key.rule != "dense"]
-        inside = sum(row.bracketed for row in masked)
-        table.append([sharding, f"{len(masked)}", f"{inside}", f"{-exponent(masked):.2f}"])
+    """Return the powers of the share that best rates follow, with a heading.
+
+    Of each sharding's masks, and of those whose share is not below LEAST, which have the longest
+    lever; each with the interval that holds 95 % of the powers of masks drawn from them anew.
+    """
+    table = [["sharding", "shares_from", "masks", "bracketed", "power", "low", "high"]]
+    shardings = dict.fromkeys(row.key.sharding for row in rows)
+    for sharding, least in itertools.product(shardings, (0.0, LEAST)):
+        masked = [
+            row
+            for row in rows
+            if row.key.sharding == sharding and row.key.rule != "dense" and row.share >= least
+        ]
+        inside = [row for row in masked if row.bracketed]
+        draws = np.random.default_rng(0).integers(len(inside) or 1, size=(2000, len(inside)))
+        again = [-exponent([inside[i] for i in draw]) for draw in draws]
+        cells = [-exponent(inside), *np.quantile(again, (0.025, 0.975))]
+        counts = f"{len(masked)}", f"{len(inside)}"
+        table.append([sharding, f"{least:g}", *counts, *(f"{cell:.2f}" for cell in cells)])
     return table
 
 
+def norms(results: Path) -> list[list[str]]:
+    """Return how long clients' updates were, over what the matched law says, with a heading.
+
+    It says that a mask of share s, trained at lr, moves lr s^(1/2) where dense training moves its
+    own rate: of the runs of `linearity`, each beside dense training's of its clients and seed.
+    """
+    runs = {}
+    for run in packed.read(results / "linearity" / packed.FILE).values():
+        runs[key_of(run), run.options["seed"]] = run
+    shares, table = read_shares(results / "shares.csv"), []
+    for (key, seed), run in sorted(runs.items()):
+        if key.rule == "dense" or (key.rounds and key not in shares):
+            continue
+        dense = runs[Key(key.sharding, "dense", 0.0, 0), seed]
+        share = shares[key] if key.rounds else 1 - key.sparsity
+        length, lr = run.summary["final"]["update_norm"], run.options["lr"]
+        of_dense = dense.summary["final"]["update_norm"] / dense.options["lr"]
+        ratio = length / (of_dense * lr * math.sqrt(share))
+        cells = key.sharding, key.rule, f"{key.sparsity}", f"{seed}", f"{lr:g}"
+        table.append([*cells, f"{length:.4g}", f"{ratio:.2f}"])
+    heading = ["sharding", "rule", "sparsity", "seed", "lr", "update_norm", "to_matched_law"]
+    return [heading, *table]
+
+
 def main(results: Path) -> None:
-    """Write the tables of rates and of their powers, and the figure."""
+    """Write the tables of rates, of their powers and of updates' norms, and the figure."""
     rows = tried(results)
-    for name, table in (("rates", lines(rows)), ("rate_powers", powers(rows))):
+    tables = {"rates": lines(rows), "rate_powers": powers(rows), "update_norms": norms(results)}
+    for name, table in tables.items():
         text = "\n".join(",".join(line) for line in table)
         (results / f"{name}.csv").write_text(f"{text}\n", encoding="utf-8")
     path = Path(__file__).resolve().parent.parent / "docs" / "rates.png"
     figures.draw_rates(rows, path)
-    print(f"written: {results / 'rates.csv'}, {results / 'rate_powers.csv'}, {path}")
+    print(f"written: {', '.join(f'{results / name}.csv' for name in tables)}, {path}")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ FILES = (
     File("gpu/mask_rates.csv", 3, ("factor",)),
     File("cpu/score_precision.csv", 2, ("fp16", "bf16", "fp32, other images")),
     File("cpu/rates.csv", 4, ("best to matched", "best to functional")),
-    File("cpu/rate_powers.csv", 1, ("power",)),
+    File("cpu/rate_powers.csv", 2, ("power", "low", "high")),
 )
 
 

@@ -40,7 +40,12 @@ def test_the_power_is_that_of_the_best_rates():
     end = tried(0.5, 100.0)._replace(accuracy={100.0: 0.2, 10.0: 0.1})
     assert rates.exponent([*functional, end]) == pytest.approx(1)  # it is not bracketed
     assert math.isnan(rates.exponent([end]))
-    assert rates.powers([*functional, end])[1:] == [["iid", "3", "2", "-1.00"]]
+    lines = [["iid", least, "3", "2", "-1.00", "-1.00", "-1.00"] for least in ("0", "0.0001")]
+    assert rates.powers([*functional, end])[1:] == lines
+    tiny = [*functional, tried(1e-6, 0.01)]
+    every, counted = rates.powers(tiny)[1:]
+    assert every[2:4] == ["3", "3"] and -0.5 < float(every[4]) < 0 and every[5] < every[6]
+    assert counted[2:5] == ["2", "2", "-1.00"]
 
 
 def test_the_rates_are_those_of_the_runs(rows):
