@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 FIXED_POINT = 2.0**48  # units per 1.0 of the int64 totals
-LIMIT = 2.0**14  # largest weighted change of a parameter in one round: far above sense
+LIMIT = 2.0**14  # largest change of a parameter by one client in one round: far above sense
 SUM_TOLERANCE = 1e-3  # of weights that add up to 1, in fp16 too
 CHUNK = 262_144  # elements; keeps the temporaries of a CPU in cache
 NO_CLIENT, NO_WEIGHT = "no client took part", "the round's clients weigh nothing"  # in the log
@@ -286,6 +286,7 @@ class FedAvg:
         factor = method.factor(theta_k, self.theta)
         largest = add_delta_(part, theta_k, self.theta, float(cohort.weights[place]) * factor)
         check_losses(t, client, losses)
+        # weights and a factor above 1 would bring a sum nearer to int64's end
         scale = max(1.0, float(sum(cohort.weights))) * max(1.0, factor)
         check_change(t, client, largest.item() * scale)
         sent = method.bytes_up

@@ -28,7 +28,9 @@ from sparse_sgdm import sparse_sgdm_
 
 ALIGNMENT = 64  # elements: 128 bytes in half precision, 256 in fp32
 CHUNK = 262_144  # elements whose norm a CPU takes at once
-COMPACT_BELOW = 0.7  # density below which a CPU steps the unmasked entries alone (bench_compact.py)
+COMPACT_BELOW = (
+    0.7  # density below which a CPU steps the unmasked entries alone (bench_sparse_sgdm.py)
+)
 
 
 class Sgd(NamedTuple):
@@ -273,49 +275,28 @@ class Entries:
         self, lr: float | Tensor, first: bool = False, grad_scale: float | Tensor = 1.0
     ) -> None:
         """Take one optimiser step from the flat gradient, which still carries `grad_scale`."""
-        self.flat.recover_grad()
         flat, (theta, momentum) = self.flat, self.stepped
+        flat.recover_grad()
         gathers = self.index is not None and (self.compact or self.sgd.clip_norm is not None)
-        grad = flat.grad[self.index] if gathers else flat.grad
-        grad_scale = self.clipped(grad, grad_scale)
-        if self.compact:
-            self.step_flat(theta, grad, momentum, None, None, lr, first, grad_scale)
-            self.scatter()
-        else:
-            grad, mask, compute = flat.grad, self.mask, flat.compute
-            self.step_flat(theta, grad, momentum, mask, compute, lr, first, grad_scale)
-
-    def step_flat(
-        self,
-        theta: Tensor,
-        grad: Tensor,
-        momentum: Tensor | None,
-        mask: Tensor | None,
-        compute: Tensor | None,
-        lr: float | Tensor,
-        first: bool,
-        grad_scale: float | Tensor = 1.0,
-        *,
-        anchor: Tensor | None = None,
-        correction: Tensor | None = None,
-    ) -> None:
-        """Call `sparse_sgdm_` with the run's constants, on the view's terms or on these."""
+        entries = flat.grad[self.index] if gathers else flat.grad
         sparse_sgdm_(
             theta,
-            grad,
+            entries if self.compact else flat.grad,
             momentum,
-            mask,
-            compute,
-            self.anchor if anchor is None else anchor,
-            self.correction if correction is None else correction,
+            self.mask,
+            None if self.compact else flat.compute,
+            self.anchor,
+            self.correction,
             lr=lr,
             momentum=self.sgd.momentum,
             weight_decay=self.sgd.weight_decay or 0.0,
             nesterov=self.sgd.nesterov,
             first=first,
             prox=self.prox,
-            grad_scale=grad_scale,
+            grad_scale=self.clipped(entries, grad_scale),
         )
+        if self.compact:
+            self.scatter()
 
     def clipped(self, grad: Tensor, grad_scale: float | Tensor = 1.0) -> float | Tensor:
         """Return what a gradient (P',) is divided by: its scale, with a bound on the norm times

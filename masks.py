@@ -16,6 +16,7 @@ Source: TaLoS, Iurada 2025, arXiv:2504.02620.
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -239,28 +240,28 @@ def calibrate(
         final = split_budget(budget(theta.numel(), sparsity), sizes)
         check_within(within, final, sizes)
     original, alive = theta.clone(), torch.ones_like(theta, dtype=torch.bool)
-    allowed = alive if within is None else within
+
+    def keep(r: int, alive: Tensor, values: Tensor) -> Tensor:
+        """Return the mask that a round makes of these keys."""
+        values = values.masked_fill(~alive, math.inf)
+        if threshold is not None:
+            return values <= threshold
+        share = (1 - sparsity) ** (r / rounds)
+        counts = [
+            last if r == rounds else max(last, math.ceil(share * size))
+            for last, size in zip(final, sizes, strict=True)
+        ]
+        groups = zip(values.split(sizes), counts, strict=True)
+        return torch.cat([keep_lowest(group, count) for group, count in groups]) & alive
+
     try:
         for r in range(1, rounds + 1):
-
-            def keep(values: Tensor, alive: Tensor = alive & allowed, r: int = r) -> Tensor:
-                values = values.masked_fill(~alive, math.inf)
-                if threshold is not None:
-                    return values <= threshold
-                share = (1 - sparsity) ** (r / rounds)
-                counts = [
-                    last if r == rounds else max(last, math.ceil(share * size))
-                    for last, size in zip(final, sizes, strict=True)
-                ]
-                groups = zip(values.split(sizes), counts, strict=True)
-                lowest = torch.cat([keep_lowest(group, count) for group, count in groups])
-                return lowest & alive
-
+            keep_in_round = functools.partial(keep, r, alive if within is None else alive & within)
             theta.copy_(torch.where(alive, original, original * damp))
-            values = keys(alive, keep)
+            values = keys(alive, keep_in_round)
             if not torch.isfinite(values).all():
                 raise ValueError(f"calibration round {r}: a score is not finite")
-            ranked, alive = values[alive], keep(values)
+            ranked, alive = values[alive], keep_in_round(values)
             if threshold is not None and not alive.any():
                 raise NothingKept(r, threshold, values.min().item(), values.max().item())
             if report is not None:

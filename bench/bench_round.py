@@ -36,6 +36,7 @@ from work import build_learner, build_loop, opened
 
 import data
 from fedavg import FedAvg
+from machine.rates import product_rate
 from training.workspace import Workspace
 
 SHARED = (
@@ -48,7 +49,6 @@ SETTINGS = {  # options, rounds, goal
     "vit_s16": ("--model vit_s16 --image-size 224 --batch-size 64 --augment", 5, None),
     "vit_ti16_224": ("--model vit_ti16 --image-size 224 --batch-size 64 --augment", 5, None),
 }
-PRODUCT = 8192  # side of the matrices whose product is the matrix units' rate
 
 
 class Floor:
@@ -81,13 +81,6 @@ class Floor:
         for x, y in batches:
             loss = torch.nn.functional.cross_entropy(self.model(x), y)
             torch.autograd.grad(loss, self.parameters)
-
-
-def product_rate(dtype: torch.dtype, device: str) -> float:
-    """Return the floating-point operations a second of a large matrix product."""
-    a, b = torch.randn(2, PRODUCT, PRODUCT, device=device).to(dtype).unbind()
-    several = {"product": lambda: [a @ b for _ in range(10)]}
-    return 10 * 2 * PRODUCT**3 / np.median(interleaved(several, 5, device)["product"])
 
 
 def bytes_of_round(size: int, clients: int, steps: int) -> int:
@@ -170,7 +163,7 @@ def measure(name: str, graph: str, fused: str, options: argparse.Namespace) -> l
         {"figure": "TFLOP/s", **quantiles(operations / rounds, 1e12)},
     ]
     if device != "cpu":
-        peak = product_rate(workspace.dtype, device)
+        peak = product_rate(workspace.dtype, workspace.device)
         rows.append({"figure": "matrix product, TFLOP/s", "median": float(f"{peak / 1e12:.4g}")})
         step = seconds_of_a_step(federation, int(clients[-1]), device)
         rate = operations / len(clients) / o.local_steps.J / step / peak

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -14,6 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from machine.device import processor
 
 ROOT = Path(__file__).parent.parent
 # glibc gives large blocks back to the kernel and faults them in again; these keep them.
@@ -63,7 +65,7 @@ def write_csv(path: str | Path, rows: list[dict], device: str = "cpu", **facts) 
     path.parent.mkdir(parents=True, exist_ok=True)
     made_by = {
         "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
-        "hardware": torch.cuda.get_device_name(device) if device != "cpu" else processor(),
+        "hardware": f"{processor(torch.device(device))}, {os.cpu_count()} CPU cores",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -83,17 +85,6 @@ def megabytes(field: str = "VmHWM") -> int:
     """Return this process's largest resident size so far; VmRSS is what it holds now."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return round(next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1e3)
-
-
-def processor() -> str:
-    """Return the CPU's name and how many cores it shows."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def commit() -> str:

@@ -61,7 +61,6 @@ def train(workspace: Workspace, line: Line, name: str, test: bool) -> dict:
             learner = session.prepare(workspace, model, folder, learner_options(o))
     with folder.opening(), workspace.group.together():
         learner.keep_activations()
-    with folder.opening(), workspace.group.together():
         diagnostics = watching(learner, o)
         process = federate(learner, federation(o), folder, diagnostics)
     for warning in warnings_of(o, learner.mask):

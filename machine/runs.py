@@ -184,13 +184,13 @@ class Run:
         """Return what a file of this run is for; None in a folder that is no run's."""
         return f"{name} of run {self.id()}" if self.config_path.exists() else None
 
-    def keep(self, name: str, value: Any) -> None:
+    def save_file(self, name: str, value: Any) -> None:
         """`save_checked` a file of this run, by its name in the folder."""
         if self.writes:
             safe_files.save_checked(self.folder / name, value, self.purpose(name))
 
-    def kept(self, name: str) -> Any:
-        """`load_checked` what was kept under this name; no other file passes for it."""
+    def load_file(self, name: str) -> Any:
+        """`load_checked` what was saved under this name; no other file passes for it."""
         try:
             safe_files.check_plain(self.folder / name)
             return safe_files.load_checked(self.folder / name, self.purpose(name))

@@ -16,6 +16,7 @@ import model as vit
 from centralized import Schedule
 from federated import cohort
 from federated.client_states import Scaffold, Term
+from sparse_sgdm import sparse_sgdm_
 
 if TYPE_CHECKING:
     from training.learner import Learner
@@ -170,16 +171,18 @@ class HeadsTogether(Clients):
         def step(j: int) -> None:
             if self.sgd.clip_norm is not None:  # each client's, by a norm that knows no other
                 grad.div_(torch.stack([entries.clipped(row) for row in grad])[:, None])
-            entries.step_flat(
+            sparse_sgdm_(
                 theta_k.view(-1),
                 grad.view(-1),
                 momentum if momentum is None else momentum.view(-1),
-                None,
-                None,
-                lr,
-                j == 0,
                 anchor=anchor if anchor is None else anchor.view(-1),
                 correction=correction if correction is None else correction.view(-1),
+                lr=lr,
+                momentum=self.sgd.momentum,
+                weight_decay=self.sgd.weight_decay or 0.0,
+                nesterov=self.sgd.nesterov,
+                first=j == 0,
+                prox=entries.prox,
             )
 
         indices = [self.batches(int(k), round)[..., 0] for k in clients]

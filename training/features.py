@@ -215,7 +215,7 @@ def set_fitted_head(
     if run is not None and (run.folder / "head.pt").exists():
         try:
             with safe_files.contents(run.folder / "head.pt"):
-                fitted = head.FittedHead(**run.kept("head.pt"))
+                fitted = head.FittedHead(**run.load_file("head.pt"))
         except safe_files.WrongFile:
             raise
         except safe_files.DamagedFile as error:
@@ -223,7 +223,7 @@ def set_fitted_head(
     else:
         fitted = fit_head(workspace, model, kind, images).to("cpu")
         if run is not None:
-            run.keep("head.pt", vars(fitted))
+            run.save_file("head.pt", vars(fitted))
     for name, parameter in model.head.named_parameters():
         tensor = getattr(fitted, name)
         if getattr(tensor, "shape", None) != parameter.shape:

@@ -182,7 +182,7 @@ class Learner:
         share = self.training.keep_tokens
         return (max(1, round(share * patches)), patches) if share < 1 else (0, 0)
 
-    def gather(self, part: str, at: Tensor) -> Tensor:
+    def inputs_of(self, part: str, at: Tensor) -> Tensor:
         """Return the inputs of these samples (B,) of a part on the device."""
         inputs = self.inputs[part]
         return inputs[at.to(inputs.device)].to(at.device, non_blocking=True)
@@ -195,7 +195,7 @@ class Learner:
         at, keep = draws[:, 0], draws[:, 4:] if draws.shape[1] > 4 else None
         augment = self.training.augment and not self.on_features
         inputs = self.inputs["train"]
-        batch = data.crop_and_flip(inputs, draws) if augment else self.gather("train", at)
+        batch = data.crop_and_flip(inputs, draws) if augment else self.inputs_of("train", at)
         logits = self.trained_logits_of(batch, keep)
         return self.sample_loss(logits, self.labels["train"][at], self.class_weights)
 
@@ -292,7 +292,7 @@ class Learner:
                 if part in start:
                     logits = self.model.classify(start[part][at])
                 else:
-                    logits = self.logits_of(self.gather(part, at), None)
+                    logits = self.logits_of(self.inputs_of(part, at), None)
             labels = self.labels[part][at]
             totals[i, 0] = F.cross_entropy(logits, labels, reduction="sum")
             totals[i, 1] = (logits.argmax(1) == labels).sum()

@@ -27,7 +27,7 @@ def correct_on(learner: Learner, index: np.ndarray) -> np.ndarray:
     """Return which of these training-file images the model gets right: (n,) bool."""
     at, right = torch.from_numpy(index).to(learner.labels["train"].device), []
     for chunk in data.in_chunks(len(at), learner.workspace.eval_batch):
-        logits = learner.logits_of(learner.gather("train", at[chunk]), None)
+        logits = learner.logits_of(learner.inputs_of("train", at[chunk]), None)
         right.append(logits.argmax(1) == learner.labels["train"][at[chunk]])
     return torch.cat(right).cpu().numpy()
 

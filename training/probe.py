@@ -113,7 +113,7 @@ def average_bytes(learner: Learner) -> int:
 def evaluation(learner: Learner, images: int) -> float:
     """Return the seconds of evaluating an image, as an evaluation of many does."""
     at = draws_of(learner, images)[:, 0]
-    work = lambda: learner.logits_of(learner.gather("train", at), None).argmax(1)  # noqa: E731
+    work = lambda: learner.logits_of(learner.inputs_of("train", at), None).argmax(1)  # noqa: E731
     return seconds_of(work, learner.workspace.device) / images
 
 

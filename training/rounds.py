@@ -14,7 +14,7 @@ from torch import Tensor
 
 from centralized import Schedule
 from fedavg import Cohort, FedAvg, Method, State
-from federated import cohort, methods
+from federated import methods
 from federated.client_states import (
     ClientStates,
     ClientTerms,
@@ -25,7 +25,15 @@ from federated.client_states import (
     Term,
     importance_weights,
 )
-from federated.cohort import Participation
+from federated.cohort import (
+    Participation,
+    drop_out,
+    normalised_averaging,
+    sample_by_size,
+    sample_clients,
+    sample_poisson,
+    shares,
+)
 from federated.methods import Aggregation, Shared
 from federated.privacy import Privacy, Secret
 from federated.server import Server, ServerOptions
@@ -109,18 +117,18 @@ def cohort_of(o: Federation, clients: Clients, secret: Secret | None, round: int
     sizes, seed = [len(shard) for shard in clients.shards], clients.seed
     fraction, fedvc, _, dropout = o.participation
     if private := secret is not None:
-        sent = cohort.sample_poisson(len(sizes), fraction, seed=secret.key, round=round)
+        sent = sample_poisson(len(sizes), fraction, seed=secret.key, round=round)
     elif fedvc:
-        sent = cohort.sample_by_size(sizes, fraction, seed=seed, round=round)
+        sent = sample_by_size(sizes, fraction, seed=seed, round=round)
     else:
-        sent = cohort.sample_clients(len(sizes), fraction, seed=seed, round=round)
-    answering = cohort.drop_out(sent, dropout, seed=seed, round=round) if dropout else sent
+        sent = sample_clients(len(sizes), fraction, seed=seed, round=round)
+    answering = drop_out(sent, dropout, seed=seed, round=round) if dropout else sent
     if private:  # a denominator that no client moves
         return Cohort(sent, answering, np.full(len(answering), 1 / (fraction * len(sizes))))
-    weights = cohort.shares([1] * len(sizes) if fedvc else sizes, answering)
+    weights = shares([1] * len(sizes) if fedvc else sizes, answering)
     if o.aggregation.aggregate == "fednova":
         efforts = [clients.effort(k, round) for k in answering]
-        weights = cohort.normalised_averaging(weights, efforts)
+        weights = normalised_averaging(weights, efforts)
     return Cohort(sent, answering, weights)
 
 
@@ -175,10 +183,10 @@ def state_files(run: Run | None, name: str) -> dict:
         return {}
 
     def write(path: Path, vectors: dict[int, Tensor]) -> None:
-        run.keep(f"{name}/{path.name}", vectors)
+        run.save_file(f"{name}/{path.name}", vectors)
 
     def read(path: Path) -> dict[int, Tensor]:
-        return run.kept(f"{name}/{path.name}")
+        return run.load_file(f"{name}/{path.name}")
 
     return {"folder": run.folder / name, "write": write if run.writes else None, "read": read}
 

@@ -241,7 +241,7 @@ def test_a_whole_checkpoint_with_wrong_contents_is_named_and_stays(cli, finished
 ])  # fmt: skip
 def test_a_whole_head_with_wrong_contents_is_named_and_stays(cli, finished, change):
     run = Run(finished)
-    run.keep("head.pt", run.kept("head.pt") | change if change else [3])
+    run.save_file("head.pt", run.load_file("head.pt") | change if change else [3])
     before = files(finished)
     for command in ((*MASKED, "--rounds", 2), ("eval", finished)):
         assert "runs/x/head.pt" in refused(cli, *command)

@@ -177,19 +177,19 @@ def test_another_runs_file_does_not_pass_for_ones_own(tmp_path, capsys):
         run.open({"rate": rate, "rounds": 7}, free={"rounds"})
         drive(run, Walk(), "round", 5)
         drive(run, Walk(), "round", 7)
-        run.keep("a.pt", torch.zeros(1))
-        run.keep("b.pt", torch.ones(1))
+        run.save_file("a.pt", torch.zeros(1))
+        run.save_file("b.pt", torch.ones(1))
     shutil.copy(theirs.checkpoint_path, ours.checkpoint_path)
     assert ours.load()["state"]["process"]["round"] == 5
     assert "checkpoint.pt is whole, and belongs elsewhere" in capsys.readouterr().out
     for other in (theirs.folder / "a.pt", ours.folder / "b.pt"):
         shutil.copy(other, ours.folder / "a.pt")
         with pytest.raises(DamagedFile, match="a.pt is whole, and belongs elsewhere"):
-            ours.kept("a.pt")
-    assert ours.kept("b.pt") == 1
+            ours.load_file("a.pt")
+    assert ours.load_file("b.pt") == 1
     save_checked(ours.folder / "b.pt", torch.zeros(1))
     with pytest.raises(DamagedFile, match="b.pt is whole, and belongs elsewhere"):
-        ours.kept("b.pt")
+        ours.load_file("b.pt")
     ours.config_path.unlink()  # typed again, the command makes the same; another does not
     (same := Run(ours.folder)).open({"rate": 1, "rounds": 9}, free={"rounds"})
     assert same.load()["state"]["process"]["round"] == 5
@@ -243,7 +243,7 @@ def test_a_process_that_does_not_write_writes_nothing(run):
     reader = Run(run.folder, writes=False)
     reader.open({"rounds": 9})
     drive(reader, Walk(), "round", 3)
-    reader.keep("head.pt", torch.zeros(1))
+    reader.save_file("head.pt", torch.zeros(1))
     assert snapshot(run.folder) == before
 
 
@@ -292,7 +292,7 @@ def test_an_opening_takes_back_what_it_made_and_no_more(tmp_path, there):
     for error in (ValueError, OSError, MemoryError, RuntimeError):
         (run := Run(folder)).open({"rounds": 9})
         with pytest.raises(error), run.opening():
-            run.keep("head.pt", 3)
+            run.save_file("head.pt", 3)
             raise error
         assert snapshot(tmp_path) == before
 
@@ -301,7 +301,7 @@ def test_an_opening_that_goes_on_takes_nothing_back(run):
     drive(run, Walk(), "round", 2)
     for name in ("config.json", "log.jsonl"):  # with a checkpoint alone it is a run's folder too
         (run.folder / name).unlink()
-        run.keep("head.pt", 3) if run.config_path.exists() else None
+        run.save_file("head.pt", 3) if run.config_path.exists() else None
         (again := Run(run.folder)).open({"rounds": 9})
         before = snapshot(run.folder)
         with pytest.raises(ValueError), again.opening():
@@ -335,11 +335,11 @@ def test_a_log_that_becomes_a_link_is_not_followed(run, tmp_path):
         run.log({"round": 1})
     assert (tmp_path / "log").read_bytes() == before
     run.log_path.unlink()
-    run.keep("a.pt", 3)
+    run.save_file("a.pt", 3)
     (run.folder / "a.pt").rename(tmp_path / "a.pt")
     (run.folder / "a.pt").symlink_to(tmp_path / "a.pt")
     with pytest.raises(WrongFile, match="a.pt is a link"):
-        run.kept("a.pt")
+        run.load_file("a.pt")
 
 
 def test_links_of_others_in_a_runs_folder_stay_and_its_folder_may_be_a_link(run, tmp_path):
@@ -465,24 +465,24 @@ def test_no_message_advises_to_delete_what_is_whole(tmp_path, name, change, monk
     for run, rate in ((ours, 1), (theirs, 2)):
         run.open({"rate": rate})
         (run.folder / "clients").mkdir()
-        run.keep("clients/3.pt", torch.zeros(1))
+        run.save_file("clients/3.pt", torch.zeros(1))
         drive(run, Walk(), "round", 5)
     if change == "wrong":
         shutil.copy(theirs.folder / name, ours.folder / name)
     elif change == "unreadable":
         monkeypatch.setattr("machine.safe_files._readable", lambda value, where: value)
-        ours.keep(name, {1: deque()}) if "/" in name else ours.save({"x": deque()})
+        ours.save_file(name, {1: deque()}) if "/" in name else ours.save({"x": deque()})
         ours.previous_path.unlink(missing_ok=True)
     elif "/" in name:
         (ours.folder / name).unlink()
     else:
         return  # no checkpoint: the run starts over
     with pytest.raises(DamagedFile, match="Put the run's own file in its place, or") as refused:
-        ours.load(lambda state: ours.kept("clients/3.pt"))
+        ours.load(lambda state: ours.load_file("clients/3.pt"))
     assert "elete" not in str(refused.value) and str(refused.value).count("--name") == 1
     if "/" in name and change != "gone":
         with pytest.raises(WrongFile, match="3.pt is whole, and .* in its place, or take another"):
-            ours.kept(name)
+            ours.load_file(name)
     with pytest.raises(ValueError, match="take another --name|Take another --name") as refused:
         Run(ours.folder).open({"rate": 3})
     assert "elete" not in str(refused.value)

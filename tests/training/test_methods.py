@@ -104,7 +104,7 @@ def test_fedir_weighs_samples_by_class(small_data):
     )
     weights = (p / p.sum()) / (q / q.sum())
     at = clients.batches(5, round=1)[0][:, 0]
-    logits = learner.logits_of(learner.gather("train", at), None).double()
+    logits = learner.logits_of(learner.inputs_of("train", at), None).double()
     each = F.cross_entropy(logits, labels[at], reduction="none")
     w = weights[labels[at]]
     expected = (w * each).sum() / w.sum()

@@ -68,7 +68,7 @@ def test_the_evaluation_of_clients_is_that_of_their_images(cli, small_data, lear
     share = validation_share(labels[workspace.val_index], counts, seed=0, client=19)
     at = torch.from_numpy(workspace.val_index[share])
     with torch.no_grad():
-        logits = learner.logits_of(learner.gather("train", at), None)
+        logits = learner.logits_of(learner.inputs_of("train", at), None)
     accuracy = (logits.argmax(1) == torch.from_numpy(labels)[at]).double().mean().item()
     assert figures["clients"][19]["acc"] == pytest.approx(accuracy)
     tuned = [row["client"] for row in figures["clients"] if "personalised_acc" in row]
