@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import math
-import pickle
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -43,13 +42,11 @@ class ImageSet(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A train and a test set with names; `superclass_of[c]` indexes `superclasses`."""
+    """A train and a test set, and the names of the classes."""
 
     train: ImageSet
     test: ImageSet
     classes: list[str]
-    superclasses: list[str] = []
-    superclass_of: list[int] = []
 
 
 def random(seed: int, purpose: str, *counters: int) -> np.random.Generator:
@@ -93,7 +90,6 @@ def load_cifar100(folder: str | Path) -> Dataset:
             f"network, first put {CIFAR100.filename} into {folder}, from {CIFAR100.url}, or take "
             "--data synthetic, which needs no files"
         ) from None
-    fine_to_coarse, superclasses = _cifar_superclasses(base)
     sets = (
         ImageSet(
             torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
@@ -101,7 +97,7 @@ def load_cifar100(folder: str | Path) -> Dataset:
         )
         for part in (train, test)
     )
-    return Dataset(*sets, list(train.classes), superclasses, fine_to_coarse)
+    return Dataset(*sets, list(train.classes))
 
 
 def _cifar_base(folder: Path, cifar: type) -> Path:
@@ -122,15 +118,6 @@ def _cifar_parquet(folder: Path) -> Path | None:
     return next((path for path in files if path.name.startswith(("train-", "test-"))), None)
 
 
-def _cifar_superclasses(base: Path) -> tuple[list[int], list[str]]:
-    """Read the 20 superclasses from files whose MD5 has been checked."""
-    entries, meta = (
-        pickle.loads((base / name).read_bytes(), encoding="latin1") for name in ("test", "meta")
-    )
-    pairs = dict(zip(entries["fine_labels"], entries["coarse_labels"], strict=True))
-    return [pairs[c] for c in range(len(pairs))], list(meta["coarse_label_names"])
-
-
 @functools.cache
 def synthetic_dataset(samples_per_class: int = 200, seed: int = 0) -> Dataset:
     """Generate 100 classes in 20 superclasses, 32x32; test is a quarter of the size of train.
@@ -146,9 +133,7 @@ def synthetic_dataset(samples_per_class: int = 200, seed: int = 0) -> Dataset:
     train = _synthetic_images(patterns, 100 * samples_per_class, random(seed, "synthetic train"))
     test = _synthetic_images(patterns, 25 * samples_per_class, random(seed, "synthetic test"))
     names = [f"pattern {c // 5:02d}.{c % 5}" for c in range(100)]
-    return Dataset(
-        train, test, names, [f"pattern {s:02d}" for s in range(20)], [c // 5 for c in range(100)]
-    )
+    return Dataset(train, test, names)
 
 
 def _synthetic_images(patterns: Tensor, count: int, generator: np.random.Generator) -> ImageSet:

@@ -79,8 +79,7 @@ def test_nothing_unpickles_or_calls_a_shell(path):
         assert not keywords.get("shell"), name
         if name == "np.load":
             assert not keywords.get("allow_pickle")
-        if name in ("pickle.load", "pickle.loads", "pickle.Unpickler"):
-            assert path == ROOT / "data.py"  # of files whose MD5 has been checked: test_data.py
+        assert name not in ("pickle.load", "pickle.loads", "pickle.Unpickler"), name
     assert loads == 0  # every one is called, with weights_only
 
 

@@ -306,8 +306,7 @@ def test_the_synthetic_set_is_what_it_says(synthetic):
     assert synthetic.test.images.shape == (5000, 3, 32, 32)
     assert synthetic.train.images.dtype == torch.uint8
     assert synthetic.train.labels.bincount().tolist() == [200] * 100
-    assert len(synthetic.classes) == 100 and len(synthetic.superclasses) == 20
-    assert np.bincount(synthetic.superclass_of).tolist() == [5] * 20
+    assert len(synthetic.classes) == 100
     small = [synthetic_dataset(samples_per_class=4) for _ in range(2)]
     assert torch.equal(small[0].train.images, small[1].train.images)
 
@@ -323,15 +322,13 @@ def test_a_linear_classifier_on_raw_pixels_fails_on_it(synthetic):
     assert (guess == synthetic.test.labels).double().mean() < 0.2
 
 
-def test_real_cifar100_has_its_classes_and_superclasses(real_data):
+def test_real_cifar100_has_its_classes(real_data):
     pytest.importorskip("torchvision")
     cifar = data.load_cifar100(real_data)
     assert cifar.train.images.shape == (50_000, 3, 32, 32)
     assert cifar.train.labels.bincount().tolist() == [500] * 100
     assert cifar.test.labels.bincount().tolist() == [100] * 100
-    assert np.bincount(cifar.superclass_of).tolist() == [5] * 20
-    apple = cifar.superclass_of[cifar.classes.index("apple")]
-    assert cifar.superclasses[apple] == "fruit_and_vegetables"
+    assert cifar.classes[0] == "apple" and len(cifar.classes) == 100
 
 
 class Answer(io.BytesIO):
@@ -378,9 +375,8 @@ def small_cifar(tmp_path, monkeypatch):
     home = tmp_path / "served" / cifar.base_folder
     home.mkdir(parents=True)
     images = {"data": np.zeros((100, 3072), np.uint8), "fine_labels": list(range(100))}
-    images["coarse_labels"] = [c // 5 for c in range(100)]
     names = [f"class {c}" for c in range(100)]
-    meta = {"fine_label_names": names, "coarse_label_names": names[:20]}
+    meta = {"fine_label_names": names}
     for name, content in (("train", images), ("test", images), ("meta", meta)):
         (home / name).write_bytes(pickle.dumps(content))
     with tarfile.open(home.parent / cifar.filename, "w:gz") as tar:
@@ -401,7 +397,7 @@ def test_cifar_is_downloaded_checked_and_unpacked_once(tmp_path, small_cifar, se
         loaded = data.load_cifar100(tmp_path)
         assert set(asked) == {"https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"}
         assert len(asked) == 2  # where it is, and the file
-    assert loaded.classes[7] == "class 7" and loaded.superclass_of[7] == 1
+    assert loaded.classes[7] == "class 7"
 
 
 def test_a_download_that_was_cut_short_is_not_unpacked_and_made_good(tmp_path, small_cifar, served):
@@ -433,7 +429,7 @@ def test_cifar_as_kaggle_lays_it_out_is_taken(tmp_path, small_cifar, served, pla
     assert len(data.load_cifar100(tmp_path / "data").train.labels) == 100 and not served[1]
     monkeypatch.chdir(tmp_path / "data")
     loaded = data.load_cifar100(".")
-    assert loaded.classes[7] == "class 7" and loaded.superclass_of[7] == 1 and not served[1]
+    assert loaded.classes[7] == "class 7" and not served[1]
     for name in ("train", "test", "meta"):
         good = (flat / name).read_bytes()
         (flat / name).write_bytes(pickle.dumps([good]))
