@@ -49,6 +49,33 @@ def test_a_batch_in_pieces_has_the_gradient_of_the_whole(small_data, piece, opti
     assert (pieces_grad - grad).norm() < 2e-6 * grad.norm()
 
 
+def test_where_passes_or_attention_are_not_fused_it_says_why(small_data, monkeypatch, capsys):
+    trained, _ = build(small_data, "--image-size", 32)
+    sizes = trained.workspace.dtype, 48, 3
+    reasons, asked = {"passes": "no compiler", "attention": ""}, []
+
+    def serves(device, *of):
+        assert of == sizes
+        return reasons["passes"]
+
+    def attends(device, *of):
+        asked.append(of)
+        return reasons["attention"]
+
+    monkeypatch.setattr(trained.workspace, "device", torch.device("cuda"))
+    for name, function in (("serves", serves), ("attends", attends)):
+        monkeypatch.setattr(learner.fused, name, function)
+    monkeypatch.setattr(learner.fused, "hopper", lambda device: True)
+    capsys.readouterr()
+    assert not trained._may_fuse() and not asked
+    assert capsys.readouterr().out == "passes are not fused: no compiler\n"
+    reasons["passes"] = ""
+    assert trained._may_fuse() and asked == [(*sizes, 17)] and not capsys.readouterr().out
+    reasons["attention"] = "257 tokens"
+    assert trained._may_fuse()
+    assert capsys.readouterr().out == "attention is PyTorch's: 257 tokens\n"
+
+
 # ---------------------------------------------------------------------------- compiled
 
 
