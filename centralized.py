@@ -180,7 +180,8 @@ class Centralized:
     def state_dict(self) -> dict:
         """Return all that the rest of the run depends on; refuses to save a diverged state."""
         state = {"epoch": self.epoch, "whole": self.whole, "step": self.step}
-        state |= {"seconds": self.seconds, "tensors": dict(self.tensors)}
+        tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        state |= {"seconds": self.seconds, "tensors": tensors}
         return state | {"losses": self._checked_losses()}
 
     def load_state_dict(self, state: dict) -> None:

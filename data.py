@@ -387,12 +387,12 @@ def shard_dirichlet(labels: Labels, clients: int, alpha: float, seed: int) -> li
     once: as in Hsu 2019 a class that runs out is dropped and the client's mixture renormalised.
 
     Raises:
-        ValueError: alpha is not positive, or more clients than samples.
+        ValueError: alpha is below 1e-100 or not finite, or more clients than samples.
     """
     labels = whole_labels(labels)
     _check_clients(labels, clients)
-    if not (alpha > 0 and math.isfinite(alpha)):
-        raise ValueError(f"the Dirichlet concentration must be positive, not {alpha}")
+    if not 1e-100 <= alpha < math.inf:
+        raise ValueError(f"the Dirichlet concentration must lie in [1e-100, inf), not {alpha}")
     generator = random(seed, "Dirichlet shards")
     classes, left = np.unique(labels, return_counts=True)
     mixture = _log_gamma_draws(alpha * left / left.sum(), clients, generator)
@@ -564,7 +564,7 @@ class Preprocess:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Turn (B, 3, H, W) uint8 into (B, 3, image_size, image_size) of `dtype`."""
-        x = images.float()
+        x = images.to(torch.float32, copy=True)  # which is changed in place
         height, width = x.shape[-2:]
         if (height, width) != (self.image_size, self.image_size):
             x = self._matrix(height) @ (x @ self._matrix(width).T)

@@ -34,6 +34,7 @@ FIXED_POINT = 2.0**48  # units per 1.0 of the int64 totals
 LIMIT = 2.0**14  # largest change of a parameter by one client in one round: far above sense
 SUM_TOLERANCE = 1e-3  # of weights that add up to 1, in fp16 too
 CHUNK = 262_144  # elements; keeps the temporaries of a CPU in cache
+TOUCHED = "train has changed the global theta; hand the model that trains theta.clone()"
 NO_CLIENT, NO_WEIGHT = "no client took part", "the round's clients weigh nothing"  # in the log
 
 
@@ -198,7 +199,8 @@ class FedAvg:
     Args:
         theta: (P,) the global parameters, moved in place once a round.
         train: (theta, clients, round) -> iterator of (theta_k (P,), losses (J,) or a number), in
-            the order of the clients; a theta_k is read before the next is asked for.
+            the order of the clients; a theta_k is read before the next is asked for. theta is the
+            global one, not a copy: a model that trains in its memory is handed theta.clone().
         cohort: round (from 1) -> Cohort, a pure function; lists do for arrays.
         server: has step_(theta, change, unit), and is a State.
         method: what it changes in a round.
@@ -207,7 +209,8 @@ class FedAvg:
             gather(plain value) -> list by rank.
 
     Raises:
-        ClientError: a client's loss or update is not finite, or beyond the fixed-point range.
+        ClientError: a client's loss or update is not finite, or beyond the fixed-point range; train
+            yields too few results, too many, or of another shape, or changes theta.
         ValueError: a theta that is not finite; weights that are negative or not finite, or that
             add up to something else than 1 where the method does not allow it.
     """
@@ -250,6 +253,7 @@ class FedAvg:
 
     def _rounds(self) -> Iterator[dict | None]:
         """Yield None after every client but a round's last, and its record after that."""
+        untouched = self.theta.clone()  # compared with theta once
         while True:
             t, group = self.round + 1, self.group
             cohort = checked(self.cohort(t), self.method.any_sum)
@@ -257,12 +261,19 @@ class FedAvg:
                 self._clear(len(cohort.clients) if self.method.apart(t) else 1)
             left = [place for place in range(len(cohort.clients)) if place not in self.done]
             places, problem = left[group.rank :: group.size], None
-            results = self.train(self.theta, cohort.clients[places], t)
+            results = iter(self.train(self.theta, cohort.clients[places], t))
             try:
-                for place, (theta_k, losses) in zip(places, results, strict=True):
-                    self._take_in(t, cohort, place, theta_k, losses)
+                for place in places:
+                    if (result := next(results, None)) is None:
+                        raise ClientError(f"round {t}: train yields fewer results than clients")
+                    if untouched is not None and not torch.equal(untouched, self.theta):
+                        raise ClientError(f"round {t}: {TOUCHED}")
+                    untouched = None
+                    self._take_in(t, cohort, place, *result)
                     if group.size == 1 and self.method.saves_within and place != places[-1]:
                         yield None
+                if next(results, None) is not None:
+                    raise ClientError(f"round {t}: train yields more results than clients")
             except ClientError as error:
                 problem = str(error)
             self._meet(problem)
@@ -280,6 +291,9 @@ class FedAvg:
     def _take_in(self, t: int, cohort: Cohort, place: int, theta_k: Tensor, losses: Tensor) -> None:
         """Add what a client changed to this process's total."""
         client, method = int(cohort.clients[place]), self.method
+        if theta_k.shape != self.theta.shape:
+            shapes = f"{tuple(theta_k.shape)}, and theta is {tuple(self.theta.shape)}"
+            raise ClientError(f"round {t}, client {client}: its result is {shapes}")
         losses = torch.as_tensor(losses, dtype=torch.float64).reshape(-1)
         row = self.total[place % len(self.total)]
         part = row if method.send_ is None else torch.zeros_like(row)
@@ -336,12 +350,12 @@ class FedAvg:
             state.merge(self.group)
 
     def state_dict(self) -> dict:
-        """Return all that the rest of the run depends on, a round in hand included."""
+        """Return all that the rest of the run depends on, a round in hand included: copies."""
         self._merge_states()
         states = {name: state.state_dict() for name, state in self.states.items()}
-        state = {"theta": self.theta, "round": self.round, "states": states}
+        state = {"theta": self.theta.clone(), "round": self.round, "states": states}
         if self.done:
-            state |= {"done": dict(self.done), "total": self.total, "seconds": self.seconds}
+            state |= {"done": dict(self.done), "total": self.total.clone(), "seconds": self.seconds}
         return state
 
     def load_state_dict(self, state: dict) -> None:

@@ -47,6 +47,7 @@ UNDERFLOW = 16  # times the smallest number: gradients below it are zeros to any
 BATCH = 64  # images to score at a time; changes no score
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+PICKING = ("index", "masked_select", "nonzero")  # rows by truth values
 FOR_BACKWARD = ("attention", "sdp", "pool", "norm", "dropout", "rnn")  # keep whole numbers for it
 SAID = 4  # names in a warning
 REPLAYED = 2  # shapes of batches that are replayed: each keeps the memory of its passes
@@ -317,8 +318,10 @@ class Scorer:
                     targets is None or not targets.is_floating_point()
                 ):
                     targets = torch.from_numpy(generator.random(len(inputs)))
-                elif targets is None or (self.labels == "true" and targets.is_floating_point()):
+                elif targets is None:
                     raise ValueError("labels 'true' needs batches of (inputs, labels)")
+                elif self.labels == "true" and targets.is_floating_point():
+                    raise ValueError(f"labels 'true' are whole numbers, not {targets.dtype}")
                 if targets.shape != inputs.shape[:1]:
                     shapes = f"{tuple(inputs.shape)} come with labels {tuple(targets.shape)}"
                     raise ValueError(f"inputs {shapes}: there must be one for each sample")
@@ -665,6 +668,11 @@ class Scorer:
         zeros = [name for name, some in zip(self.unreached, scored, strict=True) if not some]
         reached = self._reached(zeros, samples, training=False)
         zeros = [name for name in zeros if name not in reached]
+        if len(zeros) == len(self.parameters):
+            raise ValueError(
+                "no gradient reaches any of the model's parameters, so that all would score 0: "
+                "does its forward run under no_grad, or detach what it computes?"
+            )
         if late := self._reached(zeros, samples, training=True):
             raise ValueError(
                 f"no gradient reaches {', '.join(late)} in eval mode, only in training mode, so "
@@ -694,7 +702,8 @@ class _Operations(TorchDispatchMode):
 
     Attributes:
         coarsest: of the types that they compute in; fp8 is only stored in.
-        choose: whether real numbers become truth values or whole ones, which may choose rows.
+        choose: whether rows may be chosen: real numbers become truth values or whole ones, or
+            truth values pick rows.
     """
 
     coarsest, choose = torch.float64, False
@@ -714,6 +723,9 @@ class _Operations(TorchDispatchMode):
         reads = any(map(_is_real, tree_leaves((arguments, named))))
         backward = any(part in operation.__name__ for part in FOR_BACKWARD)
         self.choose |= reads and len(real) < len(values) and not backward
+        if operation.__name__.startswith(PICKING):
+            kinds = [x.dtype for x in tree_leaves((arguments, named)) if isinstance(x, Tensor)]
+            self.choose |= torch.bool in kinds or torch.uint8 in kinds
         return result
 
 

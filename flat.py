@@ -28,9 +28,8 @@ from sparse_sgdm import sparse_sgdm_
 
 ALIGNMENT = 64  # elements: 128 bytes in half precision, 256 in fp32
 CHUNK = 262_144  # elements whose norm a CPU takes at once
-COMPACT_BELOW = (
-    0.7  # density below which a CPU steps the unmasked entries alone (bench_sparse_sgdm.py)
-)
+COMPACT_BELOW = 0.7  # density from which on a CPU steps all entries (bench_sparse_sgdm.py)
+LOST = "make it after model.to(), a deep copy, or load_state_dict(assign=True)"
 
 
 class Sgd(NamedTuple):
@@ -70,8 +69,8 @@ class FlatView:
         dtype: of theta, fp32 or fp64.
 
     Raises:
-        ValueError: no parameters, one that is not of real floating-point numbers, or a module with
-            such buffers in a half-precision compute_dtype.
+        ValueError: no parameters, one that is not of real floating-point numbers, two of a name,
+            one of two names, or a module with such buffers in a half-precision compute_dtype.
     """
 
     def __init__(
@@ -83,10 +82,15 @@ class FlatView:
         buffers = _buffers(parameters) if isinstance(parameters, nn.Module) else {}
         if isinstance(parameters, nn.Module):
             parameters = parameters.named_parameters()
-        parameters = dict(parameters)
-        if not parameters:
+        pairs = list(parameters)
+        parameters, names = dict(pairs), {id(p): name for name, p in pairs}
+        if not pairs:
             raise ValueError("a flat view needs at least one parameter")
-        for name, p in parameters.items():
+        for name, p in pairs:
+            if p is not parameters[name]:
+                raise ValueError(f"two parameters are called {name}: give each a name of its own")
+            if names[id(p)] != name:
+                raise ValueError(f"{name} and {names[id(p)]} are one parameter: give it once")
             if not p.is_floating_point():
                 raise ValueError(f"{name} is {p.dtype}: a flat view holds real floating-point ones")
         carried = {**parameters, **buffers}
@@ -112,6 +116,7 @@ class FlatView:
             self.view(self.theta, name).copy_(p.detach())
             p.requires_grad_(True)
             p.data, p.grad = self.view(weights, name), grad
+        self.places = [p.data_ptr() for p in self.parameters]
         for name, buffer in buffers.items():
             self.view(self.theta, name).copy_(buffer)
             buffer.data = self.view(self.theta, name)
@@ -122,8 +127,15 @@ class FlatView:
         """Set `grad` to the gradient of a scalar loss, or add that to it.
 
         On a GPU all parameters' gradients move at once, where backward() adds one after the other.
+
+        Raises:
+            ValueError: a loss of none of the parameters; as `recover_grad`.
         """
-        grads = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+        grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        if all(grad is None for grad in grads):
+            raise ValueError(f"the loss depends on none of the flat view's parameters: {LOST}")
+        pairs = zip(self.parameters, grads, strict=True)
+        grads = [torch.zeros_like(p) if g is None else g for p, g in pairs]
         grads = [g.to_dense() if g.is_sparse else g for g in grads]  # as embeddings may have them
         self.recover_grad()
         with torch.no_grad():
@@ -134,8 +146,13 @@ class FlatView:
         """Take gradients in that lie outside `grad`, as after model.zero_grad() and backward().
 
         A parameter whose gradient is None, as zero_grad() leaves it, has zeros.
+
+        Raises:
+            ValueError: a parameter that has been given other memory, which no step would reach.
         """
-        for p, grad in zip(self.parameters, self.grads, strict=True):
+        for p, grad, at in zip(self.parameters, self.grads, self.places, strict=True):
+            if p.data_ptr() != at:
+                raise ValueError(f"the model's parameters no longer lie in the flat view: {LOST}")
             if p.grad is not grad:
                 grad.zero_() if p.grad is None else grad.copy_(p.grad.to_dense())
                 p.grad = grad

@@ -41,7 +41,15 @@ class RidgeSums:
         self.cross = torch.zeros(width, classes, **options)
 
     def update(self, features: Tensor, labels: Tensor) -> RidgeSums:
-        """Add samples with features (N, D) and labels (N,) int64; returns self."""
+        """Add samples with features (N, D) and labels (N,) int64; returns self.
+
+        Raises:
+            ValueError: more or fewer labels than features, or a label that is no class.
+        """
+        if len(features) != len(labels):
+            raise ValueError(f"{len(features)} features come with {len(labels)} labels")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.count):
+            raise ValueError(f"labels must lie in 0..{len(self.count) - 1}")
         classes = torch.arange(len(self.count), device=labels.device)
         for start in range(0, len(labels), CHUNK):
             phi = features[start : start + CHUNK].double()
@@ -53,6 +61,9 @@ class RidgeSums:
         return self
 
     def __add__(self, other: RidgeSums) -> RidgeSums:
+        if other.cross.shape != self.cross.shape:
+            sizes = f"{tuple(self.cross.shape)} and {tuple(other.cross.shape)}"
+            raise ValueError(f"sums of other features or classes: (D, C) are {sizes}")
         result = RidgeSums(*self.cross.shape, device=self.gram.device)
         for name, mine in vars(self).items():
             setattr(result, name, mine + getattr(other, name))
@@ -75,13 +86,15 @@ def solve_ridge(sums: RidgeSums, ridge: float) -> tuple[Tensor, Tensor]:
         weight (C, D) and bias (C,), float64.
 
     Raises:
-        ValueError: ridge is not positive, or there are no samples.
+        ValueError: ridge is not positive, there are no samples, or a feature is not finite.
     """
     if not ridge > 0:
         raise ValueError(f"ridge must be positive, not {ridge}")
     n = sums.count.sum()
     if n == 0:
         raise ValueError("a ridge head needs at least one sample")
+    if not (sums.gram.isfinite().all() and sums.cross.isfinite().all()):
+        raise ValueError("a feature of the samples, or a sum of them, is not finite")
     mean, prior = sums.total / n, sums.count / n
     gram = sums.gram - n * torch.outer(mean, mean)
     cross = sums.cross - n * torch.outer(mean, prior)
@@ -140,7 +153,12 @@ def fit_ridge(
 
     Returns:
         The head with the temperature already divided into weight and bias.
+
+    Raises:
+        ValueError: no samples to validate on; as `solve_ridge`.
     """
+    if not len(val_labels):
+        raise ValueError("a ridge head is chosen on validation samples, and there are none")
     val = val_features.double()
     best = None
     for ridge in grid:

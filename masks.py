@@ -91,6 +91,8 @@ def ranking(rule: str, theta: Tensor, scores: Tensor | None = None, seed: int = 
     """
     if rule not in RULES:
         raise ValueError(f"unknown mask rule {rule!r}: choose from {', '.join(RULES)}")
+    if scores is None and RULES[rule].scores:
+        raise ValueError(f"mask rule {rule!r} ranks by sensitivity: give scores")
     try:
         keys = RULES[rule].keys(theta, scores, seed)
     except TypeError as error:
@@ -163,9 +165,17 @@ def sensitivity_share(mask: Tensor, scores: Tensor | None = None) -> float:
     """Return the share of all sensitivity that a mask (P,) keeps: sum_i m_i F_i / sum_i F_i.
 
     Args:
+        mask: bool.
         scores: F (P,) of the undamped network; None, where nothing is scored, counts entries.
+
+    Raises:
+        ValueError: a mask that is not bool, or scores that add up to nothing.
     """
+    if mask.dtype != torch.bool:
+        raise ValueError(f"a mask is bool, not {mask.dtype}")
     weights = torch.ones_like(mask, dtype=torch.float64) if scores is None else scores.double()
+    if not weights.sum() > 0:
+        raise ValueError("no entry has a sensitivity above 0")
     return (weights[mask].sum() / weights.sum()).item()
 
 
@@ -257,7 +267,7 @@ def calibrate(
     try:
         for r in range(1, rounds + 1):
             keep_in_round = functools.partial(keep, r, alive if within is None else alive & within)
-            theta.copy_(torch.where(alive, original, original * damp))
+            _set(theta, torch.where(alive, original, original * damp))
             values = keys(alive, keep_in_round)
             if not torch.isfinite(values).all():
                 raise ValueError(f"calibration round {r}: a score is not finite")
@@ -268,8 +278,14 @@ def calibrate(
                 bar = values[alive].max().item()
                 report(CalibrationRound(r, len(ranked), int(alive.sum()), bar, quantiles(ranked)))
     finally:
-        theta.copy_(original)
+        _set(theta, original)
     return alive
+
+
+@torch.no_grad()
+def _set(theta: Tensor, values: Tensor) -> None:
+    """Set parameters in place: they may be a leaf that trains."""
+    theta.copy_(values)
 
 
 def check_within(within: Tensor | None, counts: Sequence[int], sizes: Sequence[int]) -> None:
@@ -325,7 +341,7 @@ def consensus(
             total.add_(client, alpha=share)
         if how == "vote":
             votes = votes + keep(client).int()
-    if how == "median-rank":
+    if how == "median-rank":  # of an even number of clients the lower of the middle two
         columns = zip(*(r.split(CHUNK) for r in ranks), strict=True)
         medians = [torch.stack(column).median(dim=0).values for column in columns]
         return torch.cat(medians).to(alive.device, torch.float64)

@@ -130,7 +130,7 @@ FOREIGN = {  # a word of a key -> what it is
 }
 OTHER_FILES = {  # a key -> what the file is
     "mask_format": "a mask that `calibrate` wrote, which goes to --mask",
-    "process": "the checkpoint of a run, of which `train.py export` makes weights",
+    "log": "the checkpoint of a run, of which `train.py export` makes weights",
     "param_groups": "the state of an optimiser",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 
@@ -51,7 +52,7 @@ def run(line: Line) -> None:
     except ValueError as error:
         print(f"no density.png: {error}", file=sys.stderr)
     path = folder.folder / "mask.pt"
-    print(f"written to {path}; train it with --mask {path}")
+    print(f"written to {path}; train it with --mask {shlex.quote(str(path))}")
 
 
 def print_density(kinds: list[str], layers: list[str], density: np.ndarray) -> None:

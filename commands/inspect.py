@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -93,7 +94,8 @@ def run_export(line: Line) -> None:
     model, pixels = finished.recipe.backbone.model, finished.workspace.normalisation()
     mean, std = NORMALISATIONS[pixels]
     print(f"{o.file}: {model} at {reached}, pixels normalised by {mean}, {std}")
-    print(f"load it by --model {model} --weights {o.file} --normalisation {pixels}")
+    weights = shlex.quote(o.file)
+    print(f"load it by --model {model} --weights {weights} --normalisation {pixels}")
 
 
 def print_clients(figures: dict) -> None:

@@ -215,7 +215,7 @@ class ClientStates(Term):
         Several processes `merge` first; one that is alone need not.
         """
         total = self.total + self._change if self._unmerged else self.total
-        state = {"mean": self.mean, "total": total, "changes": dict(self._changes)}
+        state = {"mean": self.mean.clone(), "total": total.clone(), "changes": dict(self._changes)}
         if self.folder is None:
             return state | {"vectors": dict(self._vectors)}
         if self._unwritten:

@@ -42,7 +42,8 @@ class Participation(NamedTuple):
 
 
 def _random(seed: int, purpose: str, round: int, client: int = 0) -> np.random.Generator:
-    key = [seed % 2**64, zlib.crc32(purpose.encode()) ^ seed >> 64]  # of up to 128 bits
+    seed = int(seed)  # of up to 128 bits, where numpy's has 64
+    key = [seed % 2**64, zlib.crc32(purpose.encode()) ^ seed >> 64]
     return np.random.Generator(np.random.Philox(key=key, counter=[0, client, round, 0]))
 
 

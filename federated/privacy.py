@@ -96,7 +96,16 @@ class Secret:
         self.key = int(state["key"], 16)
 
 
+def check_whole(vector: Tensor) -> None:
+    """Raise ValueError unless a tensor is a vector (P,) of int64."""
+    if vector.dim() != 1 or vector.dtype != torch.int64:
+        raise ValueError(
+            f"needed is one vector (P,) int64, not {tuple(vector.shape)} {vector.dtype}"
+        )
+
+
 def _random(seed: int, purpose: str, round: int) -> np.random.Generator:
+    seed = int(seed)  # numpy's would overflow
     key = [seed % 2**64, zlib.crc32(purpose.encode()) ^ seed >> 64]
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, round, 0]))
 
@@ -127,16 +136,17 @@ def add_noise_(
     the same everywhere to the bit.
 
     Args:
-        total: (P,) int64.
+        total: (P,) int64, once a round: a second vector would get the same noise.
         std: standard deviation of the noise, in the scale of the parameters.
         seed: of up to 128 bits, as a Secret's key.
         unit: what 1 in `total` stands for.
         where: (P,) bool, the entries that get noise; None: all.
 
     Raises:
-        ValueError: the fixed point does not hold the noise.
+        ValueError: the fixed point does not hold the noise, or a total that is no such vector.
     """
     check_std(std, unit=unit)
+    check_whole(total)
     generator = _random(seed, "dp noise", round)
     for start in range(0, len(total), CHUNK):
         part = total[start : start + CHUNK]
@@ -177,7 +187,7 @@ def epsilon(noise: float, fraction: float, rounds: int, delta: float) -> float:
     if not rounds:
         return 0.0
     accountant = RdpAccountant(ORDERS)
-    accountant.compose(PoissonSampledDpEvent(fraction, GaussianDpEvent(noise)), rounds)
+    accountant.compose(PoissonSampledDpEvent(fraction, GaussianDpEvent(noise)), int(rounds))
     return float(accountant.get_epsilon(delta))
 
 
@@ -195,11 +205,19 @@ def conceal_(
     part of, and needs secret sharing to unmask clients that drop out.
 
     Args:
-        contribution: (P,) int64.
+        contribution: (P,) int64: all that a client sends in a round, as a second vector would be
+            hidden under the same numbers.
+        seed: up to 128 bits.
+
+    Raises:
+        ValueError: a contribution that is no such vector.
     """
+    check_whole(contribution)
+    seed = int(seed)
     for other in map(int, clients):
         if other != client:
             pair = [0, min(client, other), max(client, other), round]
-            stream = np.random.Philox(key=[seed, zlib.crc32(b"pairwise masks")], counter=pair)
+            key = [seed % 2**64, zlib.crc32(b"pairwise masks") ^ seed >> 64]
+            stream = np.random.Philox(key=key, counter=pair)
             mask = torch.from_numpy(stream.random_raw(contribution.numel()).view(np.int64))
             contribution.add_(mask.to(contribution.device), alpha=1 if client < other else -1)

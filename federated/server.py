@@ -161,8 +161,8 @@ class Server:
         """Do nothing: the state changes in `step_`."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return all there is to save."""
-        return dict(self.tensors)
+        """Return copies of all there is to save."""
+        return {name: tensor.clone() for name, tensor in self.tensors.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from `state_dict`'s answer."""

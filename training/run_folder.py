@@ -97,7 +97,12 @@ def keep_shards(path: Path, validation: np.ndarray, shards: list[np.ndarray]) ->
 
 def reached(run: runs.Run) -> dict[str, int]:
     """Return how many rounds or epochs a run has, which no later command makes fewer."""
-    last = run.records()[-1:] if run.config_path.exists() else []
+    last = []
+    if run.config_path.exists():
+        try:
+            last = run.records()[-1:]
+        except safe_files.DamagedFile:  # the checkpoint holds the log, too
+            last = run.vouched_records()[-1:]
     return {
         f"{unit}s": math.ceil(r[unit]) for r in last for unit in ("round", "epoch") if unit in r
     }

@@ -563,3 +563,18 @@ def test_kept_patches_are_drawn_beside_the_crops():
     assert kept.shape == (40, 8, 5) and (kept.diff(dim=2) > 0).all()
     counts = torch.bincount(kept.flatten(), minlength=16)
     assert len(counts) == 16 and (counts - 100).abs().max() < 50  # 100 each, 8 to a deviation
+
+
+def test_images_that_are_floats_already_keep_their_values():
+    images = torch.randint(256, (2, 3, 8, 8)).float()
+    before, preprocess = (
+        images.clone(),
+        data.Preprocess(8, (0.5,) * 3, (0.5,) * 3, "cpu", torch.float32),
+    )
+    preprocess(images)
+    assert torch.equal(images, before)
+
+
+def test_a_concentration_whose_draws_underflow_is_refused():
+    with pytest.raises(ValueError, match="must lie in"):
+        data.shard_dirichlet(np.arange(50) % 5, 5, 1e-308, 0)

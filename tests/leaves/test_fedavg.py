@@ -487,12 +487,55 @@ def test_changes_that_are_scaled_up_cannot_leave_the_fixed_point_range(scaled):
         loop.advance()
 
 
-def test_as_many_results_as_clients():
+@pytest.mark.parametrize("count", [0, 3, 5])
+def test_as_many_results_as_clients(count):
     def train(theta, clients, round):
-        yield theta, torch.ones(1)
+        for _ in range(count):
+            yield theta, torch.ones(1)
 
-    with pytest.raises(ValueError, match="zip"):
-        run(federation(train=train), 1)
+    said = f"round 1: train yields {'more' if count > 4 else 'fewer'} results than clients"
+    with pytest.raises(ClientError, match=said):
+        run(federation(train=train, cohort=always(range(4))), 1)
+
+
+def test_a_result_of_another_shape_is_refused_by_its_client():
+    def train(theta, clients, round):
+        for _ in clients:
+            yield theta[:3], torch.ones(1)
+
+    said = r"round 1, client 2: its result is \(3,\), and theta is \(5,\)"
+    with pytest.raises(ClientError, match=said):
+        run(federation(train=train, cohort=always([2, 4])), 1)
+
+
+def test_a_model_that_trains_in_thetas_memory_is_refused():
+    """Each client would start where the one before ended."""
+
+    def train(theta, clients, round):
+        for _ in clients:
+            theta.add_(1.0)
+            yield theta.clone(), torch.ones(1)
+
+    loop = federation(train=train)
+    with pytest.raises(ClientError, match=r"round 1: train has changed .*theta\.clone\(\)"):
+        loop.advance()
+
+
+@pytest.mark.parametrize("clients", [2, 12, 15])
+def test_a_state_is_a_copy_that_its_own_loop_can_go_back_to(clients):
+    """In a round, after it, and after a server with memory has stepped."""
+    theta = torch.zeros(5, dtype=torch.float64)
+    loop = FedAvg(theta, quadratic, always(range(4)), Server("fedavgm", theta, momentum=0.5))
+    for _ in range(clients):
+        loop.advance()
+    state = loop.state_dict()
+    ends = []
+    for _ in range(2):
+        while loop.round < 6:
+            loop.advance()
+        ends.append(loop.theta.clone())
+        loop.load_state_dict(state)
+    assert torch.equal(*ends) and loop.round == clients // 4
 
 
 def test_what_a_client_cannot_keep_stops_the_round():

@@ -352,9 +352,8 @@ def test_what_cannot_be_scored_is_refused(odd):
         fisher_diagonal(model, x)
     with pytest.raises(ValueError, match="unknown labels 'false'"):
         fisher_diagonal(model, [x], labels="false")
-    for batch in (x, (x, torch.rand(7))):
-        with pytest.raises(ValueError, match="needs batches of"):
-            fisher_diagonal(model, [batch], labels="true")
+    with pytest.raises(ValueError, match="needs batches of"):
+        fisher_diagonal(model, [x], labels="true")
     with pytest.raises(ValueError, match="is not finite"):
         fisher_diagonal(model, [x * math.inf], labels="sampled")
     for labels in (torch.zeros(6).long(), torch.zeros(7, 1).long()):
@@ -779,3 +778,65 @@ def test_a_model_keeps_its_constants_from_pass_to_pass(monkeypatch):
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     Scorer(model).diagonal(images.split(2))
     assert len(matrices) == 1
+
+
+class NumberedExperts(nn.Module):
+    """Tokens choose an expert by their number."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(8, 5), nn.Linear(5, 3)
+        self.experts = nn.ModuleList(nn.Linear(5, 5) for _ in range(2))
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        out = torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            out[tokens % 2 == k] = expert(x[tokens % 2 == k])
+        return self.head(out.sum(1))
+
+
+class Unpadded(nn.Module):
+    """Only tokens that are no padding pass a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.experts = nn.Embedding(8, 5), nn.ModuleList([nn.Linear(5, 5)])
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        out = torch.zeros_like(x)
+        out[tokens != 0] = self.experts[0](x[tokens != 0])
+        return self.head(out.sum(1))
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens"),
+    [
+        (NumberedExperts, [[0, 1], [2, 3], [4, 6], [5, 7]]),
+        (Unpadded, [[1, 0], [2, 0], [0, 0], [5, 7]]),
+    ],
+)
+def test_rows_that_truth_values_pick_are_scored_one_by_one(model, tokens):
+    """In the second batch a layer sees as many rows as samples, and of other samples."""
+    torch.manual_seed(0)
+    model, tokens, labels = model(), torch.tensor(tokens), torch.tensor([0, 1, 2, 0])
+    pairs = [(tokens[:2], labels[:2]), (tokens[2:], labels[2:])]
+    scores = fisher_diagonal(model, pairs, labels="true")
+    for name, p in model.named_parameters():
+        squares = []
+        for x, y in zip(tokens, labels, strict=True):
+            score = model(x[None]).log_softmax(1)[0, y]
+            (grad,) = torch.autograd.grad(score, p, allow_unused=True, materialize_grads=True)
+            squares.append(grad.square())
+        torch.testing.assert_close(scores[name], sum(squares) / 4, rtol=1e-4, atol=1e-8)
+
+
+def test_a_model_that_no_gradient_passes_is_refused():
+    model = nn.Linear(4, 3)
+    model.forward = torch.no_grad()(model.forward)
+    with pytest.raises(ValueError, match="no gradient reaches any of the model's parameters"):
+        fisher_diagonal(model, [torch.randn(5, 4)])
+    with pytest.raises(ValueError, match="are whole numbers, not torch.float32"):
+        fisher_diagonal(nn.Linear(4, 3), [(torch.randn(5, 4), torch.ones(5))], labels="true")

@@ -1,5 +1,6 @@
 """Parameters and gradients are views of two vectors; the norm that bounds a gradient is torch's."""
 
+import copy
 import math
 
 import numpy as np
@@ -292,3 +293,47 @@ def test_the_compact_step_has_the_bits_of_the_masked_one(monkeypatch, momentum, 
     compact, masked = walk(1), walk(0)
     assert torch.equal(compact[0], masked[0])
     assert compact[1] is masked[1] is None or torch.equal(compact[1], masked[1])
+
+
+@pytest.mark.parametrize(
+    "lose",
+    [
+        lambda model, flat: model.double(),
+        lambda model, flat: torch.nn.utils.vector_to_parameters(torch.zeros(8), model.parameters()),
+    ],
+    ids=["cast", "from a vector"],
+)
+def test_a_view_that_has_lost_its_model_says_so_before_a_step(lose):
+    model = torch.nn.Linear(3, 2)
+    flat = FlatView(model.named_parameters())
+    entries = Entries(flat, None, Sgd(momentum=0.0))
+    entries.step(0.1)
+    lose(model, flat)
+    with pytest.raises(ValueError, match="no longer lie in the flat view"):
+        entries.step(0.1)
+
+
+def test_a_loss_of_other_parameters_says_so():
+    model = torch.nn.Linear(3, 2)
+    flat = FlatView(model.named_parameters())
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    with pytest.raises(ValueError, match="depends on none of the flat view's parameters"):
+        flat.fill_grad(model(torch.ones(2, 3)).sum())
+
+
+def test_a_copy_of_model_and_view_says_that_it_is_none():
+    model = torch.nn.Linear(3, 2)
+    _, flat = copy.deepcopy((model, FlatView(model.named_parameters())))
+    with pytest.raises(ValueError, match="a deep copy"):
+        flat.recover_grad()
+
+
+def test_every_parameter_has_one_name_and_every_name_one_parameter():
+    first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)
+    pairs = [*first.named_parameters(), *second.named_parameters()]
+    with pytest.raises(ValueError, match="two parameters are called weight"):
+        FlatView(pairs)
+    tied = torch.nn.Sequential(first, torch.nn.Tanh(), first)
+    with pytest.raises(ValueError, match=r"0\.weight and 2\.weight are one parameter"):
+        FlatView(tied.named_parameters(remove_duplicate=False))
+    assert FlatView(tied.named_parameters()).size == 20

@@ -1,5 +1,7 @@
 """Closed-form heads are what their equations say, whoever holds the samples."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -130,3 +132,20 @@ def test_heads_trained_together_are_a_plain_loop_per_client():
             assert losses[k, j].item() == pytest.approx(loss.item(), rel=1e-6)  # kept in fp32
         torch.testing.assert_close(weight[k], head.weight.detach(), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(bias[k], head.bias.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_what_gives_no_head_is_refused():
+    features, labels = problem(60)
+    bad = features.clone()
+    bad[0, 0] = math.inf
+    with pytest.raises(ValueError, match="not finite"):
+        fit_ridge(RidgeSums(12, 10).update(bad, labels), features, labels)
+    sums = RidgeSums(12, 10).update(features, labels)
+    with pytest.raises(ValueError, match="validation samples, and there are none"):
+        fit_ridge(sums, features[:0], labels[:0])
+    with pytest.raises(ValueError, match=r"labels must lie in 0\.\.9"):
+        RidgeSums(12, 10).update(features, labels + 1)
+    with pytest.raises(ValueError, match="60 features come with 59 labels"):
+        RidgeSums(12, 10).update(features, labels[1:])
+    with pytest.raises(ValueError, match="sums of other features or classes"):
+        sums + RidgeSums(12, 1)

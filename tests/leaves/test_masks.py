@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import masks
 from masks import (
     CONSENSUS,
     RULES,
@@ -301,3 +302,22 @@ def test_a_rule_of_ones_own_that_cannot_rank_is_told_why(monkeypatch, rule, said
     monkeypatch.setitem(RULES, "mine", rule)
     with pytest.raises(ValueError, match=f"mask rule 'mine': .*{said}"):
         ranking("mine", torch.ones(3))
+
+
+def test_a_share_is_of_a_mask_and_of_something():
+    with pytest.raises(ValueError, match="a mask is bool, not torch.int64"):
+        masks.sensitivity_share(torch.tensor([0, 1, 0]), torch.ones(3))
+    with pytest.raises(ValueError, match="no entry has a sensitivity"):
+        masks.sensitivity_share(torch.tensor([False, True]), torch.zeros(2))
+
+
+@pytest.mark.parametrize("rule", ["least-sensitive", "most-sensitive"])
+def test_a_rule_that_needs_scores_says_so(rule):
+    with pytest.raises(ValueError, match="ranks by sensitivity: give scores"):
+        masks.ranking(rule, torch.ones(3))
+
+
+def test_calibration_takes_a_parameter_that_trains():
+    theta = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    mask = masks.calibrate(theta, lambda alive, keep: theta.detach().clone(), sparsity=0.5)
+    assert mask.tolist() == [True, True, False, False] and theta.tolist() == [1, 2, 3, 4]

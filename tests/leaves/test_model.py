@@ -434,7 +434,7 @@ def test_tensors_that_are_not_dense_floats_are_named(make, kind, tmp_path):
         (torch.zeros(3), "it holds a Tensor without tensors by name"),
         (torch.optim.SGD([torch.zeros(2)], lr=1).state_dict(), "the state of an optimiser"),
         ({"mask_format": 1, "bits": torch.zeros(2)}, "a mask that `calibrate` wrote"),
-        ({"process": {"theta": torch.zeros(2)}, "wall_seconds": 1}, "the checkpoint of a run"),
+        ({"format": 2, "state": {"process": {}}, "log": ""}, "the checkpoint of a run"),
         (torch.nn.Linear(2, 2), "a whole pickled module (torch.nn.modules.linear.Linear)"),
         ({"model": build_vit("vit_demo", 5)}, "a whole pickled module (model.VisionTransformer)"),
         (SOURCE | {"args": threading.Thread}, "a pickle of other objects (threading.Thread)"),

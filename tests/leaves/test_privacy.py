@@ -211,3 +211,26 @@ def test_epsilon_is_above_the_exact_value_of_all_clients_and_falls_with_sampling
     assert epsilon(2 * noise, 1.0, rounds, 1e-5) < bound
     assert epsilon(noise, 1.0, 2 * rounds, 1e-5) > bound
     assert epsilon(noise, 1.0, 0, 1e-5) == 0.0
+
+
+@pytest.mark.parametrize("total", [torch.zeros(2, 5, dtype=torch.int64), torch.zeros(5)])
+def test_noise_and_pads_are_for_one_vector_of_whole_numbers(total):
+    """A second one in a round, a row say, would get the same numbers."""
+    with pytest.raises(ValueError, match=r"one vector \(P,\) int64"):
+        add_noise_(total, 0.5, unit=2.0**-48, seed=7, round=1)
+    with pytest.raises(ValueError, match=r"one vector \(P,\) int64"):
+        conceal_(total, client=3, clients=[3, 7], round=1)
+
+
+def test_seeds_are_numpys_or_a_whole_secret():
+    hidden_parts = []
+    for seed in (np.int64(3), 3, Secret().key):
+        pair = torch.zeros(2, 5, dtype=torch.int64)
+        for client, part in zip((3, 7), pair, strict=True):
+            conceal_(part, client, [3, 7], 1, seed=seed)
+        assert pair[0].any() and not pair.sum(0).any()
+        hidden_parts.append(pair)
+    assert torch.equal(*hidden_parts[:2])
+    assert list(sample_poisson(9, 0.5, seed=np.int64(3), round=1)) == list(
+        sample_poisson(9, 0.5, seed=3, round=1)
+    )
