@@ -87,18 +87,16 @@ def heterogeneity(s: Size) -> Experiment:
 def query_key(s: Size) -> Experiment:
     """What a tenth of the backbone is worth by every rule, everywhere and within query and key.
 
-    Least sensitive weights lie there: does their insensitivity count, or their place? Within them
-    masks of a tenth overlap; elsewhere, and after one calibration round, least sensitive weights
-    lie in other places. N_c = 5.
+    Least sensitive weights lie there: does their insensitivity count, or their place? Masks of a
+    tenth within these overlap, as they are most of them; elsewhere they need not. N_c = 5.
     """
     rows = [s.masked(("dense", "everywhere"), "nc5", "dense", "0")]
     rows += [s.masked((rule, "everywhere"), "nc5", rule, "0.9") for rule in RULES]
-    for rule in ("least-sensitive", "most-sensitive", "random"):
-        within = ("--mask-within", *QUERY_KEY)
-        rows.append(s.masked((rule, "query, key"), "nc5", rule, "0.9", *within))
-    elsewhere, once = ("--mask-within", *ELSEWHERE), ("--calibration-rounds", "1")
-    for key, more in (("elsewhere", elsewhere), ("everywhere, one calibration round", once)):
-        rows.append(s.masked(("least-sensitive", key), "nc5", "least-sensitive", "0.9", *more))
+    for where, kinds in (("query, key", QUERY_KEY), ("elsewhere", ELSEWHERE)):
+        for rule in ("least-sensitive", "most-sensitive", "random"):
+            rows.append(s.masked((rule, where), "nc5", rule, "0.9", "--mask-within", *kinds))
+    key, once = "everywhere, one calibration round", ("--calibration-rounds", "1")
+    rows.append(s.masked(("least-sensitive", key), "nc5", "least-sensitive", "0.9", *once))
     return Experiment(("rule", "within"), tuple(rows), ACCURACY, ("dense", "everywhere"))
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -191,6 +192,30 @@ def test_a_finished_run_names_what_it_has_lost(cli, finished, name, how):
     assert status == 0 and "is finished" in out, err
     assert out.count("warning: ") == 1 and f"runs/x/{name} is " in out
     assert snapshot(finished) == before
+
+
+@pytest.mark.parametrize("line", ["x\n", "[3]\n"])
+def test_an_unfinished_run_with_a_damaged_log_goes_on(cli, finished, line):
+    """Its checkpoint holds the log, too."""
+    log = (finished / "log.jsonl").read_bytes()
+    (finished / "log.jsonl").write_bytes(log + line.encode())
+    status, out, err = cli(*MASKED, "--rounds", 2)
+    assert status == 0, err
+    lines = (finished / "log.jsonl").read_bytes().splitlines(keepends=True)
+    assert b"".join(lines[: log.count(b"\n")]) == log and json.loads(lines[-1])["round"] == 2
+
+
+def test_what_is_no_weights_is_called_a_checkpoint(cli, finished):
+    said = refused(cli, *FEDAVG, "--name", "y", "--weights", finished / "checkpoint.pt")
+    assert "the checkpoint of a run, of which `train.py export` makes weights" in said
+
+
+def test_a_printed_command_holds_for_paths_with_spaces(cli, finished):
+    path = finished.parent / "a b" / "c d.pth"
+    path.parent.mkdir()
+    said = cli("export", finished, path)[1]
+    options = shlex.split(said[said.index("load it by ") :].removeprefix("load it by "))
+    assert options[options.index("--weights") + 1] == str(path)
 
 
 # ---------------------------------------------------------------------------- wrong contents
