@@ -97,7 +97,7 @@ def project(work: Work) -> dict[str, torch.Tensor]:
 def plain_usual(work: Work) -> dict[str, torch.Tensor]:
     """Run the loop of most FedAvg repositories: a deep copy per client, a mean of state_dicts."""
     model = work.workspace.build_model()
-    work.tick()
+    work.tick(model)
     for round in range(1, work.rounds + 1):
         states = []
         for client in work.clients(round):
@@ -106,7 +106,7 @@ def plain_usual(work: Work) -> dict[str, torch.Tensor]:
             states.append(local.state_dict())
         mean = {name: sum(s[name] for s in states) / len(states) for name in states[0]}
         model.load_state_dict(mean)
-        work.tick()
+        work.tick(model)
     return model.state_dict()
 
 

@@ -74,7 +74,7 @@ class Work:
         self.preprocess, self.threads = self.workspace.preprocess(), self.options.machine.threads
         self.ticks, self.rank = [], int(os.environ.get("RANK", 0))
 
-    def tick(self) -> None:
+    def tick(self, model: nn.Module | None = None) -> None:
         """Note the time: once before the first round, then after every round."""
         if self.workspace.device.type == "cuda":
             torch.cuda.synchronize()
