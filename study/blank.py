@@ -103,6 +103,7 @@ def write(runs: Sequence[Past], out: Path) -> tuple[list[str], list[str]]:
     pieces = []
     for part in PARTS:
         if chosen := [run for run in good if part.holds(run.options)]:
+            chosen += dense_beside(chosen, good) if part.name == "masks" else []
             numbers |= write_part(part, chosen, generated)
             pieces.append(f"table/{part.name}")
     report.write_numbers(numbers, generated)
@@ -182,8 +183,6 @@ def experiments(runs: list[Past], calibrated: list[Past]) -> dict[str, list[Seri
     dense = [run for run in federated if not masked(run.options)]
     iid = [run for run in dense if run.sharding == "iid"]
     masks = [run for run in federated if masked(run.options)]
-    alike = {compared_by(run) for run in masks}
-    like_masks = [run for run in dense if compared_by(run) in alike]
     several = len({run.sharding for run in dense}) > 1
     measured = [run for run in calibrated if run.summary.get("density")]
     compared = [run for run in measured if run.summary.get("overlap", {}).get("iou")]
@@ -191,15 +190,24 @@ def experiments(runs: list[Past], calibrated: list[Past]) -> dict[str, list[Seri
         "centralized": curves(central),
         "fedavg-iid": curves(iid),
         "heterogeneity": configurations(dense if several else [], ROWS["heterogeneity"]),
-        "rules": configurations(masks + like_masks, ROWS["rules"]),
+        "rules": configurations(masks + dense_beside(masks, runs), ROWS["rules"]),
         "density": configurations(measured, ROWS["agreement"]),
         "agreement": configurations(compared, ROWS["agreement"]),
     }
 
 
+def dense_beside(masks: Sequence[Past], runs: Sequence[Past]) -> list[Past]:
+    """Return the runs without a mask that masked ones compare with: dense training's."""
+    alike = {compared_by(run) for run in masks}
+    dense = [run for run in runs if not masked(run.options)]
+    trained = [run for run in dense if plain(run.options) or PARTS[0].holds(run.options)]
+    return [run for run in trained if compared_by(run) in alike]
+
+
 def compared_by(run: Past) -> tuple:
     """Return what trained, how long, on which clients: runs are compared where these are alike."""
-    return tuple(run.options.get(name) for name in ("train", "J", "rounds", "sharding"))
+    names = ("command", "train", "J", "rounds", "epochs", "schedule", "sharding")
+    return tuple(run.options.get(name) for name in names)
 
 
 def curves(runs: list[Past]) -> list[Series]:

@@ -27,6 +27,7 @@ MEASURES = (
 )
 SEEDS = "seeds"
 ABSENT = "-"  # an option that a run does not have, or leaves off
+DENSE = "dense"  # the mask rule of a run that trains everything
 LEADING = (  # of the columns; the others follow in the order of the command line
     *("command", "train", "head", "sharding", "J", "aggregate", "server"),
     *("mask_rule", "sparsity", "threshold", "calibration_rounds", "schedule"),
@@ -94,7 +95,7 @@ def made_by(run: Past) -> dict[str, object]:
 def rule_of(options: dict) -> str:
     """Return the mask rule, of a given mask the name of its file or its folder, or dense."""
     if options.get("mask_rule") is not None or options.get("mask") is None:
-        return options.get("mask_rule") or "dense"
+        return options.get("mask_rule") or DENSE
     path = Path(options["mask"])
     return f"mask {path.parent.name if path.name == 'mask.pt' and path.parent.name else path.name}"
 
@@ -207,7 +208,7 @@ def worded(names: Sequence[str], values: Sequence[str], plain: bool = False) -> 
     parts = []
     for name, value in zip(names, values, strict=True):
         if value == ABSENT:
-            parts.append({"mask_rule": "dense"}.get(name, ""))
+            parts.append({"mask_rule": DENSE}.get(name, ""))
         elif name == "sharding":
             parts.append(value if plain else sharded(value))
         else:
@@ -285,8 +286,11 @@ def lines(runs: Sequence[Past], names: Sequence[str], tuned: Sequence[str] = ())
     heading = [name.replace("_", " ") for name in (*names, *tuned)]
     table = [[*heading, *(m.heading for m in measures), SEEDS]]
     for key, group in rows(runs, names).items():
+        told = [
+            DENSE if (n, x) == ("mask_rule", ABSENT) else x for n, x in zip(names, key, strict=True)
+        ]
         chosen = [text(group[0].options.get(name)) for name in tuned]
-        table.append([*key, *chosen, *(m.text(m.over(group)) for m in measures), seeds_of(group)])
+        table.append([*told, *chosen, *(m.text(m.over(group)) for m in measures), seeds_of(group)])
     return table
 
 

@@ -110,6 +110,22 @@ def test_the_only_masked_run_says_its_mask(tmp_path):
     assert heading.startswith("| mask rule | sparsity |") and row.startswith("| random | 0.9 |")
 
 
+def test_masks_stand_beside_the_dense_runs_that_they_compare_with(tmp_path):
+    rule = {"mask_rule": "random", "sparsity": 0.9}
+    for name, options in {
+        "masked": rule,
+        "dense": {},
+        "longer": {"rounds": 6},
+        "central-mask": rule | {"command": "centralized", "epochs": 3},
+        "central": {"command": "centralized", "epochs": 3},
+        "central-long": {"command": "centralized", "epochs": 6},
+    }.items():
+        leave(tmp_path / "runs" / name, 0.4, **options)
+    blank.write(history.read_all([tmp_path / "runs"]), tmp_path / "out")
+    text = (tmp_path / "out" / "generated" / "masks.md").read_text()
+    assert text.count("| random | 0.9 |") == 2 and text.count("| dense | - |") == 2, text
+
+
 def test_an_option_that_a_run_lacks_is_none_in_the_keys_of_its_numbers(tmp_path):
     for name, val_acc, schedule, nesterov in (
         ("a", 0.3, "cosine", None),
