@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 from test_readme import tables
 
+import masks
 from study import rates
 from study.rates import Key, Tried
 
@@ -97,6 +98,25 @@ def test_the_sentences_of_the_documents_hold(rows):
     followed = [row.best / row.follows("functional") for row in inside if row.key[1:] == outliers]
     lowest = map(rates.two_digits, followed)
     assert f"({' and '.join(lowest)} times the functional rate)" in text
-    powers = {line[0]: line[-1] for line in rates.powers(list(rows.values()))}
-    assert f"share to the power of {powers['iid']} for iid clients" in text
-    assert f"{powers['nc1']} at N_c = 1" in text
+    for sharding, words in (("iid", "for iid clients"), ("nc1", "at N_c = 1")):
+        lines = rates.powers([row for row in rows.values() if row.key.sharding == sharding])
+        power, low, high = lines[-1][-3:]
+        assert f"{power} [{low}, {high}] {words}" in text
+    for sharding, lr, best in (("iid", 0.01, 0.1), ("nc1", 0.001, 0.03)):
+        row = rows[Key(sharding, "least-sensitive", 0.9, 4)]
+        matched, functional = (
+            f"{lr * masks.rate_factor(row.share, how):.2g}" for how in ("matched", "functional")
+        )
+        assert f"{matched} and {functional}, where {best:g} was best" in text and row.best == best
+    assert (
+        rows[Key("nc1", "least-sensitive", 0.9, 4)].accuracy[0.1] < 0.2904 and "the start" in text
+    )
+
+
+def test_updates_are_as_long_as_the_matched_law_says_within_what_is_said():
+    with open(CPU / "update_norms.csv", encoding="utf-8", newline="") as file:
+        lines = list(csv.reader(file))
+    assert lines == rates.norms(CPU)
+    ratios = [float(line[-1]) for line in lines[1:]]
+    text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    assert f"an update was {min(ratios):.2f} to {max(ratios):.2f} times as long" in text
