@@ -820,6 +820,8 @@ def chooses_kernels(backend: str, x: Tensor) -> bool:
 
 
 @functools.cache
+@torch.inference_mode(False)
+@torch.enable_grad()
 def serves(device: torch.device, dtype: torch.dtype, width: int, heads: int) -> str:
     """Compare kernels and reference once, on this device at a model's width.
 
@@ -850,6 +852,8 @@ def serves(device: torch.device, dtype: torch.dtype, width: int, heads: int) -> 
 
 
 @functools.cache
+@torch.inference_mode(False)
+@torch.enable_grad()
 def attends(device: torch.device, dtype: torch.dtype, width: int, heads: int, tokens: int) -> str:
     """Compare attention's kernels and reference once, on this device at a model's sizes.
 

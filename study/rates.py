@@ -176,18 +176,20 @@ def norms(results: Path) -> list[list[str]]:
     It says that a mask of share s, trained at lr, moves lr s^(1/2) where dense training moves its
     own rate: of the runs of `linearity`, each beside dense training's of its clients and seed.
     """
-    runs = {}
+    shares, table, lengths = read_shares(results / "shares.csv"), [], {}
     for run in packed.read(results / "linearity" / packed.FILE).values():
-        runs[key_of(run), run.options["seed"]] = run
-    shares, table = read_shares(results / "shares.csv"), []
-    for (key, seed), run in sorted(runs.items()):
+        at = key_of(run), run.options["seed"], run.options["lr"]
+        lengths[at] = run.summary["final"]["update_norm"]
+    of_dense = {
+        (key.sharding, seed): length / lr
+        for (key, seed, lr), length in lengths.items()
+        if key.rule == "dense"
+    }
+    for (key, seed, lr), length in sorted(lengths.items()):
         if key.rule == "dense" or (key.rounds and key not in shares):
             continue
-        dense = runs[Key(key.sharding, "dense", 0.0, 0), seed]
         share = shares[key] if key.rounds else 1 - key.sparsity
-        length, lr = run.summary["final"]["update_norm"], run.options["lr"]
-        of_dense = dense.summary["final"]["update_norm"] / dense.options["lr"]
-        ratio = length / (of_dense * lr * math.sqrt(share))
+        ratio = length / (of_dense[key.sharding, seed] * lr * math.sqrt(share))
         cells = key.sharding, key.rule, f"{key.sparsity}", f"{seed}", f"{lr:g}"
         table.append([*cells, f"{length:.4g}", f"{ratio:.2f}"])
     heading = ["sharding", "rule", "sparsity", "seed", "lr", "update_norm", "to_matched_law"]
