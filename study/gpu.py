@@ -96,7 +96,8 @@ def query_key(s: Size) -> Experiment:
         for rule in ("least-sensitive", "most-sensitive", "random"):
             rows.append(s.masked((rule, where), "nc5", rule, "0.9", "--mask-within", *kinds))
     key, once = "everywhere, one calibration round", ("--calibration-rounds", "1")
-    rows.append(s.masked(("least-sensitive", key), "nc5", "least-sensitive", "0.9", *once))
+    row = s.masked(("least-sensitive", key), "nc5", "least-sensitive", "0.9", *once)
+    rows.append(row._replace(key=("least-sensitive", "everywhere, R = 1")))
     return Experiment(("rule", "within"), tuple(rows), ACCURACY, ("dense", "everywhere"))
 
 

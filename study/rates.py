@@ -25,7 +25,7 @@ import numpy as np
 import masks
 from study import figures, packed
 from study.past import Past
-from study.tables import INSIDE, place
+from study.tables import INSIDE, best_rate, place
 
 SEED = 0
 LEAST = 1e-4  # a mask of a smaller share holds next to no sensitivity
@@ -60,8 +60,8 @@ class Tried(NamedTuple):
 
     @property
     def best(self) -> float:
-        """The rate with the highest validation accuracy."""
-        return best(self.accuracy)
+        """The rate with the highest validation accuracy, the lowest of equals."""
+        return best_rate(self.accuracy)
 
     @property
     def bracketed(self) -> bool:
@@ -88,11 +88,6 @@ def two_digits(value: float) -> str:
     return f"{float(f'{value:.2g}'):g}"
 
 
-def best(accuracy: Mapping[float, float]) -> float:
-    """Return the rate of the highest accuracy; of equal ones the lowest."""
-    return max(sorted(accuracy), key=accuracy.__getitem__)
-
-
 def tried(results: Path) -> list[Tried]:
     """Return the rates of every mask whose share is there, from the runs of a scale's results."""
     accuracy: dict[Key, dict[float, float]] = {}
@@ -104,8 +99,9 @@ def tried(results: Path) -> list[Tried]:
             rates[options["lr"]] = run.summary["final"]["val_acc"]
     shares = read_shares(results / "shares.csv")
     rows = []
-    for key, rates in sorted(accuracy.items()):
-        dense = best(accuracy[Key(key.sharding, "dense", 0.0, 0)])
+    accuracy = {key: dict(sorted(rates.items())) for key, rates in sorted(accuracy.items())}
+    for key, rates in accuracy.items():
+        dense = best_rate(accuracy[Key(key.sharding, "dense", 0.0, 0)])
         share = shares.get(key) if key.rounds else 1 - key.sparsity
         rows += [Tried(key, rates, share, dense)] if share is not None else []
     return rows

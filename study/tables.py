@@ -33,13 +33,19 @@ def around(lr: float, tries: int) -> tuple[float, ...]:
 
 
 def place(accuracy: Mapping[float, float]) -> str:
-    """Say where the best of these rates lies: at an end also where that end is as good."""
-    low, high, best = min(accuracy), max(accuracy), max(accuracy.values())
+    """Say where the best of these rates lies; where an end is as good it is not inside."""
+    low, high, best = min(accuracy), max(accuracy), best_rate(accuracy)
     if low == high:
         return "the only one"
-    if accuracy[high] == best:
-        return "the highest"
-    return "the lowest" if accuracy[low] == best else INSIDE
+    for end, name in ((high, "the highest"), (low, "the lowest")):
+        if accuracy[end] == accuracy[best]:
+            return name if best == end else f"level with {name}"
+    return INSIDE
+
+
+def best_rate(accuracy: Mapping[float, float]) -> float:
+    """Return the rate of the highest accuracy, the first of equals."""
+    return max(accuracy, key=accuracy.__getitem__)
 
 
 def beyond(accuracy: Mapping[float, float]) -> float | None:
@@ -50,7 +56,7 @@ def beyond(accuracy: Mapping[float, float]) -> float | None:
     where = place(accuracy)
     if where == INSIDE:
         return None
-    if where == "the lowest":
+    if where.endswith("the lowest"):
         return next((lr for lr in reversed(LADDER) if lr < min(accuracy)), None)
     return next((lr for lr in LADDER if lr > max(accuracy)), None)
 
@@ -245,15 +251,15 @@ def placed(experiments: Mapping[str, Experiment], results: Path) -> dict[str, Ex
 
 
 def accuracy_of(tried: Tried) -> dict[float | None, float]:
-    """Return the mean validation accuracy of each rate, the lowest rate first."""
-    runs = {lr: [(seed, VALIDATION.of(run)) for seed, run in tried[lr].items()] for lr in tried}
-    return merits({lr: runs[lr] for lr in sorted(runs, key=lambda lr: lr or 0)})
+    """Return the mean validation accuracy of each rate, in the order in which they were tried."""
+    return merits(
+        {lr: [(seed, VALIDATION.of(run)) for seed, run in tried[lr].items()] for lr in tried}
+    )
 
 
 def chosen(tried: Tried) -> float | None:
-    """Return the rate of the best mean validation accuracy, the lowest of equals."""
-    accuracy = accuracy_of(tried)
-    return max(accuracy, key=accuracy.__getitem__)
+    """Return the rate of the best mean validation accuracy, of equals the first that was tried."""
+    return best_rate(accuracy_of(tried))
 
 
 def first_of(folder: Path, row: Row, rates: Collection[float | None]) -> Tried:

@@ -7,7 +7,7 @@ import pytest
 from study import packed
 from study.measures import TEST, VALIDATION, Measure, gain
 from study.past import Past
-from study.tables import LADDER, Experiment, Row, beyond, done, given, same
+from study.tables import LADDER, Experiment, Row, best_rate, beyond, done, given, place, same
 
 KEYS = (("iid", "dense", "0"), ("nc1", "random", "0.9"), ("iid", "random", "0.9"))
 ROWS = tuple(Row(key, ("--J", "4"), (0.01, 0.1), (0, 1), widened=0) for key in KEYS)
@@ -142,6 +142,10 @@ def test_beyond_a_grid_is_the_next_rung_on_the_best_rate_s_side():
     assert beyond({0.003: 2, 0.01: 3, 0.03: 2}) is None
     assert beyond({0.003: 2, 0.01: 3, 0.03: 3}) == 0.1 and beyond({0.003: 3, 0.01: 3}) == 0.03
     assert beyond({0.003: 3, 0.01: 3, 0.03: 2}) == 0.001
+    assert place({0.003: 3, 0.01: 3, 0.03: 2}) == "the lowest"
+    assert place({0.01: 3, 0.003: 3, 0.03: 2}) == "level with the lowest"
+    assert place({0.01: 3, 0.003: 2, 0.03: 3}) == "level with the highest"
+    assert best_rate({0.003: 3, 0.01: 3, 0.03: 2}) == 0.003
     assert beyond(dict(zip(LADDER, range(len(LADDER)), strict=True))) is None
     assert beyond({0.2: 2, 0.1: 1}) == 0.3 and beyond({0.2: 1}) == 0.3
 
