@@ -253,7 +253,7 @@ class FedAvg:
 
     def _rounds(self) -> Iterator[dict | None]:
         """Yield None after every client but a round's last, and its record after that."""
-        untouched = self.theta.clone()  # compared with theta once
+        shown = False  # once is enough: that clients leave theta as it is
         while True:
             t, group = self.round + 1, self.group
             cohort = checked(self.cohort(t), self.method.any_sum)
@@ -261,14 +261,15 @@ class FedAvg:
                 self._clear(len(cohort.clients) if self.method.apart(t) else 1)
             left = [place for place in range(len(cohort.clients)) if place not in self.done]
             places, problem = left[group.rank :: group.size], None
+            before = None if shown else self.theta.clone()
             results = iter(self.train(self.theta, cohort.clients[places], t))
             try:
                 for place in places:
                     if (result := next(results, None)) is None:
                         raise ClientError(f"round {t}: train yields fewer results than clients")
-                    if untouched is not None and not torch.equal(untouched, self.theta):
+                    if before is not None and not torch.equal(before, self.theta):
                         raise ClientError(f"round {t}: {TOUCHED}")
-                    untouched = None
+                    before, shown = None, True
                     self._take_in(t, cohort, place, *result)
                     if group.size == 1 and self.method.saves_within and place != places[-1]:
                         yield None

@@ -521,6 +521,20 @@ def test_a_model_that_trains_in_thetas_memory_is_refused():
         loop.advance()
 
 
+def test_a_server_may_step_before_any_client_has_trained():
+    """As that of private runs does, whose first rounds may draw nobody."""
+    none, some = always([], weights=[]), always(range(4))
+    moved = torch.full((1, 5), 2**47)
+    method = Method(
+        steps_empty=True,
+        combine=lambda parts, cohort, t: add_up(parts if len(cohort.clients) else moved),
+    )
+    loop = federation(cohort=lambda t: (none if t < 3 else some)(t), method=method)
+    while loop.round < 4:
+        loop.advance()
+    assert loop.theta.isfinite().all()
+
+
 @pytest.mark.parametrize("clients", [2, 12, 15])
 def test_a_state_is_a_copy_that_its_own_loop_can_go_back_to(clients):
     """In a round, after it, and after a server with memory has stepped."""
