@@ -253,7 +253,7 @@ class FedAvg:
 
     def _rounds(self) -> Iterator[dict | None]:
         """Yield None after every client but a round's last, and its record after that."""
-        shown = False  # once is enough: that clients leave theta as it is
+        first = True  # of the results: on it is seen whether train leaves theta as it is
         while True:
             t, group = self.round + 1, self.group
             cohort = checked(self.cohort(t), self.method.any_sum)
@@ -261,7 +261,7 @@ class FedAvg:
                 self._clear(len(cohort.clients) if self.method.apart(t) else 1)
             left = [place for place in range(len(cohort.clients)) if place not in self.done]
             places, problem = left[group.rank :: group.size], None
-            before = None if shown else self.theta.clone()
+            before = self.theta.clone() if first else None
             results = iter(self.train(self.theta, cohort.clients[places], t))
             try:
                 for place in places:
@@ -269,7 +269,7 @@ class FedAvg:
                         raise ClientError(f"round {t}: train yields fewer results than clients")
                     if before is not None and not torch.equal(before, self.theta):
                         raise ClientError(f"round {t}: {TOUCHED}")
-                    before, shown = None, True
+                    before, first = None, False
                     self._take_in(t, cohort, place, *result)
                     if group.size == 1 and self.method.saves_within and place != places[-1]:
                         yield None

@@ -658,10 +658,9 @@ class _QkvHeads(torch.autograd.Function):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, heads, queries, kernels):
-        qkv = F.linear(x, weight, bias)
-        gathered, log_sums = (attention_triton if kernels else attention_reference)(
-            qkv, heads, queries
-        )
+        qkv = F.linear(x, weight, bias).contiguous()  # as kernels read it
+        run = attention_triton if kernels else attention_reference
+        gathered, log_sums = run(qkv, heads, queries)
         ctx.save_for_backward(x, weight, qkv, gathered, log_sums)
         ctx.heads, ctx.kernels = heads, kernels
         return gathered

@@ -286,11 +286,11 @@ def lines(runs: Sequence[Past], names: Sequence[str], tuned: Sequence[str] = ())
     heading = [name.replace("_", " ") for name in (*names, *tuned)]
     table = [[*heading, *(m.heading for m in measures), SEEDS]]
     for key, group in rows(runs, names).items():
-        told = [
+        cells = [
             DENSE if (n, x) == ("mask_rule", ABSENT) else x for n, x in zip(names, key, strict=True)
         ]
         chosen = [text(group[0].options.get(name)) for name in tuned]
-        table.append([*told, *chosen, *(m.text(m.over(group)) for m in measures), seeds_of(group)])
+        table.append([*cells, *chosen, *(m.text(m.over(group)) for m in measures), seeds_of(group)])
     return table
 
 
