@@ -88,7 +88,8 @@ def query_key(s: Size) -> Experiment:
     """What a tenth of the backbone is worth by every rule, everywhere and within query and key.
 
     Least sensitive weights lie there: does their insensitivity count, or their place? Masks of a
-    tenth within these overlap, as they are most of them; elsewhere they need not. N_c = 5.
+    tenth within these overlap, as they are most of them; elsewhere they need not. A tenth of every
+    tensor keeps the rule and spreads the place. N_c = 5.
     """
     rows = [s.masked(("dense", "everywhere"), "nc5", "dense", "0")]
     rows += [s.masked((rule, "everywhere"), "nc5", rule, "0.9") for rule in RULES]
@@ -98,6 +99,22 @@ def query_key(s: Size) -> Experiment:
     key, once = "everywhere, one calibration round", ("--calibration-rounds", "1")
     row = s.masked(("least-sensitive", key), "nc5", "least-sensitive", "0.9", *once)
     rows.append(row._replace(key=("least-sensitive", "everywhere, R = 1")))
+    for rule in ("least-sensitive", "most-sensitive"):
+        rows.append(s.masked((rule, "every tensor"), "nc5", rule, "0.9", "--per-tensor"))
+    return Experiment(("rule", "within"), tuple(rows), ACCURACY, ("dense", "everywhere"))
+
+
+def query_key_iid(s: Size) -> Experiment:
+    """Whether it is the place for iid clients, too."""
+    rows = [
+        s.masked((rule, where), "iid", rule, "0" if rule == "dense" else "0.9", *within)
+        for rule, where, within in (
+            ("dense", "everywhere", ()),
+            ("least-sensitive", "everywhere", ()),
+            ("least-sensitive", "elsewhere", ("--mask-within", *ELSEWHERE)),
+            ("random", "elsewhere", ("--mask-within", *ELSEWHERE)),
+        )
+    ]
     return Experiment(("rule", "within"), tuple(rows), ACCURACY, ("dense", "everywhere"))
 
 
@@ -192,7 +209,7 @@ def methods(s: Size) -> Experiment:
 
 
 MAKERS = (
-    *(image_size, rates, heterogeneity, query_key, common.rules, common.sparsity, scope, frontier),
-    *(centralized, cheaper_rounds, common.consensus, common.linearity, scaffold_mask, methods),
-    common.agreement,
+    *(image_size, rates, heterogeneity, query_key, query_key_iid, common.rules, common.sparsity),
+    *(scope, frontier, centralized, cheaper_rounds, common.consensus, common.linearity),
+    *(scaffold_mask, methods, common.agreement),
 )
