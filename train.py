@@ -9,8 +9,11 @@ Every option has a default; COMMAND --help shows it. Runs go into runs/.
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS deterministic
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while PyTorch is imported: no traceback
 
 import contextlib
 import sys
@@ -137,4 +140,6 @@ def out_of_memory(error: Exception) -> bool:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

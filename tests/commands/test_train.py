@@ -1,8 +1,11 @@
 """The command line, in-process: what users type, and what it leaves."""
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from conftest import SYNTHETIC_DATASET
 
 import data
 import fedavg
+import train
 from commands.options import parse
 from machine import runs, safe_files
 from study import plots
@@ -253,6 +257,17 @@ def test_from_a_block_on_only_what_follows_trains_and_is_sent(cli, small_data):
     block = 12 * 48 * 48 + 13 * 48  # two LayerNorms, qkv, projection, a 4x MLP, all with biases
     trained = block + 2 * 48 + 100 * 48 + 100
     assert records(small_data / "runs" / "x")[-1]["bytes_up"] == 3 * 4 * trained
+
+
+def test_ctrl_c_while_pytorch_is_imported_says_nothing(tmp_path):
+    (tmp_path / "torch.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    run = subprocess.run(
+        [sys.executable, train.__file__, "runs"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}"},
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_centralized_training_resumes_within_an_epoch(cli, small_data, few_images, monkeypatch):
