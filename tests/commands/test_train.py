@@ -266,6 +266,7 @@ def test_ctrl_c_while_pytorch_is_imported_says_nothing(tmp_path):
         env={**os.environ, "PYTHONPATH": f"{tmp_path}"},
         capture_output=True,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # not ignored, as by nohup
     )
     assert (run.returncode, run.stdout, run.stderr) == (-signal.SIGINT, "", "")
 
