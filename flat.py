@@ -69,8 +69,9 @@ class FlatView:
         dtype: of theta, fp32 or fp64.
 
     Raises:
-        ValueError: no parameters, one that is not of real floating-point numbers, two of a name,
-            one of two names, or a module with such buffers in a half-precision compute_dtype.
+        ValueError: no parameters, one that is not of real floating-point numbers, two of a name or
+            in the same memory, one of two names, or a module with such buffers in a half-precision
+            compute_dtype.
     """
 
     def __init__(
@@ -79,11 +80,13 @@ class FlatView:
         dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype | None = None,
     ):
-        buffers = _buffers(parameters) if isinstance(parameters, nn.Module) else {}
-        if isinstance(parameters, nn.Module):
-            parameters = parameters.named_parameters()
+        model = parameters if isinstance(parameters, nn.Module) else None
+        buffers = {} if model is None else _buffers(model)
+        if model is not None:
+            parameters = model.named_parameters()
         pairs = list(parameters)
         parameters, names = dict(pairs), {id(p): name for name, p in pairs}
+        memory: dict = {}
         if not pairs:
             raise ValueError("a flat view needs at least one parameter")
         for name, p in pairs:
@@ -93,6 +96,8 @@ class FlatView:
                 raise ValueError(f"{name} and {names[id(p)]} are one parameter: give it once")
             if not p.is_floating_point():
                 raise ValueError(f"{name} is {p.dtype}: a flat view holds real floating-point ones")
+            if (twin := memory.setdefault(p.data_ptr() or name, name)) != name:
+                raise ValueError(f"{twin} and {name} share memory: make them one parameter")
         carried = {**parameters, **buffers}
         self.shapes = {name: tuple(p.shape) for name, p in carried.items()}
         self.offsets, end = {}, 0
@@ -116,10 +121,11 @@ class FlatView:
             self.view(self.theta, name).copy_(p.detach())
             p.requires_grad_(True)
             p.data, p.grad = self.view(weights, name), grad
-        self.places = [p.data_ptr() for p in self.parameters]
         for name, buffer in buffers.items():
             self.view(self.theta, name).copy_(buffer)
             buffer.data = self.view(self.theta, name)
+        self.model, self.named = model, parameters
+        self.places = {name: held.data_ptr() for name, held in carried.items()}
         self.buffers = self.marked(buffers) if buffers else None  # (P,) bool
         self.refresh()
 
@@ -148,14 +154,24 @@ class FlatView:
         A parameter whose gradient is None, as zero_grad() leaves it, has zeros.
 
         Raises:
-            ValueError: a parameter that has been given other memory, which no step would reach.
+            ValueError: as `check_places`.
         """
-        for p, grad, at in zip(self.parameters, self.grads, self.places, strict=True):
-            if p.data_ptr() != at:
-                raise ValueError(f"the model's parameters no longer lie in the flat view: {LOST}")
+        self.check_places()
+        for p, grad in zip(self.parameters, self.grads, strict=True):
             if p.grad is not grad:
                 grad.zero_() if p.grad is None else grad.copy_(p.grad.to_dense())
                 p.grad = grad
+
+    def check_places(self) -> None:
+        """Raise ValueError where the model has other memory than the view's: no step would reach it,
+        and it would see none. What a module itself replaces is seen where the view is of a module.
+        """
+        held = self.named
+        if self.model is not None:
+            held = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        for name, at in self.places.items():
+            if name not in held or held[name].data_ptr() != at:
+                raise ValueError(f"the model's {name} no longer lies in the flat view: {LOST}")
 
     def view(self, vector: Tensor, name: str) -> Tensor:
         """Return the view of parameter `name` in a flat (..., P) tensor, as (..., *shape)."""
@@ -175,12 +191,13 @@ class FlatView:
 
     @torch.no_grad()
     def reset(self, theta: Tensor) -> None:
-        """Set all parameters to another flat vector (P,)."""
+        """Set all parameters to another flat vector (P,); ValueError as `check_places`."""
         self.theta.copy_(theta)
         self.refresh()
 
     def refresh(self) -> None:
-        """Bring the compute copy up to date with theta."""
+        """Bring the compute copy up to date with theta; ValueError as `check_places`."""
+        self.check_places()
         if self.compute is not None:
             self.compute.copy_(self.theta)
 
@@ -276,11 +293,11 @@ class Entries:
         self.flat.refresh()
 
     def gather(self) -> Tensor:
-        """Bring theta and momentum up to date with what the optimiser worked on; returns theta."""
-        if self.index is not None and not self.compact:
-            for entries, stepped in zip((self.theta, self.momentum), self.stepped, strict=True):
-                if entries is not None:
-                    torch.index_select(stepped, 0, self.index, out=entries)
+        """Bring theta and momentum up to date with the view and the optimiser; returns theta."""
+        if self.index is not None:
+            torch.index_select(self.flat.theta, 0, self.index, out=self.theta)
+            if self.momentum is not None and not self.compact:
+                torch.index_select(self.stepped[1], 0, self.index, out=self.momentum)
         return self.theta
 
     def load(self, theta: Tensor) -> None:
@@ -296,6 +313,8 @@ class Entries:
         flat.recover_grad()
         gathers = self.index is not None and (self.compact or self.sgd.clip_norm is not None)
         entries = flat.grad[self.index] if gathers else flat.grad
+        if self.compact:
+            self.gather()  # the view may have been reset, or the model loaded
         sparse_sgdm_(
             theta,
             entries if self.compact else flat.grad,

@@ -309,8 +309,54 @@ def test_a_view_that_has_lost_its_model_says_so_before_a_step(lose):
     entries = Entries(flat, None, Sgd(momentum=0.0))
     entries.step(0.1)
     lose(model, flat)
-    with pytest.raises(ValueError, match="no longer lie in the flat view"):
-        entries.step(0.1)
+    for use in (lambda: entries.step(0.1), lambda: flat.reset(flat.theta), entries.scatter):
+        with pytest.raises(ValueError, match="weight no longer lies in the flat view"):
+            use()
+
+
+class Centring(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 2)
+        self.register_buffer("mean", torch.zeros(2))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0).detach()  # another tensor, not in place
+        return self.linear(x - self.mean)
+
+
+def test_a_view_of_a_module_sees_what_the_module_has_replaced():
+    model = torch.nn.Linear(3, 2)
+    flat = FlatView(model)
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    with pytest.raises(ValueError, match="weight no longer lies"):
+        flat.reset(torch.ones_like(flat.theta))
+    model = Centring()
+    flat = FlatView(model)
+    flat.reset(torch.ones_like(flat.theta))
+    with pytest.raises(ValueError, match="mean no longer lies"):
+        flat.fill_grad(model(torch.ones(4, 2)).sum())
+
+
+@pytest.mark.parametrize("density", [0.5, 0.9])
+def test_weights_that_were_loaded_since_stay(density):
+    model = torch.nn.Linear(50, 40)
+    flat = FlatView(model)
+    mask = flat.marked() & (torch.rand(flat.theta.shape) < density)
+    entries = Entries(flat, mask, Sgd(momentum=0.9))
+    model.load_state_dict({name: torch.full_like(p, 7.0) for name, p in model.named_parameters()})
+    assert (entries.gather() == 7).all()
+    flat.reset(torch.full_like(flat.theta, 5.0))
+    flat.fill_grad(model(torch.ones(1, 50)).sum())
+    entries.step(lr=0.0, first=True)
+    assert (model.weight == 5).all() and (model.bias == 5).all()
+
+
+def test_parameters_in_the_same_memory_are_refused():
+    first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    second.weight.data = first.weight.data
+    with pytest.raises(ValueError, match=r"0\.weight and 1\.weight share memory"):
+        FlatView(torch.nn.Sequential(first, second))
 
 
 def test_a_loss_of_other_parameters_says_so():
