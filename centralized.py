@@ -180,10 +180,11 @@ class Centralized:
     def state_dict(self) -> dict:
         """Return all that the rest of the run depends on; refuses to save a diverged state."""
         state = {"epoch": self.epoch, "whole": self.whole, "step": self.step}
-        tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        tensors = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
         state |= {"seconds": self.seconds, "tensors": tensors}
         return state | {"losses": self._checked_losses()}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict`'s answer, to the same bits."""
         self.whole = state.get("whole", int(state["epoch"]))  # older states have the epoch alone

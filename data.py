@@ -253,12 +253,19 @@ def split_validation(labels: Labels, fraction: float, seed: int) -> tuple[np.nda
 
     Args:
         fraction: share of every class that goes to validation, in [0, 1).
+
+    Raises:
+        ValueError: a fraction outside that, or one that leaves no sample to train on.
     """
     labels = whole_labels(labels)
     if not 0 <= fraction < 1:
         raise ValueError(f"the validation fraction must lie in [0, 1), not {fraction}")
     by_class, rank, counts = _ranked_by_class(labels, random(seed, "validation"))
     held_out = rank < np.round(fraction * counts)
+    if held_out.all() and len(labels):
+        raise ValueError(
+            f"a validation fraction of {fraction} leaves none of {len(labels)} samples"
+        )
     return np.sort(by_class[~held_out]), np.sort(by_class[held_out])
 
 

@@ -81,7 +81,8 @@ def ties(
         (P,) in the dtype of the parts.
 
     Raises:
-        ValueError: `keep` outside its range, or weights that do not fit the parts.
+        ValueError: `keep` outside its range, weights that do not fit the parts, or a part that is
+            not finite, whose sign no election would notice.
     """
     check_keep(keep)
     if keep == 1:
@@ -136,6 +137,10 @@ def _units(weights: Sequence[float], parts: Tensor) -> Tensor:
         raise ValueError(f"{len(parts)} parts need as many weights, not {values.size}")
     if not (np.isfinite(values) & (values >= 0)).all():
         raise ValueError(f"weights must be finite and at least 0, not {values.tolist()}")
+    if parts.is_floating_point():
+        for k, part in enumerate(parts):
+            if not part.isfinite().all():
+                raise ValueError(f"part {k} holds NaN or infinite values")
     whole = math.fsum(values)
     units = np.ldexp(values, BITS - (round(math.log2(whole)) if whole else 0))
     return torch.from_numpy(units).round().long().to(parts.device)[:, None]
@@ -196,8 +201,15 @@ def fisher_mean(parts: Tensor, weights: Sequence[float], scores: Tensor) -> Tens
 
     Returns:
         (P,) in the dtype of the parts.
+
+    Raises:
+        ValueError: weights that do not fit the parts, a part that is not finite, or a score that is
+            not, or is below 0.
     """
     units, exact = _units(weights, parts), not parts.is_floating_point()
+    for k, row in enumerate(scores):
+        if not (row.isfinite() & (row >= 0)).all():
+            raise ValueError(f"scores {k} hold values that are not finite, or below 0")
     whole, result = units.sum(), torch.empty_like(parts[0])
     for start in range(0, parts.shape[1], CHUNK):
         at = slice(start, start + CHUNK)
@@ -292,10 +304,15 @@ def linearity_error(function: Callable[[Tensor], Tensor], theta: Tensor, tau: Te
     Args:
         function: theta (P,) -> outputs of any shape, made of differentiable operations.
     """
-    with torch.no_grad(), warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
-        warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
-        before, slope = torch.func.jvp(function, (theta,), (tau,))
-        change = (function(theta + tau) - before).double()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)  # it has no forward-mode product either
+        with torch.no_grad(), warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+            warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
+            before, slope = torch.func.jvp(function, (theta,), (tau,))
+            change = (function(theta + tau) - before).double()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     left = torch.linalg.vector_norm(change - slope)
     return (left / torch.linalg.vector_norm(change)).item() if change.any() else left.item()
 

@@ -253,7 +253,6 @@ class FedAvg:
 
     def _rounds(self) -> Iterator[dict | None]:
         """Yield None after every client but a round's last, and its record after that."""
-        first = True  # of the results: on it is seen whether train leaves theta as it is
         while True:
             t, group = self.round + 1, self.group
             cohort = checked(self.cohort(t), self.method.any_sum)
@@ -261,15 +260,14 @@ class FedAvg:
                 self._clear(len(cohort.clients) if self.method.apart(t) else 1)
             left = [place for place in range(len(cohort.clients)) if place not in self.done]
             places, problem = left[group.rank :: group.size], None
-            before = self.theta.clone() if first else None
+            before, ends = self.theta.detach().clone(), (places[:1], places[-1:])
             results = iter(self.train(self.theta, cohort.clients[places], t))
             try:
                 for place in places:
                     if (result := next(results, None)) is None:
                         raise ClientError(f"round {t}: train yields fewer results than clients")
-                    if before is not None and not torch.equal(before, self.theta):
+                    if [place] in ends and not torch.equal(before, self.theta):
                         raise ClientError(f"round {t}: {TOUCHED}")
-                    before, first = None, False
                     self._take_in(t, cohort, place, *result)
                     if group.size == 1 and self.method.saves_within and place != places[-1]:
                         yield None
@@ -301,8 +299,8 @@ class FedAvg:
         factor = method.factor(theta_k, self.theta)
         largest = add_delta_(part, theta_k, self.theta, float(cohort.weights[place]) * factor)
         check_losses(t, client, losses)
-        # weights and a factor above 1 would bring a sum nearer to int64's end
-        scale = max(1.0, float(sum(cohort.weights))) * max(1.0, factor)
+        # weights of a sum above 1 bring the total nearer to int64's end
+        scale = max(1.0, float(sum(cohort.weights))) * factor
         check_change(t, client, largest.item() * scale)
         sent = method.bytes_up
         if method.send_ is not None:
@@ -354,11 +352,12 @@ class FedAvg:
         """Return all that the rest of the run depends on, a round in hand included: copies."""
         self._merge_states()
         states = {name: state.state_dict() for name, state in self.states.items()}
-        state = {"theta": self.theta.clone(), "round": self.round, "states": states}
+        state = {"theta": self.theta.detach().clone(), "round": self.round, "states": states}
         if self.done:
             state |= {"done": dict(self.done), "total": self.total.clone(), "seconds": self.seconds}
         return state
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict`'s answer, to the same bits, in a group of any size."""
         self.theta.copy_(state["theta"])

@@ -163,8 +163,9 @@ class FlatView:
                 p.grad = grad
 
     def check_places(self) -> None:
-        """Raise ValueError where the model has other memory than the view's: no step would reach it,
-        and it would see none. What a module itself replaces is seen where the view is of a module.
+        """Raise ValueError where the model has other memory than the view's, which no step reaches.
+
+        What the model replaces itself is seen where the view is of a module.
         """
         held = self.named
         if self.model is not None:

@@ -32,7 +32,6 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -603,6 +602,18 @@ def on(x: Tensor) -> contextlib.AbstractContextManager:
 # ---------------------------------------------------------------------------- with gradients
 
 
+def differentiable_once(backward: Callable) -> Callable:
+    """Let a gradient refuse to be differentiated again, rather than leave terms out."""
+
+    @functools.wraps(backward)
+    def checked(ctx, *gradients):
+        if torch.is_grad_enabled():  # as under create_graph=True alone
+            raise RuntimeError("fused passes have no second derivative: take the model's own")
+        return backward(ctx, *gradients)
+
+    return checked
+
+
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, branch, bias, weight, shift, eps, kernels):
@@ -613,7 +624,7 @@ class _AddNorm(torch.autograd.Function):
         return total, normed
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, d_total, d_normed):
         run = add_norm_backward_triton if ctx.kernels else add_norm_backward_reference
         gradients = d_total.contiguous(), d_normed.contiguous()
@@ -629,7 +640,7 @@ class _BiasGelu(torch.autograd.Function):
         return (bias_gelu_triton if kernels else bias_gelu_reference)(x, bias)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, d):
         run = bias_gelu_backward_triton if ctx.kernels else bias_gelu_backward_reference
         dx, sums = run(d.contiguous(), *ctx.saved_tensors, ctx.needs_input_grad[1])
@@ -646,7 +657,7 @@ class _QkvHeads(torch.autograd.Function):
         return tuple(part.transpose(1, 2) for part in parts.unbind(2))
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, *parts):
         x, weight = ctx.saved_tensors
         flat = [part.transpose(1, 2).reshape(-1, x.shape[-1]).contiguous() for part in parts]
@@ -666,7 +677,7 @@ class _Attention(torch.autograd.Function):
         return gathered
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, d):
         x, weight, *saved = ctx.saved_tensors
         run = attention_backward_triton if ctx.kernels else attention_backward_reference

@@ -98,7 +98,9 @@ def solve_ridge(sums: RidgeSums, ridge: float) -> tuple[Tensor, Tensor]:
     mean, prior = sums.total / n, sums.count / n
     gram = sums.gram - n * torch.outer(mean, mean)
     cross = sums.cross - n * torch.outer(mean, prior)
-    level = (ridge * gram.diagonal().mean()).clamp_min(torch.finfo(torch.float64).tiny)
+    precision = torch.finfo(torch.float64)
+    rounding = precision.eps * sums.gram.diagonal().mean()  # all that centring may have left
+    level = (ridge * gram.diagonal().mean()).clamp_min(rounding).clamp_min(precision.tiny)
     gram.diagonal().add_(level)
     weight = torch.linalg.solve(gram, cross)
     return weight.T.contiguous(), prior - mean @ weight
@@ -130,6 +132,17 @@ def fit_temperature(scores: Tensor, labels: Tensor, steps: int = 60) -> float:
     return math.exp((low + high) / 2)
 
 
+def check_samples(features: Tensor, labels: Tensor, use: str) -> None:
+    """Raise ValueError where samples are none, or a feature is not finite.
+
+    use: what they are for: training or validation.
+    """
+    if not len(labels):
+        raise ValueError(f"a head needs {use} samples, and there are none")
+    if not features.isfinite().all():
+        raise ValueError(f"a feature of the {use} samples is not finite")
+
+
 @dataclasses.dataclass
 class FittedHead:
     """A head (weight (C, D), bias (C,), float64) with the choices that validation made for it."""
@@ -155,10 +168,9 @@ def fit_ridge(
         The head with the temperature already divided into weight and bias.
 
     Raises:
-        ValueError: no samples to validate on; as `solve_ridge`.
+        ValueError: as `check_samples` of those to validate on, and as `solve_ridge`.
     """
-    if not len(val_labels):
-        raise ValueError("a ridge head is chosen on validation samples, and there are none")
+    check_samples(val_features, val_labels, "validation")
     val = val_features.double()
     best = None
     for ridge in grid:
@@ -188,7 +200,12 @@ def train_probe(
 
     Args:
         features: (N, D) fp32; labels: (N,) int64.
+
+    Raises:
+        ValueError: as `check_samples`, of either samples.
     """
+    check_samples(features, labels, "training")
+    check_samples(val_features, val_labels, "validation")
     mean, std = features.mean(0), features.std(0).clamp_min(1e-6)
     x, val = (features - mean) / std, (val_features - mean) / std
     best = None

@@ -20,6 +20,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -105,14 +106,15 @@ def ranking(rule: str, theta: Tensor, scores: Tensor | None = None, seed: int = 
 
 
 def budget(size: int, sparsity: float) -> int:
-    """Return how many of `size` entries a mask of this sparsity (the FROZEN share) keeps.
+    """Return how many of `size` entries a mask of this sparsity (the FROZEN share) keeps: a whole
+    number, halves rounded up, of the sparsity as it is written.
 
     Raises:
         ValueError: sparsity is not in [0, 1).
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"the sparsity must lie in [0, 1), not {sparsity}")
-    return math.floor((1 - sparsity) * size + 0.5)
+    return math.floor((1 - Fraction(str(sparsity))) * size + Fraction(1, 2))
 
 
 def split_budget(count: int, sizes: Sequence[int]) -> list[int]:
@@ -238,8 +240,9 @@ def calibrate(
         report: hears of every round.
 
     Raises:
-        ValueError: sparsity outside [0, 1), rounds below 1, a key that is not finite, `within`
-            smaller than the budget, or a threshold that keeps nothing (NothingKept).
+        ValueError: sparsity outside [0, 1) or that keeps nothing, rounds below 1, a key that is not
+            finite, `within` smaller than the budget, or a threshold that keeps nothing
+            (NothingKept).
     """
     if rounds < 1:
         raise ValueError(f"calibration needs at least one round, not {rounds}")
@@ -247,7 +250,9 @@ def calibrate(
         raise ValueError("a mask needs either a sparsity or a threshold")
     sizes = [theta.numel()] if group_sizes is None else list(group_sizes)
     if sparsity is not None:
-        final = split_budget(budget(theta.numel(), sparsity), sizes)
+        if not (kept := budget(theta.numel(), sparsity)):
+            raise ValueError(f"a sparsity of {sparsity:g} keeps none of {theta.numel()} entries")
+        final = split_budget(kept, sizes)
         check_within(within, final, sizes)
     original, alive = theta.clone(), torch.ones_like(theta, dtype=torch.bool)
 

@@ -231,11 +231,12 @@ class VisionTransformer(nn.Module):
         if (height, width) == (grid, grid):
             return self.pos_embed
         key = (grid, height, width, self.pos_embed.device, self.pos_embed.dtype)
-        if key not in RESAMPLERS:
+        if (matrix := RESAMPLERS.get(key)) is None:
             with torch.inference_mode(False):  # others may train on it
-                matrix = position_matrix(grid, height, width)
-            RESAMPLERS[key] = matrix.to(self.pos_embed.device, self.pos_embed.dtype)
-        patches = RESAMPLERS[key] @ self.pos_embed[:, 1:]
+                matrix = position_matrix(grid, height, width).to(*key[3:])
+            if type(matrix) is Tensor:  # no tracer's, such as torch.export's, which ends with it
+                RESAMPLERS[key] = matrix
+        patches = matrix @ self.pos_embed[:, 1:]
         return torch.cat([self.pos_embed[:, :1], patches], dim=1)
 
     def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -324,7 +325,8 @@ def position_matrix(grid: int, height: int, width: int) -> Tensor:
 
     DINO gives interpolate the scale (n + 0.1) / grid, not a size; coordinates follow the scale.
     """
-    basis = torch.eye(grid * grid, dtype=torch.float64).view(1, grid * grid, grid, grid)
+    basis = torch.eye(grid * grid, dtype=torch.float64, device="cpu")
+    basis = basis.view(1, grid * grid, grid, grid)
     scale = ((height + 0.1) / grid, (width + 0.1) / grid)
     out = F.interpolate(basis, scale_factor=scale, mode="bicubic")
     assert out.shape[-2:] == (height, width), out.shape

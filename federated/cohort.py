@@ -5,7 +5,7 @@ function of (seed, round, client), and the weights of those that remain are what
 unbiased.
 
     FedAvg       p_k = n_k / sum of n over the round      McMahan 2017, arXiv:1602.05629
-    FedVC        clients drawn in proportion to n_k, p_k = 1 / m     Hsu 2020, arXiv:2003.08082
+    FedVC        clients drawn by n_k, p_k = 1 / m         Hsu 2020, arXiv:2003.08082
     FedNova      p_k times (sum of p_i |a_i|) / |a_k|, |a_k| the weight of k's local steps in its
                  change (tau_k without momentum)           Wang 2020, arXiv:2007.07481
 
@@ -17,8 +17,10 @@ unbiased.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -58,7 +60,7 @@ def cohort_size(clients: int, fraction: float) -> int:
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"the client fraction must lie in (0, 1], not {fraction}")
-    return max(1, int(fraction * clients + 0.5))
+    return max(1, math.floor(Fraction(str(fraction)) * clients + Fraction(1, 2)))
 
 
 def sample_clients(clients: int, fraction: float, *, seed: int, round: int) -> np.ndarray:
@@ -68,9 +70,11 @@ def sample_clients(clients: int, fraction: float, *, seed: int, round: int) -> n
 
 
 def sample_by_size(sizes: Sequence[int], fraction: float, *, seed: int, round: int) -> np.ndarray:
-    """Draw as many distinct clients as `cohort_size` says, each in proportion to its samples.
+    """Draw as many distinct clients as `cohort_size` says, large ones more often.
 
     With equal weights a large client then counts by being drawn more often, not by a longer step.
+    One after the other is drawn in proportion to its samples among those that are left: so a large
+    one counts for less than its share where a round takes many of few clients.
 
     Args:
         sizes: (K,) samples per client.

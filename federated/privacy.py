@@ -180,7 +180,12 @@ def epsilon(noise: float, fraction: float, rounds: int, delta: float) -> float:
         noise: Z, the noise multiplier, above 0.
         fraction: C, the probability with which each client takes part in a round.
         delta: in (0, 1), well below one over the number of clients.
+
+    Raises:
+        ValueError: noise that is not above 0.
     """
+    if not noise > 0:
+        raise ValueError(f"epsilon is of noise above 0, not {noise}")
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
     from dp_accounting.rdp import RdpAccountant
 

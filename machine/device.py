@@ -127,12 +127,17 @@ def free_memory(device: torch.device) -> int:
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
     """Turn TF32 off, whose rounding would decide between entries of nearly the same score."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    products, setting, off = torch.backends.cuda.matmul, "allow_tf32", False
+    try:
+        before = products.allow_tf32
+    except RuntimeError:  # it was set by the newer of PyTorch's two ways
+        setting, off = "fp32_precision", "ieee"
+        before = products.fp32_precision
+    setattr(products, setting, off)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        setattr(products, setting, before)
 
 
 def compiled(function: Callable) -> Callable:
@@ -173,18 +178,13 @@ class LossScale:
     bytes = 0
 
     def __init__(self, start: float = 2.0**14, patience: int = 200):
-        self.patience = patience
+        self.patience, self.active = patience, start > 1.0  # active: are losses scaled at all?
         self.state = torch.tensor([start, start, 0.0], dtype=torch.float64)
 
     def merge(self, group: Any) -> None:
         """Let every process of a group know the lowest scale that one of them needed."""
         if self.active:
             self.state[1] = min(group.gather(self.state[1].item()))
-
-    @property
-    def active(self) -> bool:
-        """Whether losses are scaled at all."""
-        return self.state[0].item() > 1.0
 
     def attempt(
         self, train: Callable[[float], Tensor], overflowed: Callable[[], bool]
@@ -212,7 +212,7 @@ class LossScale:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all there is to save."""
-        return {"state": self.state}
+        return {"state": self.state.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from `state_dict`'s answer."""

@@ -229,6 +229,7 @@ def forked(size: int, work: Callable[[], object]) -> Iterator[None]:
     context, environment = multiprocessing.get_context("fork"), dict(os.environ)
     meeting, others = tempfile.TemporaryFile(), []  # without a name: nothing of it stays
     shared = {"WORLD_SIZE": f"{size}", MEETING: f"file:///proc/self/fd/{meeting.fileno()}"}
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     os.environ.update(shared, RANK="0", LOCAL_RANK="0", GLOO_SOCKET_IFNAME="lo")
     try:
@@ -245,6 +246,7 @@ def forked(size: int, work: Callable[[], object]) -> Iterator[None]:
             process.join()
         os.environ.clear()
         os.environ.update(environment)
+        torch.set_num_threads(threads)
         meeting.close()
 
 

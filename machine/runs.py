@@ -19,6 +19,7 @@ run (safe_files.py, which this file takes along). drive.py has the loop that res
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -79,10 +80,12 @@ class Run:
 
         Raises:
             ValueError: the folder is of other options (they are named), no run's, open in another
-                process, or cannot be written; or JSON cannot hold an option.
+                process, or cannot be written; JSON cannot hold an option, or `extra` has one of
+                config.json's own keys.
         """
         options, free = safe_files.as_json(options, "options"), set(free)
         extra = safe_files.as_json(extra or {}, "extra")
+        check_free(extra, "config.json", ("format", "options", "id"))
         identity = safe_files.seal({name: options[name] for name in set(options) - free})
         self._check_options(options, free, identity)
         if not self.writes:
@@ -204,8 +207,11 @@ class Run:
         safe_files.check_held(self.folder)
         line = (json.dumps(safe_files.as_json(record, "record")) + "\n").encode()
         try:
-            with open(self.log_path, "ab", opener=safe_files.no_link) as file:
-                file.write(line)
+            with open(self.log_path, "ab", 0, opener=safe_files.no_link) as file:
+                end = file.tell()
+                if file.write(line) < len(line):  # a part of it would stand before the next one
+                    file.truncate(end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise OSError(f"cannot write {self.log_path}: {error.strerror}") from None
         self._log += line
@@ -323,7 +329,11 @@ class Run:
 
         Args:
             tested: what those two records say beside what the log has.
+
+        Raises:
+            ValueError: a figure has one of summary.json's own keys.
         """
+        check_free(figures, "summary.json", ("run", "final", "best_by_validation"))
         records = [record for record in self.records() if "note" not in record]
         summary = {"run": self.id()} | figures
         if records:
@@ -347,6 +357,12 @@ class Run:
         if not (unbound and "run" not in summary) and summary.get("run") != self.id():
             raise safe_files.WrongFile(f"{path} is not the summary of this run")
         return summary
+
+
+def check_free(values: dict, name: str, own: Iterable[str]) -> None:
+    """Raise ValueError where values have a key that a file uses itself."""
+    if taken := [key for key in own if key in values]:
+        raise ValueError(f"{taken[0]!r} is a key of {name}'s own: choose another")
 
 
 def folders_below(folder: str | Path) -> list[Path]:

@@ -23,6 +23,7 @@ import os
 import pickle
 import re
 import stat
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -45,11 +46,21 @@ RESERVED = '<>:"|?*\\'  # in the names of files on Windows
 DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{d}{i}" for d in ("COM", "LPT") for i in range(1, 10))}
 DAY = 86400.0  # seconds, after which what was half written is nobody's
 LONGEST = 200  # bytes of a part of a folder's name; file systems take 255
-ASIDE = re.compile(r".+\.[0-9a-f]{8}-\d+\.tmp", re.DOTALL)  # NAME.<hash of its path>-<process>.tmp
+ASIDE = re.compile(r".+\.[0-9a-f]{8}-\d+\.tmp", re.DOTALL)  # NAME.<hash of its path>-<thread>.tmp
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of a file system that cannot sync a folder
 
 _locks: dict[Path, Any] = {}  # of the folders that this process has open
-atexit.register(lambda: [file.close() for file in _locks.values()])
+
+
+def _forget_locks() -> None:
+    """Close this process's own handles; a parent's locks stay the parent's."""
+    while _locks:
+        _locks.popitem()[1].close()
+
+
+atexit.register(_forget_locks)
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 class DamagedFile(ValueError):
@@ -66,7 +77,8 @@ class WrongFile(DamagedFile):
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a file beside `path`, sync it to disk, then rename it into place."""
     place = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:8]
-    aside = path.with_name(f"{path.name}.{place}-{os.getpid()}.tmp")  # others may write it too
+    writer = threading.get_native_id()  # others may write it too; a first thread's is the process's
+    aside = path.with_name(f"{path.name}.{place}-{writer}.tmp")
     try:
         aside.unlink(missing_ok=True)  # a link, say
         write(aside)
@@ -125,8 +137,14 @@ def contents(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any, sealed: bool = False) -> None:
-    """Write what `as_json` takes, indented and atomically; a sealed object holds its own hash."""
+    """Write what `as_json` takes, indented and atomically; a sealed object holds its own hash.
+
+    Raises:
+        ValueError: JSON cannot hold it, or it has a key of the hash's name, "sha256".
+    """
     value = as_json(value, path.name)
+    if isinstance(value, dict) and SEAL in value:
+        raise ValueError(f"{path.name}: {SEAL!r} is the key of the file's own hash")
     if sealed:
         value |= {SEAL: seal(value)}
     text = json.dumps(value, indent=2) + "\n"
@@ -210,9 +228,9 @@ def save_checked(path: Path, value: Any, purpose: str | None = None) -> None:
         except RuntimeError as error:  # what a full disk comes to
             raise OSError(str(error).splitlines()[0]) from None
         bound = _bound(purpose or "")
-        digest = _sha256(aside, aside.stat().st_size, bound)
-        with open(aside, "ab") as file:
-            file.write(bound + digest)
+        with open(aside, "rb+") as file:
+            digest = _sha256(file, aside.stat().st_size, bound)
+            file.write(bound + digest)  # at its end
 
     write_atomically(path, write)
 
@@ -257,19 +275,27 @@ def load_checked(path: Path, purpose: str | None = None) -> Any:
         DamagedFile: the file is shorter or other than what was written.
         WrongFile: it is whole, and for something else, or not of plain values.
     """
-    size, length = path.stat().st_size, len(BOUND) + 2 * DIGEST
-    with opened(path) as file:
+    with opened(path) as file:  # once: another may take its place meanwhile
+        size, length = file.seek(0, os.SEEK_END), len(BOUND) + 2 * DIGEST
         file.seek(max(0, size - length))
         footer = file.read()
-    if size < length or not footer.startswith(BOUND):
-        raise DamagedFile(f"{path} is damaged: it is truncated or has no checksum")
-    bound, digest = footer[:-DIGEST], footer[-DIGEST:]
-    if digest != _sha256(path, size - length, bound):
-        raise DamagedFile(f"{path} is damaged: its checksum does not match")
-    if purpose is not None and bound != _bound(purpose):
-        raise WrongFile(f"{path} is whole, and belongs elsewhere: it was made for something else")
+        if size < length or not footer.startswith(BOUND):
+            raise DamagedFile(f"{path} is damaged: it is truncated or has no checksum")
+        bound, digest = footer[:-DIGEST], footer[-DIGEST:]
+        if digest != _sha256(file, size - length, bound):
+            raise DamagedFile(f"{path} is damaged: its checksum does not match")
+        if purpose is not None and bound != _bound(purpose):
+            raise WrongFile(
+                f"{path} is whole, and belongs elsewhere: it was made for something else"
+            )
+        file.seek(0)
+        return _loaded(file, path)
+
+
+def _loaded(file: BinaryIO, path: Path) -> Any:
+    """Load tensors and plain values from a whole file, or raise WrongFile."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise WrongFile(f"{path} is whole, and holds more than tensors and plain values") from None
     except Exception as error:  # torch.load raises many types on what it does not know
@@ -283,12 +309,12 @@ def _bound(purpose: str) -> bytes:
     return BOUND + hashlib.sha256(purpose.encode()).digest()
 
 
-def _sha256(path: Path, length: int, then: bytes) -> bytes:
+def _sha256(file: BinaryIO, length: int, then: bytes) -> bytes:
     """Hash the first `length` bytes of a file, and what follows them."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(min(length - file.tell(), 1 << 20)):
-            digest.update(block)
+    file.seek(0)
+    while block := file.read(min(length - file.tell(), 1 << 20)):
+        digest.update(block)
     digest.update(then)
     return digest.digest()
 
@@ -332,6 +358,8 @@ def lock(folder: Path) -> None:
 def unlock(folder: Path) -> None:
     """Let other processes into a folder that this one holds."""
     if file := _locks.pop(folder.resolve(), None):
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_UN)  # where a forked child has it open, too
         file.close()
 
 

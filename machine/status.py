@@ -36,7 +36,7 @@ class Status:
         """Redraw the line, or write one where a further tenth is done."""
         if self.live:
             print(f"\r\x1b[K{self.line(done, note)}", end="", file=sys.stderr, flush=True)
-        tenth = int(10 * done / self.total)
+        tenth = int(10 * done / max(1, self.total))
         if self.tenths and tenth > self.tenth and time.monotonic() - self.started > PATIENCE:
             self.tenth = tenth
             print(self.line(done, note), file=sys.stderr, flush=True)

@@ -141,3 +141,27 @@ def test_a_diverged_state_is_named_and_not_saved(every):
     with pytest.raises(ValueError, match="epoch 2, step 2: the loss is nan"):
         process.advance()
         process.state_dict()
+
+
+def test_the_tensors_may_be_a_models_own_parameters():
+    model = torch.nn.Linear(2, 1)
+    optimiser = torch.optim.SGD(model.parameters(), 0.1)
+
+    def train_batch(batch, at):
+        optimiser.zero_grad()
+        loss = model(batch).square().mean()
+        loss.backward()
+        optimiser.step()
+        return loss.detach()
+
+    loop = Centralized(
+        lambda epoch: torch.ones(3, 4, 2), train_batch, dict(model.named_parameters())
+    )
+    loop.advance()
+    state = loop.state_dict()
+    assert not state["tensors"]["weight"].requires_grad
+    loop.advance()
+    ended = model.weight.detach().clone()
+    loop.load_state_dict(state)
+    loop.advance()
+    assert torch.equal(model.weight, ended)

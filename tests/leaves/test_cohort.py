@@ -1,6 +1,7 @@
 """Who takes part, how fast and with what weight: functions of seed, round and client."""
 
 import math
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -41,8 +42,8 @@ def test_the_size_of_a_cohort_is_what_is_drawn(fraction):
         count = cohort_size(clients, fraction)
         assert count == len(sample_clients(clients, fraction, seed=0, round=1))
         assert count == len(sample_by_size([3] * clients, fraction, seed=0, round=1))
-        assert count == max(1, math.floor(fraction * clients + 0.5))
-    assert cohort_size(25, 0.1) == 3  # a half is rounded up
+        assert count == max(1, math.floor(Decimal(f"{fraction}") * clients + Decimal("0.5")))
+    assert cohort_size(25, 0.1) == 3 and cohort_size(50, 0.29) == 15  # a half is rounded up
 
 
 def test_every_client_gets_its_share_of_rounds():

@@ -75,6 +75,11 @@ def test_a_bad_validation_fraction_is_refused(fraction):
         split_validation(balanced(), fraction, seed=0)
 
 
+def test_a_validation_set_leaves_something_to_train_on():
+    with pytest.raises(ValueError, match="fraction of 0.9 leaves none of 8 samples"):
+        split_validation(np.arange(8) // 4, 0.9, seed=0)
+
+
 @pytest.mark.parametrize("labels", [balanced(), skewed()], ids=["balanced", "skewed"])
 def test_samples_by_class_keep_the_classes_shares(labels):
     counts = np.bincount(labels)

@@ -40,6 +40,24 @@ def test_the_scale_doubles_after_quiet_rounds_and_sleeps_at_one():
     assert off.state.tolist() == [1.0, 1.0, 0.0]
 
 
+def test_a_scale_that_has_come_down_to_one_goes_up_again():
+    scale = LossScale(2.0, patience=2)
+    scale.attempt(*needs(1.0))
+    scale.next_round()
+    assert scale.state[0] == 1.0 and scale.active
+    for _ in range(2):
+        scale.attempt(*needs(1e9))
+        scale.next_round()
+    assert scale.state[0] == 2.0
+
+
+def test_a_state_is_a_copy():
+    scale = LossScale(64.0)
+    state = scale.state_dict()
+    scale.attempt(*needs(16.0))
+    assert state["state"].tolist() == [64.0, 64.0, 0.0]
+
+
 def test_the_scale_is_all_in_its_state():
     a, b = LossScale(64.0, patience=2), LossScale(1024.0, patience=2)
     a.attempt(*needs(16.0))
@@ -122,6 +140,21 @@ def test_products_are_exact_inside_and_as_before_after_an_error():
         assert settings.allow_tf32
     finally:
         settings.allow_tf32 = before
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="needs PyTorch's newer way"
+)
+def test_products_are_exact_where_the_newer_way_has_set_them_otherwise():
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    try:
+        settings.fp32_precision = "tf32"
+        with exact_products():
+            assert settings.fp32_precision == "ieee"
+        assert settings.fp32_precision == "tf32"
+    finally:
+        settings.fp32_precision = before
 
 
 def test_a_cpu_has_a_name():

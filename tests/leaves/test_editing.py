@@ -1,6 +1,7 @@
 """Rules and measures are their formulas; rules with nothing to do are FedAvg to the bit."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -66,6 +67,21 @@ def test_weights_that_do_not_fit_the_parts_are_refused(weights, said):
     for rule in (editing.ties, editing.sign_elected):
         with pytest.raises(ValueError, match=said):
             rule(PARTS[:2], weights)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_part_or_score_that_is_not_finite_is_refused(value):
+    parts, half = torch.tensor([[1.0, 2.0], [1.0, value]]), [0.5, 0.5]
+    for rule in (partial(editing.ties, keep=1.0), partial(editing.ties, keep=0.5)):
+        with pytest.raises(ValueError, match="part 1 holds NaN or infinite values"):
+            rule(parts, half)
+    with pytest.raises(ValueError, match="part 1 holds"):
+        editing.sign_elected(parts, half)
+    with pytest.raises(ValueError, match="part 1 holds"):
+        editing.fisher_mean(parts, half, torch.ones(2, 2))
+    for score in (value, -1.0):
+        with pytest.raises(ValueError, match="scores 0 hold values that are not finite, or below"):
+            editing.fisher_mean(torch.ones(2, 2), half, torch.tensor([[1.0, score], [1.0, 1.0]]))
 
 
 def test_padding_counts_in_no_share():
@@ -184,6 +200,25 @@ def test_attention_has_a_forward_product():
     theta, tau = torch.ones(4, dtype=torch.float64), 0.1 * torch.ones(4, dtype=torch.float64)
     errors = [editing.linearity_error(function, theta, s * tau) for s in (1e-3, 1e-2)]
     assert errors[1] == pytest.approx(10 * errors[0], rel=0.05)  # of second order
+
+
+def test_pytorchs_own_transformer_has_a_linearity_error():
+    """In eval mode its fast path has no forward-mode product."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).double().eval()
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    tokens = torch.randn(2, 3, 8, dtype=torch.float64)
+
+    def function(theta):
+        parts = theta.split([p.numel() for p in parameters])
+        values = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (tokens,))
+
+    theta = torch.cat([p.detach().flatten() for p in parameters])
+    tau, fast = torch.randn_like(theta), torch.backends.mha.get_fastpath_enabled()
+    errors = [editing.linearity_error(function, theta, s * tau) for s in (1e-5, 1e-4)]
+    assert errors[1] == pytest.approx(10 * errors[0], rel=0.05)
+    assert torch.backends.mha.get_fastpath_enabled() == fast
 
 
 def test_vectors_on_entries_of_their_own_do_not_disturb_each_other():

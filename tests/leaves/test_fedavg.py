@@ -508,17 +508,43 @@ def test_a_result_of_another_shape_is_refused_by_its_client():
         run(federation(train=train, cohort=always([2, 4])), 1)
 
 
-def test_a_model_that_trains_in_thetas_memory_is_refused():
-    """Each client would start where the one before ended."""
+@pytest.mark.parametrize(("round", "place"), [(1, 0), (2, 0), (3, 2)])
+def test_a_model_that_trains_in_thetas_memory_is_refused(round, place):
+    """Each client would start where the one before ended; a warm-up from zero hides it at first."""
+
+    def train(theta, clients, t):
+        for i, _ in enumerate(clients):
+            theta.add_(1.0 if (t, i) >= (round, place) else 0.0)
+            yield theta.clone(), torch.ones(1)
+
+    loop = federation(train=train, cohort=always([0, 1, 2]))
+    with pytest.raises(ClientError, match=rf"round {round}: train has changed .*theta\.clone\(\)"):
+        run(loop, 3)
+
+
+def test_theta_may_be_a_parameter():
+    loop = FedAvg(torch.nn.Parameter(torch.zeros(5)), quadratic, drawn)
+    run(loop, 2)
+    state = loop.state_dict()
+    assert not state["theta"].requires_grad
+    again = FedAvg(torch.nn.Parameter(torch.zeros(5)), quadratic, drawn)
+    again.load_state_dict(sent_through_a_file(state))
+    assert run(loop, 3) == run(again, 3) and torch.equal(loop.theta, again.theta)
+
+
+def test_a_change_beyond_the_range_counts_after_its_factor():
+    """A bound on the norm keeps one client from ending a private run."""
 
     def train(theta, clients, round):
         for _ in clients:
-            theta.add_(1.0)
-            yield theta.clone(), torch.ones(1)
+            yield theta + 1e6, torch.ones(1)
 
-    loop = federation(train=train)
-    with pytest.raises(ClientError, match=r"round 1: train has changed .*theta\.clone\(\)"):
-        loop.advance()
+    method = Method(factor=lambda theta_k, theta: 1e-6)
+    loop = federation(train=train, cohort=always([0, 1]), method=method)
+    run(loop, 1)
+    torch.testing.assert_close(loop.theta, torch.ones(5, dtype=torch.float64))
+    with pytest.raises(ClientError, match="beyond the fixed-point range"):
+        run(federation(train=train, cohort=always([0, 1])), 1)
 
 
 def test_a_server_may_step_before_any_client_has_trained():

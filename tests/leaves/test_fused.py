@@ -65,6 +65,17 @@ def test_references_have_the_gradients_of_finite_differences(name):
     assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in operands])
 
 
+@pytest.mark.parametrize("name", ["add_norm", "bias_gelu", "qkv_heads"])
+def test_a_second_derivative_is_refused_rather_than_cut_short(name):
+    function, operands = operations(5, 6, torch.float64)[name]
+    scale = torch.ones((), dtype=torch.float64, device=DEVICE, requires_grad=True)
+    x = operands[0].requires_grad_()
+    result = function(x * scale, *operands[1:])
+    result = result[0] if isinstance(result, tuple) else result
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(result.sum(), x, create_graph=True)
+
+
 def test_references_are_pytorchs_own_operations():
     x, branch, bias, norm = draw(2, 5, 48), draw(2, 5, 48, seed=1), draw(48), norm_of(48)
     total, normed = fused.add_norm(x, branch, bias, norm)

@@ -134,6 +134,15 @@ def test_heads_trained_together_are_a_plain_loop_per_client():
         torch.testing.assert_close(bias[k], head.bias.detach(), rtol=1e-12, atol=1e-12)
 
 
+def test_features_that_are_all_alike_give_a_head_of_sense():
+    """What rounding leaves of their spread is no spread."""
+    labels = torch.arange(50) % 3
+    weight, bias = solve_ridge(RidgeSums(8, 3).update(torch.full((50, 8), 0.1), labels), 1e-3)
+    assert weight.abs().max() < 10
+    scores = torch.full((8,), 0.1, dtype=torch.float64) @ weight.T + bias
+    torch.testing.assert_close(scores, labels.bincount() / 50.0, check_dtype=False)
+
+
 def test_what_gives_no_head_is_refused():
     features, labels = problem(60)
     bad = features.clone()
@@ -143,6 +152,16 @@ def test_what_gives_no_head_is_refused():
     sums = RidgeSums(12, 10).update(features, labels)
     with pytest.raises(ValueError, match="validation samples, and there are none"):
         fit_ridge(sums, features[:0], labels[:0])
+    with pytest.raises(ValueError, match="a feature of the validation samples is not finite"):
+        fit_ridge(sums, bad, labels)
+    for samples, said in (
+        ((features, labels, 10, features[:0], labels[:0]), "needs validation samples"),
+        ((features[:0], labels[:0], 10, features, labels), "needs training samples"),
+        ((bad, labels, 10, features, labels), "feature of the training samples is not finite"),
+        ((features, labels, 10, bad, labels), "feature of the validation samples is not finite"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            train_probe(*samples)
     with pytest.raises(ValueError, match=r"labels must lie in 0\.\.9"):
         RidgeSums(12, 10).update(features, labels + 1)
     with pytest.raises(ValueError, match="60 features come with 59 labels"):

@@ -39,6 +39,11 @@ def test_every_rule_keeps_exactly_its_budget(rule, size, sparsity):
     assert mask.sum() == budget(size, sparsity) == math.floor((1 - sparsity) * size + 0.5)
 
 
+def test_half_an_entry_is_rounded_up():
+    """Of the sparsity as it is written: (1 - 0.9) * 5 is 0.49999999999999989 in floats."""
+    assert [budget(5, sparsity) for sparsity in (0.9, 0.7, 0.5, 0.3)] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("rounds", [1, 3])
 @pytest.mark.parametrize("groups", [None, (600, 400)])
 def test_a_mask_within_some_entries_keeps_the_whole_budget_there(rounds, groups):
@@ -151,6 +156,8 @@ def test_bad_masks_are_refused(sparsity):
     keys = by("least-sensitive", theta, theta.square)
     with pytest.raises(ValueError, match="sparsity must lie in"):
         calibrate(theta, keys, sparsity=sparsity)
+    with pytest.raises(ValueError, match="a sparsity of 0.99 keeps none of 10 entries"):
+        calibrate(theta, keys, sparsity=0.99)
     with pytest.raises(ValueError, match="at least one round, not 0"):
         calibrate(theta, keys, sparsity=0.5, rounds=0)
     with pytest.raises(ValueError, match="unknown mask rule 'best'"):

@@ -597,6 +597,23 @@ def test_dinos_checkpoint_has_dinos_keys_and_shapes(tmp_path, small_dino, monkey
 # ---------------------------------------------------------------------------- building, naming
 
 
+def test_what_traces_a_model_leaves_no_tensor_of_its_own_behind():
+    """The matrix that resamples positions is kept for all models."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model, images = build_vit("vit_toy", 5).eval(), torch.randn(2, 3, 48, 48)
+    vit.RESAMPLERS.clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model(images)
+    torch.export.export(model, (images,))
+    assert all(type(matrix) is torch.Tensor for matrix in vit.RESAMPLERS.values())
+    assert type(model(images)) is torch.Tensor
+    torch.export.export(model, (images,))  # with the matrix at hand
+    with torch.device("meta"):
+        vit.RESAMPLERS.clear()
+        assert model(images).device.type == "cpu"
+
+
 def test_a_model_is_a_function_of_its_seed_and_starts_with_a_zero_head():
     a, b, c = (build_vit("vit_demo", 5, seed=s) for s in (0, 0, 1))
     assert all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))

@@ -211,6 +211,9 @@ def test_epsilon_is_above_the_exact_value_of_all_clients_and_falls_with_sampling
     assert epsilon(2 * noise, 1.0, rounds, 1e-5) < bound
     assert epsilon(noise, 1.0, 2 * rounds, 1e-5) > bound
     assert epsilon(noise, 1.0, 0, 1e-5) == 0.0
+    for none in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="of noise above 0"):
+            epsilon(none, 1.0, rounds, 1e-5)
 
 
 @pytest.mark.parametrize("total", [torch.zeros(2, 5, dtype=torch.int64), torch.zeros(5)])

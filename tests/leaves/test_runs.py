@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 from collections import deque
 from pathlib import Path
 
@@ -403,6 +404,30 @@ def test_the_summary_holds_the_last_and_the_best_evaluation(run):
     summary = run.summarise(({"test_acc": 0.2}, {"test_acc": 0.4}), round=3)
     assert summary["final"] == {"round": 2, "val_acc": 0.3, "test_acc": 0.2}
     assert summary["best_by_validation"] == {"round": 1, "val_acc": 0.5, "test_acc": 0.4}
+
+
+def test_a_files_own_keys_are_refused(run, tmp_path):
+    with pytest.raises(ValueError, match="'options' is a key of config.json's own"):
+        Run(tmp_path / "new").open({}, extra={"options": {}})
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="'run' is a key of summary.json's own"):
+        run.summarise(run="x")
+
+
+def test_a_full_disk_leaves_no_part_of_a_line(run):
+    resource = pytest.importorskip("resource")
+    run.log({"round": 1})
+    limit, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.SIG_IGN
+    handler = signal.signal(signal.SIGXFSZ, ignored)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (run.log_path.stat().st_size + 10, limit[1]))
+    try:
+        with pytest.raises(OSError, match="cannot write .*log.jsonl: No space"):
+            run.log({"round": 2, "x": "y" * 50})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    run.log({"round": 2})
+    assert run.records() == [{"round": 1}, {"round": 2}] == run.logged()
 
 
 def test_a_file_that_would_run_code_does_not(tmp_path, monkeypatch):

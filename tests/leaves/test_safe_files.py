@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import threading
 import time
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from decimal import Decimal
@@ -74,6 +75,45 @@ def test_what_was_half_written_goes_once_it_is_old(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == others
 
 
+def test_threads_that_write_one_file_leave_it_whole(tmp_path):
+    def work(value):
+        for _ in range(40):
+            save_checked(tmp_path / "x.pt", torch.full((20_000,), value))
+
+    save_checked(tmp_path / "x.pt", torch.zeros(20_000))
+    threads = [threading.Thread(target=work, args=(value,)) for value in (1.0, 2.0)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert len(load_checked(tmp_path / "x.pt").unique()) == 1
+    for thread in threads:
+        thread.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+
+
+@pytest.mark.skipif(safe_files.fcntl is None, reason="needs flock")
+def test_a_forked_child_has_no_lock_of_its_parents_and_keeps_none(tmp_path):
+    def tries_to_lock():
+        """Tell by the exit status whether a forked child may lock the folder."""
+        if (child := os.fork()) == 0:
+            try:
+                lock(tmp_path)
+                os._exit(0)
+            except ValueError:
+                os._exit(1)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    lock(tmp_path)
+    assert tries_to_lock() == 1
+    file = safe_files._locks[tmp_path.resolve()]
+    copy = os.dup(file.fileno())  # as a process has it that began in another way
+    try:
+        unlock(tmp_path)
+        assert tries_to_lock() == 0
+    finally:
+        os.close(copy)
+
+
 def test_a_temporary_name_says_whose_it_is_and_leads_nowhere(tmp_path):
     def write(aside):
         names.append(aside.name)
@@ -83,7 +123,7 @@ def test_a_temporary_name_says_whose_it_is_and_leads_nowhere(tmp_path):
     names = []
     write_atomically(tmp_path / "x", write)
     assert safe_files.ASIDE.fullmatch(names[0]) and names[0].startswith("x.")
-    assert names[0].endswith(f"-{os.getpid()}.tmp")
+    assert names[0].endswith(f"-{threading.get_native_id()}.tmp")
     (tmp_path / "outside").write_text("theirs")
     (tmp_path / names[0]).symlink_to(tmp_path / "outside")
     write_atomically(tmp_path / "x", write)
@@ -192,6 +232,13 @@ def test_json_takes_numpys_and_says_what_it_cannot_hold(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("sealed", [True, False])
+def test_the_seals_own_key_is_refused(tmp_path, sealed):
+    with pytest.raises(ValueError, match="x.json: 'sha256' is the key of the file's own hash"):
+        write_json(tmp_path / "x.json", {"file": "w.pth", "sha256": "abc"}, sealed=sealed)
+    assert not (tmp_path / "x.json").exists()
+
+
 def test_pipes_and_devices_are_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pipe")

@@ -34,6 +34,10 @@ def test_a_long_job_writes_a_line_every_tenth_into_a_pipe(clock, capsys):
     assert [line.split()[1] for line in lines] == [f"{n}/100" for n in range(10, 101, 10)]
 
 
+def test_nothing_to_do_is_shown_too():
+    Status("images", total=0).show(0)
+
+
 def test_durations_are_read_by_people():
     times = (0.2, 42, 59.7, 185, 3725, 10 * 86_400 + 3600)
     expected = ["0 s", "42 s", "1 min 0 s", "3 min 5 s", "1 h 2 min", "10 days 1 h"]
