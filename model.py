@@ -384,7 +384,7 @@ def download(name: str, folder: str | Path) -> Path:
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise ValueError(
                 f"--weights {name}: cannot download {weights.url} ({error}). Without a network, "
-                f"put that file at {path}, or take --data synthetic, which needs no weights"
+                f"put that file at {path}; --data synthetic without --weights needs none"
             ) from None
         finally:
             aside.unlink(missing_ok=True)

@@ -104,8 +104,9 @@ def build_parser(
         subparser = subparsers.add_parser(name, help=text.partition("\n")[0], description=text)
         names = [option for group in command.options for option in annotated(group)]
         shown = set(names)
+        text = "list all options, and exit" if len(names) > MANY else argparse.SUPPRESS
+        subparser.add_argument("--help-all", action="help", help=text)
         if len(names) > MANY:
-            subparser.add_argument("--help-all", action="help", help="list all options, and exit")
             shown = shown if everything else shown.intersection(ESSENTIAL)
         if len(shown) < len(names):
             more = len(names) - len(shown)

@@ -96,6 +96,8 @@ def run_export(line: Line) -> None:
     print(f"{o.file}: {model} at {reached}, pixels normalised by {mean}, {std}")
     weights = shlex.quote(o.file)
     print(f"load it by --model {model} --weights {weights} --normalisation {pixels}")
+    if o.with_head:
+        print("its head is for other programs: --weights reads the backbone alone")
 
 
 def print_clients(figures: dict) -> None:

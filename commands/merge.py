@@ -65,7 +65,7 @@ def run(line: Line) -> None:
     print_figures(merger.interference() | merger.evaluate(change))
     if o.out:
         merger.save(o.out, change)
-        print(f"written to {o.out}, which --weights takes")
+        print(f"written to {o.out}; --weights takes its backbone, and --head says which head")
 
 
 def check_same(folders: list[str]) -> None:

@@ -113,8 +113,9 @@ def run_table(line: Line) -> None:
     good, notes = history.usable(history.read_all(o.run_folders))
     if not good:
         raise ValueError("; ".join(["no finished run with an accuracy", *notes]))
-    good, twice = history.distinct(good)
-    good, names, tuned = history.arranged(good, o.by)
+    every, twice = history.distinct(good)
+    good, names, tuned = history.arranged(every, o.by)
+    ends = history.at_ends(every, names) if "lr" in tuned else []
     if o.format == "csv":
         table = history.numbers(good, [*names, *tuned])
         csv.writer(sys.stdout, lineterminator="\n").writerows(table)
@@ -126,7 +127,7 @@ def run_table(line: Line) -> None:
             text = latex_table(table, len(names), shown, best_by=VALIDATION.heading)
         print(text, end="")
     along = history.along(good, [*names, *tuned])
-    for note in [*history.split_by(good, o.by, names), *along, *twice, *notes]:
+    for note in [*ends, *history.split_by(good, o.by, names), *along, *twice, *notes]:
         print(note, file=sys.stderr)
 
 
@@ -137,7 +138,7 @@ def run_plot(line: Line) -> None:
     for past in pasts:
         if past.fault:
             raise ValueError(past.fault)
-    pasts = [past._replace(records=runs.Run(past.folder).vouched_records()) for past in pasts]
+    pasts = [past._replace(records=records_of(past)) for past in pasts]
     out = o.out or str((pasts[0].folder if len(pasts) == 1 else Path()) / "curves.png")
     if len(pasts) == 1 and o.by is None and o.split is None and o.metric == "both":
         name = (o.labels or [pasts[0].folder.name])[0]
@@ -160,14 +161,19 @@ def run_plot(line: Line) -> None:
         print(note, file=sys.stderr)
 
 
+def records_of(past: Past) -> list[dict]:
+    """Return the records that a run's checkpoint knows; of a line in a table's file its own."""
+    return runs.Run(past.folder).vouched_records() if past.folder.is_dir() else past.records
+
+
 def in_one_unit(pasts: list[Past]) -> list[Past]:
-    """Return runs of rounds beside runs of epochs with both counted in passes over the training
-    images, of whole cohorts that take all J steps; others as they are."""
-    if len({past.unit for past in pasts}) < 2:
-        return pasts
+    """Return runs of rounds beside runs of epochs, or of other rounds, counted in passes over the
+    training images, of whole cohorts that take all J steps; others as they are."""
     try:
         passes = [passes_of(past.options) if past.unit == "round" else 1.0 for past in pasts]
     except KeyError:  # an option that another version did not have
+        return pasts
+    if len({past.unit for past in pasts}) == 1 and len(set(passes)) == 1:
         return pasts
     counted = [
         [{"pass": each * r[past.unit]} | r for r in past.records if past.unit in r]

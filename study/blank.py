@@ -66,6 +66,11 @@ SOURCES = {  # of the figures of study/figures.py, the runs that they need
 }
 
 
+def is_central(run: Past) -> bool:
+    """Tell whether a run is a central one, under a mask or not."""
+    return run.options["command"] == "centralized"
+
+
 def masked(options: dict) -> bool:
     """Tell whether a run trains under a mask."""
     return options.get("mask") is not None or options.get("mask_rule") is not None
@@ -108,7 +113,11 @@ def write(runs: Sequence[Past], out: Path) -> tuple[list[str], list[str]]:
             pieces.append(f"table/{part.name}")
     report.write_numbers(numbers, generated)
     shown, further = comparable(good)
-    figures = draw(experiments(shown, done), generated)
+    ran = experiments(shown, done)
+    if len(masks := ran["density"]) > 1:
+        first = f"figure/density shows the first mask, {masks[0].runs[0].folder}"
+        further.append(f"{first}; of each its own folder has the picture")
+    figures = draw(ran, generated)
     if good:
         with open(generated / "runs.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(history.numbers(good, history.columns(good)))
@@ -139,7 +148,7 @@ def comparable(runs: Sequence[Past]) -> tuple[list[Past], list[str]]:
     main = max(counts, key=counts.get, default=None)
     others = [run for run in runs if run.options.get("data", main) != main]
     why = {id(run): f"most runs are on {main}" for run in others}
-    central = [run for run in runs if PARTS[0].holds(run.options) and id(run) not in why]
+    central = [run for run in runs if is_central(run) and id(run) not in why]
     if any(map(tested, central)):
         untested = "its log has no test figures, which --eval-test writes"
         why |= {id(run): untested for run in central if not tested(run)}
@@ -149,7 +158,14 @@ def comparable(runs: Sequence[Past]) -> tuple[list[Past], list[str]]:
         for run in group:
             if length(run) < length(longest):
                 why[id(run)] = f"{longest.folder} is the same but longer"
-    notes = [f"in no figure: {run.folder}: {why[id(run)]}" for run in runs if id(run) in why]
+    reasons: dict[str, list[Past]] = {}
+    for run in runs:
+        if id(run) in why:
+            reasons.setdefault(why[id(run)], []).append(run)
+    notes = [
+        f"in no figure: {first.folder}{f' and {len(more)} more' * bool(more)}: {reason}"
+        for reason, (first, *more) in reasons.items()
+    ]
     return [run for run in runs if id(run) not in why], notes
 
 
@@ -178,7 +194,7 @@ def write_part(part: Part, runs: list[Past], out: Path) -> dict[str, str | None]
 
 def experiments(runs: list[Past], calibrated: list[Past]) -> dict[str, list[Series]]:
     """Return runs as the figures take them: rows by experiment."""
-    central = [run for run in runs if PARTS[0].holds(run.options)]
+    central = [run for run in runs if is_central(run)]
     federated = [run for run in runs if plain(run.options)]
     dense = [run for run in federated if not masked(run.options)]
     iid = [run for run in dense if run.sharding == "iid"]

@@ -15,9 +15,10 @@ from pathlib import Path
 import masks
 from machine import safe_files
 from machine.runs import folders_below
-from study import past
+from study import packed, past
 from study.measures import TEST, VALIDATION, Measure, Sample, best_of
 from study.past import Past
+from study.tables import INSIDE, place
 from study.typeset import formula
 
 MEASURES = (
@@ -27,6 +28,7 @@ MEASURES = (
 )
 SEEDS = "seeds"
 ABSENT = "-"  # an option that a run does not have, or leaves off
+UNSAID = {ABSENT, "auto", "none"}  # in a label
 DENSE = "dense"  # the mask rule of a run that trains everything
 LEADING = (  # of the columns; the others follow in the order of the command line
     *("command", "train", "head", "sharding", "J", "aggregate", "server"),
@@ -58,14 +60,29 @@ WORDY = {"command", "sharding", "mask_rule", "schedule", "aggregate", "server", 
 
 
 def read_all(folders: Iterable[str]) -> list[Past]:
-    """Return the pasts of the runs that these folders are or hold; each once."""
-    paths = [path for folder in folders for path in folders_below(folder) or [Path(folder)]]
-    return [read(path) for path in dict.fromkeys(paths)]
+    """Return the pasts of the runs that these folders are or hold, each once.
+
+    Those that a sweep has put into a table's one file count as folders beside it.
+    """
+    runs: dict[Path, Past] = {}
+    for folder in folders:
+        files = sorted(Path(folder).rglob(packed.FILE))
+        for path in folders_below(folder) or ([] if files else [Path(folder)]):
+            runs[path] = read(path)
+        for file in files:
+            for name, run in packed.read(file).items():
+                path = file.parent / name
+                runs.setdefault(path, told(run._replace(folder=path)))
+    return [*runs.values()]
 
 
 def read(folder: str | Path) -> Past:
     """Read a run's folder; its options are those that rows are told by."""
-    run = past.read(folder)
+    return told(past.read(folder))
+
+
+def told(run: Past) -> Past:
+    """Return a run with the options that rows are told by."""
     shared = {"sharding": run.sharding} if "clients" in run.options else {}
     return run._replace(config=run.config | {"options": run.options | shared | masked(run)})
 
@@ -207,8 +224,10 @@ def worded(names: Sequence[str], values: Sequence[str], plain: bool = False) -> 
     """Return the same; nothing where no value is set."""
     parts = []
     for name, value in zip(names, values, strict=True):
-        if value == ABSENT:
+        if value in UNSAID:
             parts.append({"mask_rule": DENSE}.get(name, ""))
+        elif name == "J" and not plain:
+            parts.append(f"$J = {value}$")
         elif name == "sharding":
             parts.append(value if plain else sharded(value))
         else:
@@ -233,6 +252,22 @@ def best_rates(runs: Sequence[Past], names: Sequence[str]) -> list[Past]:
         }
         chosen += tried[best_of(accuracies)]
     return chosen
+
+
+def at_ends(runs: Sequence[Past], names: Sequence[str]) -> list[str]:
+    """Return a line on the rows whose best rate, of several, is an end of those tried."""
+    ends = []
+    for key, group in rows(runs, names).items():
+        accuracy: dict[float, list[float]] = {}
+        for run in group:
+            if run.options.get("lr") is not None and run.accuracy("val_acc") is not None:
+                accuracy.setdefault(run.options["lr"], []).append(run.accuracy("val_acc"))
+        where = place({rate: max(values) for rate, values in accuracy.items()} or {0.0: 0.0})
+        if len(accuracy) > 1 and where != INSIDE:
+            ends.append(f"{label(names, key, plain=True)} ({where})")
+    return [f"best at an end of the rates tried, beyond which to try: {'; '.join(ends)}"] * bool(
+        ends
+    )
 
 
 # ---------------------------------------------------------------------------- the table
@@ -289,9 +324,18 @@ def lines(runs: Sequence[Past], names: Sequence[str], tuned: Sequence[str] = ())
         cells = [
             DENSE if (n, x) == ("mask_rule", ABSENT) else x for n, x in zip(names, key, strict=True)
         ]
-        chosen = [text(group[0].options.get(name)) for name in tuned]
+        chosen = [
+            rate_of(group[0]) if name == "lr" else text(group[0].options.get(name))
+            for name in tuned
+        ]
         table.append([*cells, *chosen, *(m.text(m.over(group)) for m in measures), seeds_of(group)])
     return table
+
+
+def rate_of(run: Past) -> str:
+    """Write a run's rate, of dense training times what a mask makes of it."""
+    rate, factor = text(run.options.get("lr")), run.summary.get("lr_factor", 1.0)
+    return rate if factor == 1.0 else f"{rate} x {factor:.3g}"
 
 
 def numbers(runs: Sequence[Past], names: Sequence[str]) -> list[list[str]]:

@@ -67,8 +67,8 @@ class Past(NamedTuple):
 
     @property
     def changed(self) -> float:
-        """Return when a file of the run was last written, in seconds since 1970."""
-        files = [path for path in self.folder.iterdir() if path.is_file()]
+        """Return when a file of the run was last written, in seconds since 1970; 0 of a line."""
+        files = [path for path in self.folder.glob("*") if path.is_file()]
         return max((path.stat().st_mtime for path in files), default=0.0)
 
     def accuracy(self, key: str) -> float | None:

@@ -23,6 +23,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 MOST = 6  # curves of a panel that can be told apart
+CROWD = 3  # panels in a row that share the name of their x axis
 OTHERS = "others, between best and worst"
 LETTERS = 15  # of a legend, an inch
 LEAST = 4  # points of a curve, from which on it leaves room beside it
@@ -47,6 +48,7 @@ PRINT = {
     "font.size": 8,
     "axes.labelsize": 8,
     "axes.titlesize": 8,
+    "figure.labelsize": 8,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
@@ -164,13 +166,15 @@ def plot_bands(
         _draw_bands(axes, drawn[key, title], chosen)
         _enlarge_ends(axes, drawn[key, title], chosen)
         unit = _unit(log for logs in curves[title].values() for log in logs)
-        lowest = wide or key == keys[-1]
+        lowest = wide or (key == keys[-1] and len(titles) < CROWD)
         axes.set_xlabel(unit if lowest else "")
         axes.set_title(plain(title) if key == keys[0] or wide else "")
         axes.locator_params(axis="x", integer=True)
         axes.grid()
         if wide or title == titles[0]:
             axes.set_ylabel(AXES.get(key, key.replace("_", " ")))
+    if len(titles) >= CROWD:  # whose labels would run into each other
+        figure.supxlabel(_unit(log for t in titles for logs in curves[t].values() for log in logs))
     for key in keys:
         share([places[key, title] for title in titles])
     return finish(figure, places.values(), path)

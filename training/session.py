@@ -187,9 +187,10 @@ def conclude(
         first, megabytes = run.records()[0], 1e-6
         before = (first.get("bytes_up", 0) + first.get("bytes_down", 0)) * megabytes
         once = f", {before:,.1f} MB of them for calibration and mask" if before else ""
+        share = f": {sent['bytes_to_dense']:.4g} times the bytes of dense FedAvg"
         print(
             f"sent {sent['bytes_up'] * megabytes:,.1f} MB up and "
-            f"{sent['bytes_down'] * megabytes:,.1f} MB down{once}: "
-            f"{sent['bytes_to_dense']:.4g} times the bytes of dense FedAvg"
+            f"{sent['bytes_down'] * megabytes:,.1f} MB down{once}"
+            f"{share if sent['bytes_to_dense'] != 1 else ''}"
         )
     return summary

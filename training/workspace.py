@@ -174,6 +174,11 @@ class Workspace:
             weights = vit.download(weights, self.source.data_dir)
         if weights != "none":
             vit.load_weights(model, weights)
+        if self.backbone.normalisation == "auto" and self.backbone.weights == weights != "none":
+            print(
+                f"weights {weights}: pixels are normalised by {self.normalisation()} statistics, "
+                "going by the file's name; --normalisation says otherwise"
+            )
         return model.to(self.device)
 
     def normalisation(self) -> str:

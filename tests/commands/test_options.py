@@ -78,6 +78,10 @@ def test_help_shows_what_most_runs_need_and_help_all_the_rest(capsys):
     assert 20 <= len(short) <= 30 and short < whole and len(whole) == len(ACTIONS["fedavg"]) - 1
     names = {option.dest for command in COMMANDS for option in ACTIONS[command]}
     assert names.issuperset(ESSENTIAL)
+    for command in COMMANDS:  # those of few options have it, too
+        with pytest.raises(SystemExit) as end:
+            parse([command, "--help-all"], COMMANDS)
+        assert end.value.code == 0
 
 
 @pytest.mark.parametrize("command", COMMANDS)

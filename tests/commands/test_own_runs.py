@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from past import leave
 
-from study import plots
+from study import packed, plots
 
 
 @pytest.fixture
@@ -56,6 +56,19 @@ def test_rounds_beside_epochs_are_counted_in_passes(cli, small_data, monkeypatch
     assert [r["pass"] for r in federated] == [j * 3 * 4 * 50 / 18_000 for j in range(4)]
 
 
+def test_rounds_of_other_lengths_are_counted_in_passes_too(cli, small_data, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots, "plot_bands", lambda curves, path, keys: drawn.update(curves))
+    steps = {"data": "synthetic", "val_fraction": 0.1, "fraction": 0.3, "batch_size": 50}
+    for J in (4, 16):
+        leave(small_data / "runs" / f"{J}", 0.5, J=J, **steps)
+    assert cli("plot", "runs", "--metric", "val_acc")[0] == 0
+    passes = {label: [r["pass"] for r in log] for label, (log,) in drawn[""].items()}
+    assert passes["$J = 16$"] == [4 * x for x in passes["$J = 4$"]]
+    assert cli("plot", "runs/4", "runs/4", "--metric", "val_acc")[0] == 0
+    assert "pass" not in next(iter(drawn[""].values()))[0][0]  # alike: rounds are rounds
+
+
 def test_seeds_are_bands_under_the_names_that_are_given(cli, folders, monkeypatch):
     drawn = {}
 
@@ -102,6 +115,16 @@ def test_a_plot_says_what_does_not_compare_and_where_seeds_end(cli, small_data, 
 def test_a_run_under_a_mask_is_listed_with_it(cli, small_data):
     leave(Path("runs") / "a", 0.3, command="centralized", mask_rule="random", sparsity=0.9)
     assert "random, sparsity 0.9, seed 0" in cli("runs")[1]
+
+
+def test_the_file_of_a_sweeps_table_is_as_good_as_folders(cli, folders):
+    _, table, _ = cli("table", "runs")
+    packed.pack(Path("runs"), "nc1-0")
+    packed.pack(Path("runs"), "nc5-0")
+    assert cli("table", "runs")[1] == table
+    assert cli("plot", "runs", "--metric", "val_acc", "--out", "x.png")[0] == 0
+    status, out, _ = cli("report", "--runs", "runs", "--out", "mine")
+    assert status == 0 and "table/fedavg" in out
 
 
 def test_a_report_of_runs_is_a_folder_and_a_zip(cli, folders):

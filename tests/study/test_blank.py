@@ -40,6 +40,16 @@ def test_a_report_has_the_tables_of_its_runs_and_leaves_the_text_alone(tmp_path,
     assert {"report.tex", "results.sty", "references.bib", "generated/numbers.tex"} <= set(names)
 
 
+def test_what_many_runs_lack_is_said_once(tmp_path):
+    for seed in range(4):
+        leave(tmp_path / f"{seed}", 0.4, command="centralized", seed=seed)
+    leave(tmp_path / "tested", 0.4, command="centralized", lr=0.3)
+    log = tmp_path / "tested" / "log.jsonl"
+    log.write_text(log.read_text().replace("val_loss", "test_acc"))
+    _, (note,) = blank.comparable(history.read_all([tmp_path]))
+    assert "0 and 3 more: its log has no test figures" in note
+
+
 def test_runs_that_are_not_finished_make_no_report(tmp_path):
     leave(tmp_path / "a", 0.3, reached=1)
     with pytest.raises(ValueError, match="no run is finished; .*round 1 of 3"):

@@ -4,7 +4,7 @@ import pytest
 from past import leave
 
 from machine import safe_files
-from study import history
+from study import history, packed
 from study.past import Past
 from training import naming, run_folder
 
@@ -37,6 +37,35 @@ def test_a_row_is_what_differs_and_a_mean_over_seeds(runs):
     ]
     assert rows[0] == ["iid", "0.1", *["31.00 ± 1.41", "15.50 ± 0.71"] * 2, "2"]
     assert [row[:2] for row in rows[1:]] == [["iid", "0.3"], ["nc1", "0.1"], ["nc5", "0.3"]]
+
+
+def test_runs_that_a_sweep_has_packed_are_runs_like_others(runs, tmp_path):
+    def table(folder):
+        found = history.read_all([folder])
+        return history.numbers(found, history.columns(found))
+
+    expected = table(tmp_path)
+    for name in "abde":
+        packed.pack(tmp_path, name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", packed.FILE]
+    assert table(tmp_path) == expected
+    packed.pack(tmp_path, "c", keep=True)
+    assert table(tmp_path) == expected  # in both places: once
+
+
+def test_a_best_rate_at_an_end_is_named(runs, tmp_path):
+    (line,) = history.at_ends(runs, ["sharding"])
+    assert line.endswith("beyond which to try: iid (the lowest)")
+    leave(tmp_path / "f", 0.25, lr=0.03)
+    assert history.at_ends(history.read_all([tmp_path]), ["sharding"]) == []
+
+
+def test_a_masks_rate_is_dense_trainings_times_a_factor(tmp_path):
+    for name, factor in (("a", 14.64), ("b", 1.0)):
+        leave(tmp_path / name, 0.3, lr=0.01, mask_rule="random")
+        run = history.read(tmp_path / name)
+        run = run._replace(summary=run.summary | {"lr_factor": factor})
+        assert history.rate_of(run) == ("0.01 x 14.6" if factor > 1 else "0.01")
 
 
 def test_by_shows_the_rate_that_is_best_by_validation(runs):
@@ -121,7 +150,8 @@ def test_what_is_damaged_or_not_finished_is_named(tmp_path):
 
 
 def test_rows_have_names_that_a_reader_knows():
-    assert history.label(["sharding", "J"], ["nc5", "4"]) == "$N_c = 5$, J 4"
+    assert history.label(["sharding", "J"], ["nc5", "4"]) == "$N_c = 5$, $J = 4$"
+    assert history.label(["J", "normalisation"], ["4", "auto"], plain=True) == "J 4"
     assert history.label(["sharding", "mask_rule"], ["nc5", "-"], plain=True) == "nc5, dense"
     assert history.label(["scaffold", "lr"], ["yes", "0.1"]) == "scaffold, lr 0.1"
 

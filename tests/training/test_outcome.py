@@ -66,7 +66,12 @@ def test_exported_weights_are_the_runs_and_load_again_to_the_bit(
     vit.load_weights(again, "x.pth")
     assert all(torch.equal(p, state[n]) for n, p in again.named_parameters() if n[:5] != "head.")
     if not options:
-        assert cli(*TINY, "--name", "y", "--rounds", 1, "--weights", "x.pth")[0] == 0
+        assert "its head is for other programs" in out
+        for name, given, said in (("y", (), True), ("z", ("--normalisation", "half"), False)):
+            line = (*TINY, "--name", name, "--rounds", 1, "--weights", "x.pth", *given)
+            status, out, _ = cli(*line)
+            assert status == 0
+            assert ("x.pth: pixels are normalised by imagenet statistics" in out) == said
 
 
 def test_no_export_overwrites_a_file_or_passes_for_one(cli, small_data):
