@@ -86,7 +86,7 @@ class Epochs(NamedTuple):
     eval_every: Annotated[
         int | float | None,
         "epochs between evaluations; below 1 a share: 0.1 evaluates ten times an epoch [a 20th of "
-        "the run, more where they would take a tenth of its time]",
+        "the run; further apart where they would cost a tenth of its time]",
         ">= 1 or share",
     ] = None
 

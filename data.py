@@ -201,8 +201,7 @@ DATASETS = {
             epochs=15,
         ),
         lr=_lr_cifar,
-        lr_help="0.01, clients of N_c below 10: 0.001; a fitted head alone: 0.003, clients of N_c "
-        "below 5: 0.0003",
+        lr_help="0.01, N_c below 10: 0.001; a fitted head alone: 0.003, N_c below 5: 0.0003",
     ),
     "synthetic": Entry(
         load=lambda folder: synthetic_dataset(),
@@ -217,7 +216,7 @@ DATASETS = {
             epochs=5,
         ),
         lr=_lr_synthetic,
-        lr_help="0.1; with a fitted head 0.01, clients of N_c below 5: 0.003",
+        lr_help="0.1; with a fitted head 0.01, N_c below 5: 0.003",
         images=(20_000, 5_000),
     ),
 }

@@ -127,8 +127,8 @@ class Method(NamedTuple):
     factor: Callable[[Tensor, Tensor], float] = lambda theta_k, theta: 1.0
     """(theta_k, theta) -> factor on a client's change: clipping"""
     send_: Callable[[Tensor, int, Cohort, int], int] | None = None
-    """(part (P,) int64, client, cohort, round) -> bytes sent; changes what the client sends in
-    place, which must not make an entry larger unless the round's sum stays what it is"""
+    """(part (P,) int64, client, cohort, round) -> bytes sent; may change in place what the client
+    sends: make entries smaller, or hide them under what cancels in the round's sum"""
     apart: Callable[[int], bool] = lambda round: False
     """round -> keep its parts, (m, P) by place in the cohort, in place of their sum (1, P)?"""
     combine: Callable[[Tensor, Cohort, int], Tensor] = lambda parts, cohort, round: add_up(parts)
@@ -294,7 +294,7 @@ class FedAvg:
             shapes = f"{tuple(theta_k.shape)}, and theta is {tuple(self.theta.shape)}"
             raise ClientError(f"round {t}, client {client}: its result is {shapes}")
         losses = torch.as_tensor(losses, dtype=torch.float64).reshape(-1)
-        row = self.total[place % len(self.total)]
+        row = self.total[place % len(self.total)]  # its own one where parts are kept apart
         part = row if method.send_ is None else torch.zeros_like(row)
         factor = method.factor(theta_k, self.theta)
         largest = add_delta_(part, theta_k, self.theta, float(cohort.weights[place]) * factor)
