@@ -53,8 +53,8 @@ class Rounds(NamedTuple):
     rounds: Annotated[int | None, "communication rounds", ">= 1"] = None
     eval_every: Annotated[
         int | None,
-        "rounds between evaluations [a 20th of the run; further apart where they would cost a tenth "
-        "of its time]",
+        "rounds between evaluations [a 20th of the run; further apart where they would cost a "
+        "tenth of its time]",
         ">= 1",
     ] = None
 
