@@ -331,9 +331,9 @@ class Run:
             tested: what those two records say beside what the log has.
 
         Raises:
-            ValueError: a figure has one of summary.json's own keys.
+            ValueError: a figure is called run, as what says whose summary it is.
         """
-        check_free(figures, "summary.json", ("run", "final", "best_by_validation"))
+        check_free(figures, "summary.json", ("run",))
         records = [record for record in self.records() if "note" not in record]
         summary = {"run": self.id()} | figures
         if records:

@@ -87,7 +87,10 @@ def test_the_notebooks_cells_run(run, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, stub, MagicMock())
 
     names = {"command": lambda text: run(text.split())}
-    for cell in code_cells():
+    first, *others = code_cells()
+    with pytest.raises(SystemExit, match="put the repository's address above"):
+        exec(first.replace("/content", "."), names)
+    for cell in (first.replace('REPOSITORY = ""', 'REPOSITORY = "its address"'), *others):
         exec(cell.replace("/content/drive", str(tmp_path)).replace("/content", "."), names)
     pictures = {path.name for path in tmp_path.glob("**/*.png")}
     assert {"shards.png", "central.png", "fedavg.png"} <= pictures

@@ -327,13 +327,3 @@ def test_the_snippets_of_the_readme_run_one_after_the_other():
     assert len(records) == 10 and records[-1]["train_loss"] < records[0]["train_loss"]
     for parameter, start, stays in zip(names["model"].parameters(), before, frozen, strict=True):
         assert torch.equal(parameter[stays], start[stays])
-
-
-def test_the_page_of_files_shows_what_their_headers_say():
-    _, shown = blocks(ROOT / "docs" / "files.md")
-    paths = {name(path) for path in files().values()}
-    for block in shown:
-        path, *lines = block.splitlines()
-        header = (ROOT / path.removeprefix("# ")).read_text()
-        assert "\n".join(f"    {line}" if line else "" for line in lines) in header, path
-    assert {block.splitlines()[0].removeprefix("# ") for block in shown} <= paths
