@@ -9,6 +9,7 @@ import pytest
 import torch
 from built import build, build_loop, parsed
 from conftest import assert_frozen_stayed
+from loops import run
 
 import flat
 import masks
@@ -42,15 +43,6 @@ def prepare(folder, *arguments):
     model = workspace.build_model()
     set_fitted_head(workspace, model, o.scoring_head.head, o.scoring_head.head_images)
     return Calibration(workspace, model, o.masking)
-
-
-def rounds(loop, total):
-    """Advance a loop of rounds; return its records without their seconds."""
-    records = []
-    while loop.round < total:
-        if (record := loop.advance()) is not None:
-            records.append(record | {"seconds": 0})
-    return records
 
 
 def test_a_mask_within_query_and_key_weights_has_the_budget_of_the_whole(small_data):
@@ -249,7 +241,7 @@ def test_compact_and_dense_steps_give_the_same_bits(small_data, monkeypatch):
         options = (*MASK, *QUICK, "--sparsity", 0.5, "--weight-decay", 1e-3)
         learner, loop = build_loop(small_data, *LOOP, *options)
         assert learner.entries.compact == (below == 1.0)
-        ends.append((loop.theta, rounds(loop, 2)))
+        ends.append((loop.theta, run(loop, 2)))
     (compact, log), (dense, dense_log) = ends
     assert torch.equal(compact, dense) and log == dense_log
 
@@ -269,7 +261,7 @@ def test_a_mask_that_keeps_everything_trains_as_no_mask_does(small_data):
         (small_data / folder).mkdir()
         learner, loop = build_loop(small_data / folder, *LOOP, *mask, "--lr", 1e-5)
         start = learner.evaluate()
-        losses = [record["train_loss"] for record in rounds(loop, 2)]
+        losses = [record["train_loss"] for record in run(loop, 2)]
         learner.entries.load(loop.theta)
         logs.append([*losses, end := learner.evaluate()])
         assert abs(end["val_loss"] - start["val_loss"]) > 1e-3
@@ -512,7 +504,7 @@ def test_every_kind_of_mask_trains(small_data, options):
     scoring = ("--calibration-images", 20, "--calibration-rounds", 2) if sensitive else ()
     learner, loop = build_loop(small_data, *LOOP, *FEW, *scoring, *options)
     start = loop.theta.clone()
-    (record,) = rounds(loop, 1)
+    (record,) = run(loop, 1)
     assert (learner.mask.origin["bytes_up"] > 0) == sensitive and record["bytes_up"] > 0
     assert not torch.equal(loop.theta, start)
 
