@@ -3,16 +3,14 @@
 import copy
 import itertools
 import math
-import os
-import subprocess
-import sys
 import warnings
 
 import pytest
 import taped
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, needs_cuda
+from conftest import needs_cuda
+from kernels import DEVICE, INSTALLED, built_elsewhere, needs_triton
 from strangers import Forward, Odd
 from torch import nn
 
@@ -22,13 +20,6 @@ from fisher import Scorer, fisher_diagonal, square_accumulate_
 from machine import cuda_graph
 from machine.cuda_graph import GraphedStep
 from model import build_vit
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_triton = pytest.mark.skipif(
-    fisher.triton is None or not (DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"),
-    reason="no Triton, or neither a GPU nor TRITON_INTERPRET=1",
-)
-
 
 quiet = pytest.mark.filterwarnings("ignore:per-sample gradients one by one")
 
@@ -237,29 +228,18 @@ def test_backends_are_dispatched_as_promised(monkeypatch):
 
 
 COMPILE = """
-import fisher, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-kernel, constants = fisher._add_squares_kernel, dict(SAMPLES=64, BLOCK=fisher.SQUARES_BLOCK)
-for capability, half in ((75, "fp16"), (80, "bf16"), (90, "bf16")):
-    types = {"size": "i32", "products_ptr": "*" + half, "total_ptr": "*fp32"}
-    signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert f".target sm_{capability}" in built.asm["ptx"], built.asm["ptx"][:400]
-    print("built", capability)
+import fisher, kernels
+constants = dict(SAMPLES=64, BLOCK=fisher.SQUARES_BLOCK)
+for capability, half in kernels.CARDS:
+    types = {"size": "i32", "products_ptr": half, "total_ptr": "*fp32"}
+    kernels.build(fisher._add_squares_kernel, capability, types, constants)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(fisher.triton is None, reason="no Triton")
+@pytest.mark.skipif(not INSTALLED, reason="no Triton")
 def test_the_kernel_compiles_for_turing_ampere_and_hopper_without_a_gpu(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
-    )
-    assert done.stdout.count("built") == 3, done.stderr
+    assert built_elsewhere(COMPILE, tmp_path) == 3
 
 
 def test_what_cannot_be_scored_is_refused(odd):
