@@ -405,21 +405,6 @@ def test_the_summary_holds_the_last_and_the_best_evaluation(run):
     assert summary["best_by_validation"] == {"round": 1, "val_acc": 0.5, "test_acc": 0.4}
 
 
-def test_a_file_that_would_run_code_does_not(tmp_path, monkeypatch):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "owned"),)
-
-    with pytest.raises(ValueError, match="state: an Evil, which could not be read back"):
-        save_checked(tmp_path / "x.pt", {"state": Evil()})
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setattr("machine.safe_files._readable", lambda value, where: value)
-    save_checked(tmp_path / "x.pt", {"state": Evil()})
-    with pytest.raises(DamagedFile, match="more than tensors"):
-        load_checked(tmp_path / "x.pt")
-    assert not (tmp_path / "owned").exists()
-
-
 def test_a_checkpoint_that_refers_to_a_damaged_file_gives_way_to_its_predecessor(run, capsys):
     drive(run, Walk(), "round", 5)
     drive(run, Walk(), "round", 7)
