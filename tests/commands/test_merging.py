@@ -6,20 +6,13 @@ import shutil
 
 import pytest
 import torch
+from past import records, theta
 
 from commands.merge import RULES
-from machine import runs, safe_files
+from machine import safe_files
 
 TINY = ("fedavg", "--data", "synthetic", "--rounds", 2, "--clients", 10, "--fraction", 0.3)
 TINY = (*TINY, "--batch-size", 8, "--eval-every", 2)
-
-
-def theta(folder):
-    return runs.Run(folder).load()["state"]["process"]["theta"]
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def figures(out):

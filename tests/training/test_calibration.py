@@ -10,6 +10,7 @@ import torch
 from built import build, build_loop, parsed
 from conftest import assert_frozen_stayed
 from loops import run
+from past import records, theta
 
 import flat
 import masks
@@ -55,15 +56,6 @@ def test_a_mask_within_query_and_key_weights_has_the_budget_of_the_whole(small_d
         "key.bias",
     }
     assert mask.trains.sum() == masks.budget(len(mask.trains), 0.95)
-
-
-def theta(folder):
-    process = Run(folder).load()["state"]["process"]
-    return process["theta"] if "theta" in process else process["tensors"]["theta"]
-
-
-def without_seconds(folder):
-    return [record | {"seconds": 0} for record in Run(folder).records()]
 
 
 @pytest.mark.parametrize("labels", ["sampled", "true"])
@@ -426,7 +418,7 @@ def test_calibrate_writes_a_mask_that_fedavg_takes(cli, small_data):
     assert cli(*options, "--mask-rule", "least-sensitive", *making, "--name", "rule")[0] == 0
     by_file, by_rule = (small_data / "runs" / name for name in ("file", "rule"))
     assert torch.equal(theta(by_file), theta(by_rule))
-    assert without_seconds(by_file) == without_seconds(by_rule)
+    assert records(by_file, "seconds") == records(by_rule, "seconds")
     assert cli("eval", by_file)[0] == 0
 
 
