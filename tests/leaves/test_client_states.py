@@ -89,24 +89,6 @@ def test_scaffold_is_its_equation_and_its_variates_add_up(momentum):
         assert record["state_bytes"]["scaffold"] == variates.bytes
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_on_a_constant_gradient_the_variate_is_the_gradient(momentum):
-    gradient = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    start = torch.zeros(3, dtype=torch.float64)
-    variates = Scaffold(start, clients=10)
-    for _ in range(3):
-        theta, buffer = start.clone(), start.clone()
-        correction = variates.correction(4)
-        for _ in range(STEPS):
-            buffer = momentum * buffer + gradient + correction
-            theta = theta - LR * buffer
-        sent = variates.leave(theta, start, client=4, rate=LR * step_weight_sum(STEPS, momentum))
-        assert torch.equal(sent, theta)
-        variates.next_round()
-        torch.testing.assert_close(variates.get(4), gradient, rtol=0, atol=1e-12)
-        torch.testing.assert_close(variates.mean, gradient / 10, rtol=0, atol=1e-12)
-
-
 def test_steps_of_rate_zero_leave_the_variate_as_it_is():
     variates = Scaffold(torch.zeros(2), clients=3)
     variates.leave(torch.ones(2), torch.zeros(2), client=1, rate=0.0)
