@@ -8,16 +8,7 @@ import torch
 from conftest import Threads, in_threads
 from loops import reloaded, run
 
-from fedavg import (
-    ClientError,
-    Cohort,
-    FedAvg,
-    Method,
-    State,
-    add_delta_,
-    add_up,
-    apply_total_,
-)
+from fedavg import ClientError, Cohort, FedAvg, Method, State, add_delta_, add_up, apply_total_
 from federated.cohort import sample_clients, shares
 from federated.server import Server
 

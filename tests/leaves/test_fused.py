@@ -156,16 +156,9 @@ def attention_runs(dtype):
 @pytest.mark.parametrize("dtype", fused.DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "width", "queries"),
-    [
-        (1, 48, 1),
-        (17, 48, 17),
-        (37, 192, 1),
-        (65, 96, 65),
-        (197, 192, 197),
-        (197, 48, 2),
-        (256, 192, 1),
-    ],
-)
+    [(1, 48, 1), (17, 48, 17), (37, 192, 1), (65, 96, 65), (197, 192, 197), (197, 48, 2),
+     (256, 192, 1)],
+)  # fmt: skip
 def test_attentions_kernels_are_as_near_the_truth_as_their_reference(tokens, width, queries, dtype):
     if not attention_runs(dtype):
         pytest.skip("not for these")

@@ -14,14 +14,7 @@ from walk import Walk
 
 from machine.drive import drive
 from machine.runs import NAMES, STATES, Run
-from machine.safe_files import (
-    SEAL,
-    DamagedFile,
-    WrongFile,
-    load_checked,
-    save_checked,
-    write_json,
-)
+from machine.safe_files import SEAL, DamagedFile, WrongFile, load_checked, save_checked, write_json
 
 
 @pytest.fixture
