@@ -102,6 +102,13 @@ def test_the_training_loss_has_the_weights_of_the_average():
     assert record["train_loss"] == pytest.approx(expected, rel=1e-14)
 
 
+def test_a_round_takes_the_seconds_of_its_clients(monkeypatch):
+    clock = iter(range(9))  # read as a client's call begins and as it ends
+    monkeypatch.setattr("fedavg.time.perf_counter", lambda: next(clock))
+    loop = federation(cohort=always([3, 8]))
+    assert loop.advance() is None and loop.advance()["seconds"] == 2
+
+
 # ---------------------------------------------------------------------------- the sum
 
 

@@ -214,6 +214,10 @@ def test_seeds_are_numpys_or_a_whole_secret():
         assert pair[0].any() and not pair.sum(0).any()
         hidden_parts.append(pair)
     assert torch.equal(*hidden_parts[:2])
+    noise = [torch.zeros(5, dtype=torch.int64) for _ in range(3)]  # all of the bits count
+    for total, seed in zip(noise, (1, 1 + 2**64, 1 + 2**127), strict=True):
+        add_noise_(total, 1.0, unit=2.0**-48, seed=seed, round=1)
+    assert len({tuple(total.tolist()) for total in noise}) == 3
     assert list(sample_poisson(9, 0.5, seed=np.int64(3), round=1)) == list(
         sample_poisson(9, 0.5, seed=3, round=1)
     )
