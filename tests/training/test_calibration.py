@@ -238,15 +238,6 @@ def test_compact_and_dense_steps_give_the_same_bits(small_data, monkeypatch):
     assert torch.equal(compact, dense) and log == dense_log
 
 
-@pytest.mark.slow
-def test_compact_and_dense_steps_of_a_central_run_give_the_same_bits(cli, small_data, monkeypatch):
-    for name, below in (("compact", 1.0), ("dense", 0.0)):
-        monkeypatch.setattr(flat, "COMPACT_BELOW", below)
-        options = ("--name", name, *QUICK, "--sparsity", 0.5, "--weight-decay", 1e-3)
-        assert cli(*CENTRAL, *MASK, *options)[0] == 0
-    assert torch.equal(*(theta(small_data / "runs" / name) for name in ("compact", "dense")))
-
-
 def test_a_mask_that_keeps_everything_trains_as_no_mask_does(small_data):
     logs = []
     for folder, mask in (("mask", (*MASK, *QUICK, "--sparsity", 0)), ("none", HEAD)):
