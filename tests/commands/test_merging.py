@@ -84,12 +84,6 @@ def test_runs_that_do_not_go_together_are_refused_by_name(cli, two_runs):
     assert status == 2 and f"fitted and {run} did not start alike: head.weight differs" in err
 
 
-@pytest.mark.parametrize("drop", [("--aggregate", "dare", "--dare-drop", 0)])
-def test_a_rule_with_nothing_to_do_is_fedavg_in_a_run_too(cli, two_runs, drop):
-    assert cli(*TINY, "--name", "c", *drop)[0] == 0
-    assert torch.equal(theta(two_runs[0]), theta(two_runs[0].with_name("c")))
-
-
 MEASURED = {
     *("update_cosine", "update_sign_agreement", "update_norm", "mean_update_norm"),
     *("distance", "displacement", "linearity_error", "disentanglement_error"),
