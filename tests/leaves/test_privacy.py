@@ -214,10 +214,16 @@ def test_seeds_are_numpys_or_a_whole_secret():
         assert pair[0].any() and not pair.sum(0).any()
         hidden_parts.append(pair)
     assert torch.equal(*hidden_parts[:2])
-    noise = [torch.zeros(5, dtype=torch.int64) for _ in range(3)]  # all of the bits count
-    for total, seed in zip(noise, (1, 1 + 2**64, 1 + 2**127), strict=True):
-        add_noise_(total, 1.0, unit=2.0**-48, seed=seed, round=1)
-    assert len({tuple(total.tolist()) for total in noise}) == 3
     assert list(sample_poisson(9, 0.5, seed=np.int64(3), round=1)) == list(
         sample_poisson(9, 0.5, seed=3, round=1)
     )
+
+
+def test_all_bits_of_a_secret_count():
+    drawn = {"noise": set(), "pad": set()}
+    for seed in (1, 1 + 2**64, 1 + 2**127):
+        noise, pad = torch.zeros(2, 5, dtype=torch.int64)
+        add_noise_(noise, 1.0, unit=2.0**-48, seed=seed, round=1)
+        conceal_(pad, 3, [3, 7], 1, seed=seed)
+        drawn["noise"].add(tuple(noise.tolist())), drawn["pad"].add(tuple(pad.tolist()))
+    assert {name: len(draws) for name, draws in drawn.items()} == {"noise": 3, "pad": 3}
