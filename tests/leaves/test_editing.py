@@ -241,7 +241,7 @@ EQUAL_FISHER = fisher_rule(lambda parts: torch.full(parts.shape, 0.3))
 NO_FISHER = fisher_rule(lambda parts: torch.zeros(parts.shape))
 
 
-def federation(method=None, fraction=0.4, one_way=False):
+def federation(method=None, fraction=0.4, one_way=False, flip=False):
     targets = TARGETS.abs() if one_way else TARGETS
 
     def train(theta, clients, round):
@@ -250,7 +250,7 @@ def federation(method=None, fraction=0.4, one_way=False):
             yield theta_k, theta_k.mean()[None]
 
     def cohort(round):
-        clients = sample_clients(12, fraction, seed=3, round=round)
+        clients = sample_clients(12, fraction, seed=3, round=round)[:: -1 if flip else 1].copy()
         return Cohort(clients, clients, shares(np.arange(1, 13), clients))
 
     return FedAvg(torch.zeros(5), train, cohort, method=method or Method())
@@ -271,6 +271,15 @@ def federation(method=None, fraction=0.4, one_way=False):
 def test_degenerate_rules_are_fedavg_to_the_bit(method, where):
     """Those of the table at their neutral settings are in test_contract.py."""
     assert torch.equal(end(federation(method, **where), 4), end(federation(**where), 4))
+
+
+RULES = (rule("ties", ties_keep=0.4), rule("sign"), FISHER, rule("dare", dare_drop=0.6))
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_rules_know_no_order_of_clients_whose_weights_differ(method):
+    """In test_contract.py they are alike."""
+    assert torch.equal(end(federation(method, flip=True), 3), end(federation(method), 3))
 
 
 def test_one_round_of_solved_quadratics_under_their_fishers_is_the_common_optimum():
