@@ -1,6 +1,20 @@
-"""Folders of runs that nobody has run, for what reads them."""
+"""Folders of runs: what they hold, and some that nobody has run, for what reads them."""
 
 import json
+
+from machine.runs import Run
+
+
+def records(folder, *without):
+    """Return what a run has logged, but for these keys."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in without} for line in lines]
+
+
+def theta(folder):
+    """Return the parameters in a run's checkpoint."""
+    state = Run(folder).load()["state"]["process"]
+    return state["theta"] if "theta" in state else state["tensors"]["theta"]
 
 
 def leave(folder, val_acc, rounds=3, reached=None, **options):

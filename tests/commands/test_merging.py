@@ -6,20 +6,13 @@ import shutil
 
 import pytest
 import torch
+from past import records, theta
 
 from commands.merge import RULES
-from machine import runs, safe_files
+from machine import safe_files
 
 TINY = ("fedavg", "--data", "synthetic", "--rounds", 2, "--clients", 10, "--fraction", 0.3)
 TINY = (*TINY, "--batch-size", 8, "--eval-every", 2)
-
-
-def theta(folder):
-    return runs.Run(folder).load()["state"]["process"]["theta"]
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def figures(out):
@@ -89,12 +82,6 @@ def test_runs_that_do_not_go_together_are_refused_by_name(cli, two_runs):
     assert cli(*TINY, *fitted)[0] == 0
     status, _, err = cli("merge", run, run.with_name("fitted"))
     assert status == 2 and f"fitted and {run} did not start alike: head.weight differs" in err
-
-
-@pytest.mark.parametrize("drop", [("--aggregate", "dare", "--dare-drop", 0)])
-def test_a_rule_with_nothing_to_do_is_fedavg_in_a_run_too(cli, two_runs, drop):
-    assert cli(*TINY, "--name", "c", *drop)[0] == 0
-    assert torch.equal(theta(two_runs[0]), theta(two_runs[0].with_name("c")))
 
 
 MEASURED = {

@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 import torch
-from built import build_loop, parsed
+from built import parsed
 from conftest import assert_frozen_stayed
+from past import records
 
 from commands import accounts, fedavg
 from federated import methods, privacy
@@ -39,7 +40,7 @@ def test_a_private_run_tells_what_it_spent(cli, small_data, accountant, learners
     status, _, err = cli(*TINY, *private, *extra)
     assert status == 0 and "protects nobody" in err, err
     folder = small_data / "runs" / "x"
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    log = records(folder)
     assert [r["epsilon"] for r in log] == [0.0, 1.0, 2.0, 3.0]
     drawn = [sample_poisson(20, 0.2, seed=7, round=t).tolist() for t in (1, 2, 3)]
     assert [r["answered"] for r in log[1:]] == list(map(len, drawn))
@@ -122,35 +123,25 @@ def test_the_noise_is_a_secret_of_the_run_and_resuming_is_exact(cli, small_data,
     assert torch.equal(*ends)
 
 
-def test_a_private_round_is_saved_at_its_end_alone(small_data):
-    options = ("--clients", 20, "--fraction", 0.5, "--batch-size", 4, "--J", 1)
-    private = ("--dp-noise", 0.5, "--dp-clip", 0.5, "--dp-seed", 1)
-    _, loop = build_loop(small_data, *options, *private)
-    assert loop.advance()["round"] == 1  # one call, whoever takes part
-    assert "total" not in loop.state_dict() and "done" not in loop.state_dict()
-
-
 def test_a_client_alone_in_its_round_is_refused_or_named(cli, small_data):
     secure = ("--secure-aggregation", "--rounds", 6, "--J", 1)
     status, _, err = cli(*TINY, *secure, "--fraction", 0.05)
     assert status == 2 and "one client a round is sent in the clear" in err
     status, _, err = cli(*TINY, *secure, "--fraction", 0.1, "--dropout", 0.5)
     assert status == 0 and "alone in its round is sent in the clear" in err
-    log = (small_data / "runs" / "x" / "log.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in log[1:]]
-    alone = [r for r in records if len(r["clients"]) == 1]
+    rounds = records(small_data / "runs" / "x")[1:]
+    alone = [r for r in rounds if len(r["clients"]) == 1]
     assert alone and all(r["in_the_clear"] == r["clients"] for r in alone)
-    assert not any("in_the_clear" in r for r in records if len(r["clients"]) != 1)
+    assert not any("in_the_clear" in r for r in rounds if len(r["clients"]) != 1)
 
 
 def test_a_private_run_does_not_name_a_client_that_is_alone(cli, small_data):
     private = ("--dp-noise", 1, "--dp-clip", 1, "--dp-seed", 0, "--secure-aggregation")
     status, _, err = cli(*TINY, *private, "--fraction", 0.1, "--rounds", 8, "--J", 1)
     assert status == 0 and "(answered: 1)" in err and "steps are too long" not in err
-    lines = (small_data / "runs" / "x" / "log.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines[1:]]
-    assert any(r["answered"] == 1 for r in records)
-    assert not any({"in_the_clear", "clients"} & set(r) for r in records)
+    rounds = records(small_data / "runs" / "x")[1:]
+    assert any(r["answered"] == 1 for r in rounds)
+    assert not any({"in_the_clear", "clients"} & set(r) for r in rounds)
 
 
 def test_runs_of_one_seed_do_not_share_their_masks(small_data, monkeypatch):

@@ -1,12 +1,12 @@
 """What users mistype, or the machine cannot do, ends in one line that says what to do instead."""
 
-import json
 import re
 import urllib.request
 from urllib.error import URLError
 
 import pytest
 import torch
+from past import records
 
 import model as vit
 from machine import runs
@@ -14,10 +14,6 @@ from training import learner, workspace
 
 FEDAVG = ("fedavg", "--data", "synthetic")
 TINY = (*FEDAVG, "--rounds", 2, "--clients", 10, "--fraction", 0.3, "--batch-size", 8)
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_fewer_rounds_than_a_run_has_are_refused(cli, small_data, monkeypatch):

@@ -13,7 +13,6 @@ it is typed.
 
 import functools
 import importlib.util
-import io
 import typing
 
 import built
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SYNTHETIC_DATASET, in_threads
+from loops import reloaded, run
 
 import data
 import editing
@@ -137,7 +137,7 @@ class Whole(typing.NamedTuple):
 def ran(loops):
     """Run a case, computed once: ran(case, trains, *further options) -> Whole."""
 
-    def run(case, trains, *further):
+    def run_case(case, trains, *further):
         learner, loop = loops(case, trains, *further)
         parameters, shapes = learner.model.named_parameters(), learner.flat.shapes
         frozen = {name: p.clone() for name, p in parameters if name not in shapes}
@@ -145,7 +145,7 @@ def ran(loops):
             learner=learner, start=learner.flat.theta.clone(), frozen=frozen, outcome=outcome(loop)
         )
 
-    return functools.cache(run)
+    return functools.cache(run_case)
 
 
 @pytest.fixture(scope="module")
@@ -156,29 +156,13 @@ def whole(ran):
 
 def outcome(loop):
     """Run a loop to its end; return theta and the records."""
-    records = []
-    while loop.round < loop.train.rounds:
-        if (record := loop.advance()) is not None:
-            records.append(timeless(record))
+    records = run(loop, loop.train.rounds)
     return loop.theta.clone(), records
-
-
-def timeless(record: dict) -> dict:
-    """Return a record without what is never the same."""
-    return {name: value for name, value in record.items() if name != "seconds"}
 
 
 def assert_same(result, expected):
     assert result[1] == expected[1]
     assert torch.equal(result[0], expected[0])
-
-
-def reloaded(state: dict) -> dict:
-    """Return a state after a save and a load."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def in_a_group(size, build, state=None, rounds=ROUNDS):
@@ -190,9 +174,7 @@ def in_a_group(size, build, state=None, rounds=ROUNDS):
         learner.group = loop.group = group
         if state is not None:
             loop.load_state_dict(reloaded(state))
-        records = []
-        while loop.round < rounds:
-            records.append(timeless(loop.advance()))
+        records = run(loop, rounds)
         return (loop.theta.clone(), records), reloaded(loop.state_dict())
 
     results = in_threads(size, work)
@@ -294,7 +276,7 @@ def test_a_stop_after_every_client_changes_no_bit(loops, whole, case, trains):
     (_, loop), records, stops = loops(case, trains), [], 0
     while loop.round < ROUNDS:
         if (record := loop.advance()) is not None:
-            records.append(timeless(record))
+            records.append(record | {"seconds": 0})
         state, stops = reloaded(loop.state_dict()), stops + 1
         _, loop = loops(case, trains)
         loop.load_state_dict(state)

@@ -114,10 +114,7 @@ def refused(cli, *command):
 def test_weights_run_no_code(cli, small_data, wrap):
     torch.save(wrap(), "evil.pth")
     Path("plain.pth").write_bytes(pickle.dumps(wrap()))
-    for name, why in (
-        ("evil.pth", f"({os.name}.mkdir)"),
-        ("plain.pth", "no file of torch.save"),
-    ):
+    for name, why in (("evil.pth", f"({os.name}.mkdir)"), ("plain.pth", "no file of torch.save")):
         err = refused(cli, *TINY, "--weights", name)
         assert f"weights {name}: " in err and why in err
     assert not (small_data / "runs").exists()

@@ -209,6 +209,7 @@ def test_one_function_deals_by_whichever_rule_is_named():
     (lambda y: shard_by_class(y, 4500, 11, 0), "need 49500 parts"),
     (lambda y: shard_dirichlet(y, 10, 0.0, 0), "not 0.0"),
     (lambda y: shard_dirichlet(y, 10, float("nan"), 0), "not nan"),
+    (lambda y: shard_dirichlet(y, 5, 1e-308, 0), "must lie in"),  # its draws would underflow
 ])  # fmt: skip
 def test_what_cannot_be_sharded_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
@@ -572,14 +573,6 @@ def test_kept_patches_are_drawn_beside_the_crops():
 
 def test_images_that_are_floats_already_keep_their_values():
     images = torch.randint(256, (2, 3, 8, 8)).float()
-    before, preprocess = (
-        images.clone(),
-        data.Preprocess(8, (0.5,) * 3, (0.5,) * 3, "cpu", torch.float32),
-    )
-    preprocess(images)
+    before = images.clone()
+    Preprocess(8, (0.5,) * 3, (0.5,) * 3, "cpu", torch.float32)(images)
     assert torch.equal(images, before)
-
-
-def test_a_concentration_whose_draws_underflow_is_refused():
-    with pytest.raises(ValueError, match="must lie in"):
-        data.shard_dirichlet(np.arange(50) % 5, 5, 1e-308, 0)

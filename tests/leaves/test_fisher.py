@@ -3,17 +3,15 @@
 import copy
 import itertools
 import math
-import os
-import subprocess
-import sys
 import warnings
 
 import pytest
 import taped
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, needs_cuda
-from strangers import Forward
+from conftest import needs_cuda
+from kernels import DEVICE, INSTALLED, built_elsewhere, needs_triton
+from strangers import Forward, Odd
 from torch import nn
 
 import fisher
@@ -23,70 +21,35 @@ from machine import cuda_graph
 from machine.cuda_graph import GraphedStep
 from model import build_vit
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_triton = pytest.mark.skipif(
-    fisher.triton is None or not (DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"),
-    reason="no Triton, or neither a GPU nor TRITON_INTERPRET=1",
-)
-
-
 quiet = pytest.mark.filterwarnings("ignore:per-sample gradients one by one")
 
 
-class Odd(nn.Module):
-    """Every kind of parameter: hooked, broadcast, tied, called twice, and used without a module."""
-
-    def __init__(self):
-        super().__init__()
-        self.patch = nn.Conv2d(2, 6, (2, 3), (2, 3))
-        self.token = nn.Parameter(torch.randn(1, 1, 6))
-        self.grid = nn.Parameter(torch.randn(1, 5, 6))
-        self.norm = nn.LayerNorm(6)
-        self.mix = nn.Linear(6, 6, bias=False)
-        self.twice = nn.Linear(6, 6)
-        self.scale = nn.Parameter(torch.randn(6))
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, images):
-        x = self.patch(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.grid
-        x = self.twice(self.twice(torch.tanh(self.mix(self.norm(x))))) * self.scale
-        return self.head(x.mean(dim=1))
-
-
-def reference(model, inputs, labels, logit=False, names=None):
+def reference(model, inputs, labels, names=None):
     """The definition: one backward pass per sample, in float64."""
     parameters = dict(model.double().named_parameters())
     parameters = {name: parameters[name] for name in names or parameters}
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    for x, y in zip(inputs.double(), labels, strict=True):
-        out = model(x[None])[0]
-        value = out[y] if logit else out.log_softmax(0)[y]
-        grads = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
+    for x, y in zip(inputs, labels, strict=True):
+        out = model(x[None].double() if x.is_floating_point() else x[None])[0]
+        grads = torch.autograd.grad(
+            out.log_softmax(0)[y], [*parameters.values()], materialize_grads=True
+        )
         for name, grad in zip(total, grads, strict=True):
             total[name] += grad**2 / len(inputs)
     return total
+
+
+def assert_exact(scores, model, x, y, tolerance=1e-5):
+    """Let scores be the definition's, tensor by tensor; the model is in float64 afterwards."""
+    for name, expected in reference(model, x, y, names=scores).items():
+        error = (scores[name] - expected).norm()
+        assert error <= tolerance * expected.norm(), (name, error / expected.norm())
 
 
 @pytest.fixture
 def odd():
     torch.manual_seed(0)
     return Odd(), torch.randn(7, 2, 5, 8), torch.randint(4, (7,))
-
-
-@pytest.mark.parametrize("score", ["log-prob", "logit"])
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_the_batched_fisher_is_the_per_sample_one_for_any_batch_size(odd, size, score):
-    model, x, y = odd
-    batches = list(zip(x.split(size), y.split(size), strict=True))
-    with pytest.warns(UserWarning, match="one by one for"):
-        found = fisher_diagonal(
-            model.double(), [(a.double(), b) for a, b in batches], labels="true", score=score,
-            dtype=torch.float64,
-        )  # fmt: skip
-    for name, expected in reference(model, x, y, score == "logit").items():
-        # float64 throughout: only the order of sums differs
-        torch.testing.assert_close(found[name], expected, rtol=1e-10, atol=1e-14)
 
 
 def test_a_vit_is_scored_without_falling_back(recwarn):
@@ -99,11 +62,7 @@ def test_a_vit_is_scored_without_falling_back(recwarn):
     model.forward = lambda images: nn.functional.linear(
         model.features(images), model.head.weight, model.head.bias
     )
-    expected = reference(model, x, y)
-    for name in names:
-        error = (found[name] - expected[name]).norm() / expected[name].norm()
-        if not name.endswith("qkv.bias"):  # a third of it, the keys', is exactly zero
-            assert error < 1e-5, name
+    assert_exact(found, model, x, y)
 
 
 def test_a_scorer_that_is_used_again_sees_the_model_as_it_is(odd):
@@ -128,17 +87,6 @@ def test_what_lies_below_all_that_is_scored_sees_no_backward_pass():
     assert found["1.weight"].any() and not any(out.requires_grad for out in seen)
 
 
-def test_the_square_is_of_each_sample_not_of_the_batch(odd):
-    model, x, y = odd
-    mean_gradient = torch.autograd.grad(
-        nn.functional.cross_entropy(model(x), y), model.head.weight
-    )[0]
-    with pytest.warns(UserWarning):
-        found = fisher_diagonal(model, [(x, y)], labels="true")["head.weight"]
-    assert (found >= 0.9999 * mean_gradient**2).all()  # a mean of squares, up to rounding
-    assert found.sum() > 1.5 * mean_gradient.square().sum()
-
-
 def test_sampled_labels_follow_the_models_distribution_and_the_seed():
     model = nn.Linear(1, 3)
     with torch.no_grad():
@@ -152,28 +100,10 @@ def test_sampled_labels_follow_the_models_distribution_and_the_seed():
     assert not torch.allclose(found[0], fisher_diagonal(model, [x], seed=4)["bias"], rtol=1e-5)
 
 
-def test_uniform_numbers_given_with_the_samples_decide_the_draws(odd):
-    model, x, _ = odd
-    u = torch.rand(7, dtype=torch.float64)
-    order = torch.randperm(7)
-    with pytest.warns(UserWarning):
-        scores = [fisher_diagonal(model, [(x[at], u[at])]) for at in (torch.arange(7), order)]
-        others = fisher_diagonal(model, [(x, torch.rand(7, dtype=torch.float64))])
-    for name in scores[0]:
-        torch.testing.assert_close(scores[0][name], scores[1][name], rtol=1e-4, atol=1e-7)
-    assert not torch.allclose(scores[0]["head.weight"], others["head.weight"], rtol=1e-3)
-
-
 def test_a_parameter_that_mixes_samples_is_no_broadcast():
-    class Mean(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bias = nn.Parameter(torch.randn(1, 3))
-
-        def forward(self, x):  # copies of `bias` would all act on every sample
-            return x * self.bias.mean(dim=0)
-
-    model, x, y = Mean(), torch.randn(5, 3), torch.randint(3, (5,))
+    # copies of `bias` would all act on every sample
+    model = Forward(lambda m, x: x * m.bias.mean(dim=0), bias=nn.Parameter(torch.randn(1, 3)))
+    x, y = torch.randn(5, 3), torch.randint(3, (5,))
     with pytest.warns(UserWarning, match="one by one for bias"):
         found = fisher_diagonal(model, [(x, y)], labels="true")
     torch.testing.assert_close(found["bias"].double(), reference(model, x, y)["bias"])
@@ -220,21 +150,15 @@ def test_a_tensor_is_compared_where_its_gradients_are_not_zero(closed):
 
 
 def test_a_layer_of_little_weight_is_compared_all_the_same():
-    class Scaled(nn.Module):  # layer scale, at a first value of 1e-6
-        def __init__(self):
-            super().__init__()
-            self.mix, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
-
-        def forward(self, x):
-            return self.head((x + 1e-6 * (self.mix(x) + x @ self.mix.weight)).mean(dim=1))
-
     torch.manual_seed(0)
-    model, x, y = Scaled(), torch.randn(7, 5, 6), torch.randint(4, (7,))
+    model = Forward(  # layer scale, at a first value of 1e-6
+        lambda m, x: m.head((x + 1e-6 * (m.mix(x) + x @ m.mix.weight)).mean(dim=1)),
+        mix=nn.Linear(6, 6), head=nn.Linear(6, 4),
+    )  # fmt: skip
+    x, y = torch.randn(7, 5, 6), torch.randint(4, (7,))
     with pytest.warns(UserWarning, match="one by one for mix.weight$"):
         found = fisher_diagonal(model, [(x, y)], labels="true")
-    for name, expected in reference(model, x, y).items():
-        error = (found[name] - expected).norm() / expected.norm()
-        assert error < 1e-5, name
+    assert_exact(found, model, x, y)
 
 
 def test_a_model_that_is_sure_of_itself_is_compared_by_the_labels_that_it_doubts():
@@ -257,9 +181,9 @@ def test_squares_of_half_gradients_do_not_underflow(odd, dtype):
         model.head.weight.mul_(1e-3)  # squares of 1e-8 and less, where fp16 ends at 6e-8
     with pytest.warns(UserWarning, match="one by one for"):
         found = fisher_diagonal(model.to(dtype), [(x.to(dtype), y)], labels="true")
-    for name, expected in reference(model, x.to(dtype), y).items():
-        error = (found[name] - expected).norm() / expected.norm()
-        assert error < (0.02 if dtype == torch.float16 else 0.1), name  # 11 bits, and 8
+    assert_exact(
+        found, model, x.to(dtype), y, 0.02 if dtype == torch.float16 else 0.1
+    )  # 11 bits, 8
 
 
 def test_what_is_not_used_stays_zero_and_is_not_scored_one_by_one(recwarn):
@@ -269,19 +193,6 @@ def test_what_is_not_used_stays_zero_and_is_not_scored_one_by_one(recwarn):
     found = fisher_diagonal(model, [torch.randn(5, 3), torch.randn(2, 3)])
     assert not recwarn.list and found["2.bias"].any()
     assert not any(found[name].any() for name in ("0.weight", "0.bias", "2.weight"))
-
-
-def test_the_model_is_left_as_it_was(odd):
-    model, x, y = odd
-    model.mix.weight.requires_grad_(False)
-    state = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with pytest.warns(UserWarning):
-        fisher_diagonal(model, [(x, y)])
-    assert all(
-        torch.equal(p, state[name]) and p.grad is None for name, p in model.named_parameters()
-    )
-    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["mix.weight"]
-    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_square_accumulate_equals_its_definition_at_odd_sizes(monkeypatch):
@@ -317,29 +228,18 @@ def test_backends_are_dispatched_as_promised(monkeypatch):
 
 
 COMPILE = """
-import fisher, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-kernel, constants = fisher._add_squares_kernel, dict(SAMPLES=64, BLOCK=fisher.SQUARES_BLOCK)
-for capability, half in ((75, "fp16"), (80, "bf16"), (90, "bf16")):
-    types = {"size": "i32", "products_ptr": "*" + half, "total_ptr": "*fp32"}
-    signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert f".target sm_{capability}" in built.asm["ptx"], built.asm["ptx"][:400]
-    print("built", capability)
+import fisher, kernels
+constants = dict(SAMPLES=64, BLOCK=fisher.SQUARES_BLOCK)
+for capability, half in kernels.CARDS:
+    types = {"size": "i32", "products_ptr": half, "total_ptr": "*fp32"}
+    kernels.build(fisher._add_squares_kernel, capability, types, constants)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(fisher.triton is None, reason="no Triton")
+@pytest.mark.skipif(not INSTALLED, reason="no Triton")
 def test_the_kernel_compiles_for_turing_ampere_and_hopper_without_a_gpu(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
-    )
-    assert done.stdout.count("built") == 3, done.stderr
+    assert built_elsewhere(COMPILE, tmp_path) == 3
 
 
 def test_what_cannot_be_scored_is_refused(odd):
@@ -373,33 +273,30 @@ def test_what_cannot_be_scored_is_refused(odd):
 
 
 def test_models_without_gradients_of_each_sample_are_refused():
-    class By(nn.Module):
-        def __init__(self, rule):
-            super().__init__()
-            self.rule, self.mix, self.head = rule, nn.Linear(6, 6), nn.Linear(6, 4)
+    def by(rule):
+        return Forward(
+            lambda m, x: m.head(rule(m.mix(x))), mix=nn.Linear(6, 6), head=nn.Linear(6, 4)
+        )
 
-        def forward(self, x):
-            return self.head(self.rule(self.mix(x), x))
+    def large(y):  # statistics of batches of more than 4
+        return y - y.mean(dim=0) if len(y) > 4 else y
 
-    def large(y, x):  # statistics of batches of more than 4
-        return y - y.mean(dim=0) if len(x) > 4 else y
-
-    def in_place(y, x):
+    def in_place(y):
         z = y.exp()
         z2 = z * z
         z += 1
         return z2
 
     x = torch.randn(7, 6)
-    fisher_diagonal(By(large), [x[:4]])
+    fisher_diagonal(by(large), [x[:4]])
     for rule, reason in (
         (large, "depend on the others"),
-        (lambda y, x: F.dropout(y), "something random"),
-        (lambda y, x: y.sum(dim=0, keepdim=True), "2 samples have 1 rows of logits"),
+        (F.dropout, "something random"),
+        (lambda y: y.sum(dim=0, keepdim=True), "2 samples have 1 rows of logits"),
         (in_place, "autograd cannot take this model's gradients: one of the variables needed"),
     ):
         with pytest.raises(ValueError, match=reason) as caught:
-            fisher_diagonal(By(rule), [x])
+            fisher_diagonal(by(rule), [x])
         assert "\n" not in str(caught.value)
 
 
@@ -412,13 +309,6 @@ def test_an_empty_batch_is_no_sample(odd):
 
 
 # ---------------------------------------------------------------------------- strangers' models
-
-
-def assert_exact(scores, model, x, y, tolerance=1e-5):
-    """Let scores be the definition's, tensor by tensor; the model is in float64 afterwards."""
-    for name, expected in reference(model, x, y, names=scores).items():
-        error = (scores[name] - expected).norm()
-        assert error <= tolerance * expected.norm(), (name, error / expected.norm())
 
 
 class Merging(nn.Linear):
@@ -670,15 +560,8 @@ def test_replayed_batches_have_the_scores_of_the_others():
 
 
 def test_what_is_scored_one_by_one_is_not_replayed():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.inner(self.inner(x))
-
-    scorer = Scorer(Twice(), replay=lambda step, state: pytest.fail("replayed"))
+    twice = Forward(lambda m, x: m.inner(m.inner(x)), inner=nn.Linear(4, 4))
+    scorer = Scorer(twice, replay=lambda step, state: pytest.fail("replayed"))
     with pytest.warns(UserWarning, match="one by one"):
         scorer.diagonal([torch.randn(6, 4)] * 3)
 
@@ -706,20 +589,13 @@ def test_a_scale_of_the_score_is_taken_out_of_the_scores():
 
 
 def test_copies_that_are_rounded_otherwise_are_still_a_samples_own(recwarn):
-    class Token(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.token = nn.Parameter(torch.ones(1, 5))
-            self.head = nn.Linear(5, 3)
+    def forward(m, x):  # two products as a GPU's libraries may choose them, for one or many
+        return m.head(x + m.token * (1 if len(m.token) == 1 else 1 + 2**-7)).float()
 
-        def forward(self, x):  # two products as a GPU's libraries may choose them, for one or many
-            return self.head(x + self.token * (1 if len(self.token) == 1 else 1 + 2**-7)).float()
-
-    model = Token().bfloat16()
+    model = Forward(forward, token=nn.Parameter(torch.ones(1, 5)), head=nn.Linear(5, 3)).bfloat16()
     scorer, batches = Scorer(model), [torch.randn(6, 5).bfloat16()]
     scorer.diagonal(batches)
-    (ways,) = scorer._ways.values()
-    assert ways.broadcast == ["token"] and not ways.one_by_one and not recwarn.list
+    assert not recwarn.list  # of what is scored one by one it warns
 
 
 def check_graphed(model, batches, device):
@@ -780,57 +656,34 @@ def test_a_model_keeps_its_constants_from_pass_to_pass(monkeypatch):
     assert len(matrices) == 1
 
 
-class NumberedExperts(nn.Module):
-    """Tokens choose an expert by their number."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.head = nn.Embedding(8, 5), nn.Linear(5, 3)
-        self.experts = nn.ModuleList(nn.Linear(5, 5) for _ in range(2))
-
-    def forward(self, tokens):
-        x = self.embed(tokens)
-        out = torch.zeros_like(x)
-        for k, expert in enumerate(self.experts):
-            out[tokens % 2 == k] = expert(x[tokens % 2 == k])
-        return self.head(out.sum(1))
-
-
-class Unpadded(nn.Module):
-    """Only tokens that are no padding pass a layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.experts = nn.Embedding(8, 5), nn.ModuleList([nn.Linear(5, 5)])
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, tokens):
-        x = self.embed(tokens)
-        out = torch.zeros_like(x)
-        out[tokens != 0] = self.experts[0](x[tokens != 0])
-        return self.head(out.sum(1))
-
-
 @pytest.mark.parametrize(
-    ("model", "tokens"),
+    ("rows_of", "tokens"),
     [
-        (NumberedExperts, [[0, 1], [2, 3], [4, 6], [5, 7]]),
-        (Unpadded, [[1, 0], [2, 0], [0, 0], [5, 7]]),
+        # tokens choose an expert by their number
+        (lambda x: [x % 2 == 0, x % 2 == 1], [[0, 1], [2, 3], [4, 6], [5, 7]]),
+        # only those that are no padding pass a layer
+        (lambda x: [x != 0], [[1, 0], [2, 0], [0, 0], [5, 7]]),
     ],
+    ids=["experts", "padding"],
 )
-def test_rows_that_truth_values_pick_are_scored_one_by_one(model, tokens):
+def test_rows_that_truth_values_pick_are_scored_one_by_one(rows_of, tokens):
     """In the second batch a layer sees as many rows as samples, and of other samples."""
+    tokens, labels = torch.tensor(tokens), torch.tensor([0, 1, 2, 0])
+
+    def forward(m, x):
+        y = m.embed(x)
+        out = torch.zeros_like(y)
+        for rows, expert in zip(rows_of(x), m.experts, strict=True):
+            out[rows] = expert(y[rows])
+        return m.head(out.sum(1))
+
     torch.manual_seed(0)
-    model, tokens, labels = model(), torch.tensor(tokens), torch.tensor([0, 1, 2, 0])
+    experts = nn.ModuleList(nn.Linear(5, 5) for _ in rows_of(tokens))
+    model = Forward(forward, embed=nn.Embedding(8, 5), experts=experts, head=nn.Linear(5, 3))
     pairs = [(tokens[:2], labels[:2]), (tokens[2:], labels[2:])]
-    scores = fisher_diagonal(model, pairs, labels="true")
-    for name, p in model.named_parameters():
-        squares = []
-        for x, y in zip(tokens, labels, strict=True):
-            score = model(x[None]).log_softmax(1)[0, y]
-            (grad,) = torch.autograd.grad(score, p, allow_unused=True, materialize_grads=True)
-            squares.append(grad.square())
-        torch.testing.assert_close(scores[name], sum(squares) / 4, rtol=1e-4, atol=1e-8)
+    with pytest.warns(UserWarning, match="one by one for .*experts.0.weight"):
+        scores = fisher_diagonal(model, pairs, labels="true")
+    assert_exact(scores, model, tokens, labels)
 
 
 def test_a_model_that_no_gradient_passes_is_refused():

@@ -18,13 +18,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from strangers import Forward
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from strangers import Forward, Odd  # noqa: E402
 
 from fisher import Scorer, fisher_diagonal  # noqa: E402
 from model import build_vit  # noqa: E402
@@ -47,6 +48,9 @@ def architecture(name, *shape, tokens=None):
         return build
 
     return register
+
+
+architecture("every kind of parameter", 2, 5, 8)(Odd)
 
 
 def parameter(*shape):

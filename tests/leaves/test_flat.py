@@ -240,18 +240,7 @@ def test_what_is_not_finite_stays_so(bad):
 @pytest.mark.parametrize("compact", [True, False])
 def test_under_a_mask_the_norm_is_of_what_trains(small_data, compact):
     mask = ("--head", "ridge", "--mask-rule", "random", "--sparsity", "0.9" if compact else "0.2")
-    plain = (
-        "--mask-lr",
-        "raw",
-        "--momentum",
-        "0",
-        "--lr",
-        "1",
-        "--clip-norm",
-        "0.01",
-        "--precision",
-        "fp32",
-    )
+    plain = "--mask-lr raw --momentum 0 --lr 1 --clip-norm 0.01 --precision fp32".split()
     learner, clients = build(small_data, *mask, *plain, "--J", "1")
     entries = learner.entries
     assert entries.compact == compact

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import in_threads
+from loops import end
 
 from fedavg import Cohort, FedAvg, Method
 from federated.cohort import sample_poisson
@@ -35,25 +36,19 @@ def federation(noise=0.0, group=None, sample=SAMPLE, around=lambda method: metho
     return FedAvg(theta, train, cohort, method=around(method), group=group)
 
 
-def run(loop, rounds):
-    while loop.round < rounds:
-        loop.advance()
-    return loop.theta.clone()
-
-
 # ---------------------------------------------------------------------------- clipping
 
 
 def test_without_noise_a_round_is_the_clipped_sum_over_the_expected_count():
     loop, theta, clipped = federation(), torch.zeros(5, dtype=torch.float64), 0
     for t in range(1, 6):
-        end, total = run(loop, t), torch.zeros(5, dtype=torch.float64)
+        there, total = end(loop, t), torch.zeros(5, dtype=torch.float64)
         for k in SAMPLE(round=t):
             delta = 0.5 * (TARGETS[k] - theta) * TRAINS
             clipped += bool(delta.norm() > BOUND)
             total += delta * min(1.0, BOUND / delta.norm().item())
         theta = theta + total / (FRACTION * CLIENTS)
-        torch.testing.assert_close(end, theta, rtol=0, atol=1e-10)
+        torch.testing.assert_close(there, theta, rtol=0, atol=1e-10)
     assert clipped > 3
 
 
@@ -136,27 +131,13 @@ def test_noise_beyond_the_fixed_point_is_refused():
         add_noise_(total, 2049.0, unit=2.0**-48, seed=0, round=1)
 
 
-def test_order_processes_and_interruption_change_no_bit():
-    whole = run(federation(noise=0.5), 6)
-    reordered = federation(noise=0.5, sample=lambda round: SAMPLE(round=round)[::-1].copy())
-    assert torch.equal(run(reordered, 6), whole)
-    for size in (2, 3):
-        ends = in_threads(size, lambda group: run(federation(noise=0.5, group=group), 6))
-        assert all(torch.equal(ends[rank], whole) for rank in range(size))
-    first = federation(noise=0.5)
-    for _ in range(3):
-        first.advance()
-    second = federation(noise=0.5)
-    second.load_state_dict(first.state_dict())
-    assert torch.equal(run(second, 6), whole)
-
-
 # ---------------------------------------------------------------------------- secure aggregation
 
 
 def test_hidden_parts_look_uniform_and_add_up_to_what_they_hide():
     clients, generator = [7, 0, 11, 4], torch.Generator().manual_seed(0)
     parts = torch.randint(-(2**40), 2**40, (4, 10_000), generator=generator)
+    parts[0] = 0
     sealed = parts.clone()
     for part, client in zip(sealed, clients, strict=True):
         conceal_(part, client, clients, round=3, seed=1)
@@ -165,6 +146,8 @@ def test_hidden_parts_look_uniform_and_add_up_to_what_they_hide():
         uniform = part.double() / 2.0**63  # in [-1, 1): variance 1/3, five standard errors
         assert abs(uniform.mean().item()) < 5 * math.sqrt(1 / 3 / 10_000)
         assert uniform.square().mean().item() == pytest.approx(1 / 3, abs=5 * 0.298 / 100)
+    bits = torch.stack([(sealed[0] >> i & 1).double().mean() for i in range(64)])
+    assert (bits - 0.5).abs().max() < 5 * 0.5 / 100  # of zeros too every bit is hidden
     other = parts[0].clone()
     conceal_(other, 7, clients, round=4, seed=1)
     assert (other != sealed[0]).all()
@@ -175,14 +158,14 @@ def test_hidden_parts_look_uniform_and_add_up_to_what_they_hide():
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_secure_aggregation_changes_no_bit_and_sends_eight_bytes_an_entry(size):
-    whole = run(federation(noise=0.5), 6)
+    whole = end(federation(noise=0.5), 6)
 
     def work(group):
         loop = federation(0.5, group, around=lambda method: hidden(method, seed=1))
         while (record := loop.advance()) is None:
             pass
         assert record["bytes_up"] == 40 * record["answered"] > 0
-        return run(loop, 6)
+        return end(loop, 6)
 
     ends = in_threads(size, work)
     assert all(torch.equal(ends[rank], whole) for rank in range(size))
@@ -237,3 +220,13 @@ def test_seeds_are_numpys_or_a_whole_secret():
     assert list(sample_poisson(9, 0.5, seed=np.int64(3), round=1)) == list(
         sample_poisson(9, 0.5, seed=3, round=1)
     )
+
+
+def test_all_bits_of_a_secret_count():
+    drawn = {"noise": set(), "pad": set()}
+    for seed in (1, 1 + 2**64, 1 + 2**127):
+        noise, pad = torch.zeros(2, 5, dtype=torch.int64)
+        add_noise_(noise, 1.0, unit=2.0**-48, seed=seed, round=1)
+        conceal_(pad, 3, [3, 7], 1, seed=seed)
+        drawn["noise"].add(tuple(noise.tolist())), drawn["pad"].add(tuple(pad.tolist()))
+    assert {name: len(draws) for name, draws in drawn.items()} == {"noise": 3, "pad": 3}

@@ -15,14 +15,7 @@ from walk import Walk
 
 from machine.drive import drive
 from machine.runs import NAMES, STATES, Run
-from machine.safe_files import (
-    SEAL,
-    DamagedFile,
-    WrongFile,
-    load_checked,
-    save_checked,
-    write_json,
-)
+from machine.safe_files import SEAL, DamagedFile, WrongFile, load_checked, save_checked, write_json
 
 
 @pytest.fixture
@@ -428,21 +421,6 @@ def test_a_full_disk_leaves_no_part_of_a_line(run):
         signal.signal(signal.SIGXFSZ, handler)
     run.log({"round": 2})
     assert run.records() == [{"round": 1}, {"round": 2}] == run.logged()
-
-
-def test_a_file_that_would_run_code_does_not(tmp_path, monkeypatch):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "owned"),)
-
-    with pytest.raises(ValueError, match="state: an Evil, which could not be read back"):
-        save_checked(tmp_path / "x.pt", {"state": Evil()})
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setattr("machine.safe_files._readable", lambda value, where: value)
-    save_checked(tmp_path / "x.pt", {"state": Evil()})
-    with pytest.raises(DamagedFile, match="more than tensors"):
-        load_checked(tmp_path / "x.pt")
-    assert not (tmp_path / "owned").exists()
 
 
 def test_a_checkpoint_that_refers_to_a_damaged_file_gives_way_to_its_predecessor(run, capsys):

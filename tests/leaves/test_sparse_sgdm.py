@@ -4,26 +4,16 @@ import copy
 import io
 import itertools
 import math
-import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from kernels import DEVICE, HAS_TRITON, INSTALLED, built_elsewhere, needs_triton
 from torch import nn
 
 import sparse_sgdm
 from sparse_sgdm import SparseSGDM, sparse_sgdm_, sparse_sgdm_reference_
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HAS_TRITON = sparse_sgdm.triton is not None and (
-    DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-)
-needs_triton = pytest.mark.skipif(
-    not HAS_TRITON, reason="no Triton, or neither a GPU nor TRITON_INTERPRET=1"
-)
 VALID = [
     dict(momentum=m, dampening=d, weight_decay=w, nesterov=n)
     for m, d, w, n in itertools.product([0.0, 0.9], [0.0, 0.3], [0.0, 0.01], [False, True])
@@ -43,103 +33,9 @@ def set_gradients(params, step):
         p.grad = torch.randn(p.shape, generator=generator) + p.detach()
 
 
-@pytest.mark.parametrize("options", VALID, ids=str)
-def test_without_a_mask_it_steps_in_lockstep_with_torch(options):
-    mine, theirs = parameters(), parameters()
-    optimisers = SparseSGDM(mine, lr=0.05, **options), torch.optim.SGD(theirs, lr=0.05, **options)
-    for step in range(20):
-        for params, optimiser in zip((mine, theirs), optimisers, strict=True):
-            set_gradients(params, step)
-            optimiser.step()
-        for a, b in zip(mine, theirs, strict=True):
-            assert torch.equal(a, b)
-            buffers = [
-                o.state[p].get("momentum_buffer") for o, p in zip(optimisers, (a, b), strict=True)
-            ]
-            if options["momentum"] and a.grad is not None:
-                assert torch.equal(*buffers)
-
-
-@pytest.mark.parametrize("options", VALID, ids=str)
-def test_frozen_entries_keep_their_bits_and_the_others_do_not_notice(options):
-    mine, free = parameters(), parameters()
-    masks = [torch.rand(p.shape, generator=torch.Generator().manual_seed(9)) < 0.4 for p in mine]
-    start = [p.detach().clone() for p in mine]
-    masked = SparseSGDM(mine, lr=0.05, masks=masks, **options)
-    unmasked = SparseSGDM(free, lr=0.05, **options)
-    for step in range(5):
-        set_gradients(mine, step), set_gradients(free, step)
-        for p, mask in zip(mine[:-1], masks, strict=False):
-            p.grad[~mask] = [math.nan, math.inf, -math.inf][step % 3]
-        masked.step(), unmasked.step()
-    for p, q, before, mask in zip(mine, free, start, masks, strict=True):
-        assert torch.equal(p[~mask], before[~mask]) and torch.equal(p[mask], q[mask])
-        if "momentum_buffer" in masked.state[p]:
-            assert not masked.state[p]["momentum_buffer"][~mask].any()
-
-
-def test_all_ones_is_no_mask_and_all_zeros_is_no_step():
-    for value in (True, False):
-        masked, plain = parameters(), parameters()
-        masks = [torch.full(p.shape, value) for p in masked]
-        optimiser = SparseSGDM(masked, lr=0.1, momentum=0.9, weight_decay=0.1, masks=masks)
-        other = SparseSGDM(plain, lr=0.1 if value else 0.0, momentum=0.9, weight_decay=0.1)
-        for step in range(3):
-            set_gradients(masked, step), set_gradients(plain, step)
-            optimiser.step(), other.step()
-        assert all(torch.equal(a, b) for a, b in zip(masked, plain, strict=True))
-
-
-def test_parameter_groups_and_a_saved_state_go_on_identically():
-    def build(params):
-        groups = [{"params": params[:2], "lr": 0.3}, {"params": params[2:], "momentum": 0.0}]
-        return SparseSGDM(groups, lr=0.1, momentum=0.9, masks=[None] * 4)
-
-    mine = parameters()
-    optimiser = build(mine)
-    for step in range(2):
-        set_gradients(mine, step)
-        optimiser.step()
-    other = [nn.Parameter(p.detach().clone()) for p in mine]
-    resumed = build(other)
-    resumed.load_state_dict(copy.deepcopy(optimiser.state_dict()))
-    for params, o in ((mine, optimiser), (other, resumed)):
-        set_gradients(params, 2)
-        o.step()
-    assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [dict(lr=-1.0), dict(momentum=-0.1), dict(weight_decay=-1.0), dict(lr=math.nan),
-     dict(nesterov=True), dict(nesterov=True, momentum=0.9, dampening=0.1)],
-    ids=str,
-)  # fmt: skip
-def test_invalid_options_are_refused(options):
-    with pytest.raises(ValueError, match=r"must not be negative|nesterov needs"):
-        SparseSGDM(parameters(), **{"lr": 0.1} | options)
-
-
-BACKENDS = ["reference", "triton"] if HAS_TRITON else ["reference"]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_operands_of_another_shape_layout_or_type_are_refused_by_name(backend):
-    theta, wide = torch.zeros(4, device=DEVICE), torch.zeros(4, 2, device=DEVICE)
-    operands = dict(grad=theta, momentum_buffer=None, mask=None, compute_copy=None)
-    for name, wrong, said in [
-        ("grad", wide[:, 0], "grad must be a contiguous vector"),
-        ("momentum_buffer", theta[:3], r"momentum_buffer must be .* \(4,\), not \(3,\)"),
-        ("mask", theta, "mask must be bool, not torch.float32"),
-        ("compute_copy", wide, "compute_copy must be a contiguous vector"),
-    ]:
-        with pytest.raises(ValueError, match=said):
-            sparse_sgdm_(theta, **operands | {name: wrong}, lr=1.0, backend=backend)
-
-
-def random_masks(params, seed=9):
+def random_masks(params, seed=9, density=0.4):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.rand(p.shape, generator=generator) < 0.4 for p in params]
+    return [torch.rand(p.shape, generator=generator) < density for p in params]
 
 
 def assert_equal_states(mine, theirs):
@@ -170,6 +66,77 @@ def moved(optimiser, step=7):
     set_gradients(params, step)
     optimiser.step()
     return [p != before for p, before in zip(params, start, strict=True)][:-1]
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("options", VALID, ids=str)
+def test_without_a_mask_it_steps_in_lockstep_with_torch(options, maximize):
+    optimisers = [
+        c(parameters(), 0.05, maximize=maximize, **options) for c in (SparseSGDM, torch.optim.SGD)
+    ]
+    for step in range(20):
+        step_both(optimisers, [step])
+        assert_equal_states(*optimisers)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("options", VALID, ids=str)
+def test_frozen_entries_keep_their_bits_and_the_others_do_not_notice(options, density):
+    mine, free = parameters(), parameters()
+    masks = random_masks(mine, density=density)
+    start = [p.detach().clone() for p in mine]
+    masked = SparseSGDM(mine, lr=0.05, masks=masks, **options)
+    unmasked = SparseSGDM(free, lr=0.05, **options)
+    for step in range(5):
+        set_gradients(mine, step), set_gradients(free, step)
+        for p, mask in zip(mine[:-1], masks, strict=False):
+            p.grad[~mask] = [math.nan, math.inf, -math.inf][step % 3]
+        masked.step(), unmasked.step()
+    for p, q, before, mask in zip(mine, free, start, masks, strict=True):
+        assert torch.equal(p[~mask], before[~mask]) and torch.equal(p[mask], q[mask])
+        if "momentum_buffer" in masked.state[p]:
+            assert not masked.state[p]["momentum_buffer"][~mask].any()
+
+
+def test_parameter_groups_and_a_saved_state_go_on_identically():
+    def build(params):
+        groups = [{"params": params[:2], "lr": 0.3}, {"params": params[2:], "momentum": 0.0}]
+        return SparseSGDM(groups, lr=0.1, momentum=0.9, masks=[None] * 4)
+
+    optimiser = build(mine := parameters())
+    step_both([optimiser], range(2))
+    resumed = build([nn.Parameter(p.detach().clone()) for p in mine])
+    resumed.load_state_dict(copy.deepcopy(optimiser.state_dict()))
+    step_both([optimiser, resumed], [2])
+    assert_equal_states(optimiser, resumed)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(lr=-1.0), dict(momentum=-0.1), dict(weight_decay=-1.0), dict(lr=math.nan),
+     dict(nesterov=True), dict(nesterov=True, momentum=0.9, dampening=0.1)],
+    ids=str,
+)  # fmt: skip
+def test_invalid_options_are_refused(options):
+    with pytest.raises(ValueError, match=r"must not be negative|nesterov needs"):
+        SparseSGDM(parameters(), **{"lr": 0.1} | options)
+
+
+BACKENDS = ["reference", "triton"] if HAS_TRITON else ["reference"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operands_of_another_shape_layout_or_type_are_refused_by_name(backend):
+    theta, wide = torch.zeros(4, device=DEVICE), torch.zeros(4, 2, device=DEVICE)
+    operands = dict(grad=theta, momentum_buffer=None, mask=None, compute_copy=None)
+    for name, wrong, said in [
+        ("grad", wide[:, 0], "grad must be a contiguous vector"),
+        ("momentum_buffer", theta[:3], r"momentum_buffer must be .* \(4,\), not \(3,\)"),
+        ("mask", theta, "mask must be bool, not torch.float32"),
+        ("compute_copy", wide, "compute_copy must be a contiguous vector"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            sparse_sgdm_(theta, **operands | {name: wrong}, lr=1.0, backend=backend)
 
 
 def loaded(thing, weights_only):
@@ -264,14 +231,14 @@ def test_a_state_dict_that_does_not_fit_changes_nothing():
 
 def test_masks_that_do_not_fit_are_refused():
     params = parameters()
-    with pytest.raises(ValueError, match="1 masks for 4 parameters"):
-        SparseSGDM(params, lr=0.1, masks=[None])
-    with pytest.raises(ValueError, match=r"mask 1 must be a bool tensor of shape \(1,\)"):
-        SparseSGDM(params, lr=0.1, masks=[None, torch.ones(2, dtype=torch.bool), None, None])
-    with pytest.raises(ValueError, match="mask 0 .* not torch.float32"):
-        SparseSGDM(params, lr=0.1, masks=[torch.ones(7, 5), None, None, None])
-    with pytest.raises(ValueError, match=r"mask 2 .* shape \(3, 2, 4\), not <class 'bool'>"):
-        SparseSGDM(params, lr=0.1, masks=[None, None, True, None])
+    for masks, said in [
+        ([None], "1 masks for 4 parameters"),
+        ([None, torch.ones(2) > 0, None, None], r"mask 1 must be a bool tensor of shape \(1,\)"),
+        ([torch.ones(7, 5), None, None, None], "mask 0 .* not torch.float32"),
+        ([None, None, True, None], r"mask 2 .* shape \(3, 2, 4\), not <class 'bool'>"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            SparseSGDM(params, lr=0.1, masks=masks)
     optimiser = SparseSGDM(params, lr=0.1)
     optimiser.param_groups[0]["masks"] = [None]
     with pytest.raises(ValueError, match="1 masks for 4 parameters"):
@@ -323,15 +290,6 @@ def test_groups_with_options_of_their_own_step_in_lockstep_with_torch():
     step_both(optimisers)
     assert_equal_states(*optimisers)
     assert len(optimisers[0].state) == len(optimisers[1].state) == 2
-
-
-@pytest.mark.parametrize("options", VALID, ids=str)
-def test_it_climbs_as_torch_does(options):
-    optimisers = [
-        c(parameters(), 0.05, maximize=True, **options) for c in (SparseSGDM, torch.optim.SGD)
-    ]
-    step_both(optimisers)
-    assert_equal_states(*optimisers)
 
 
 def test_a_group_added_later_is_masked_or_dense_and_a_refused_one_is_not_there():
@@ -555,9 +513,7 @@ def test_the_optimiser_takes_its_step_size_from_a_tensor():
     for step in range(3):
         lr.fill_(0.05 / (1 + step))
         optimisers[1].param_groups[0]["lr"] = 0.05 / (1 + step)
-        for params, optimiser in zip((mine, theirs), optimisers, strict=True):
-            set_gradients(params, step)
-            optimiser.step()
+        step_both(optimisers, [step])
     for a, b in zip(mine, theirs, strict=True):  # lr * d is rounded once more
         torch.testing.assert_close(a, b, rtol=5e-7, atol=5e-7)
 
@@ -665,33 +621,21 @@ def test_where_triton_fails_the_reference_takes_over_and_says_so_once(monkeypatc
 
 
 COMPILE = """
-import sparse_sgdm, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-kernel = sparse_sgdm._sparse_sgdm_kernel
+import kernels, sparse_sgdm
 fp32 = ["theta", "momentum", "anchor", "correction", "lr", "scale", "found_inf"]
-pointers = {f"{name}_ptr": "*fp32" for name in fp32} | {"mask_ptr": "*u8"}
+types = {f"{name}_ptr": "*fp32" for name in fp32} | dict(mask_ptr="*u8", count="i32")
 scalars = ["lr", "momentum", "rate", "weight_decay", "prox", "grad_scale"]
-scalars = dict.fromkeys(scalars, "fp32")
+types |= dict.fromkeys(scalars, "fp32")
 names = ["MOMENTUM", "MASK", "COPY", "ANCHOR", "CORRECTION", "LR", "SCALE", "FOUND_INF"]
-flags = {f"HAS_{name}": True for name in names} | dict(NESTEROV=False, FIRST=False)
-for capability, half in ((75, "fp16"), (80, "bf16"), (90, "bf16")):
-    types = pointers | scalars | dict(grad_ptr="*" + half, copy_ptr="*" + half, count="i32")
-    constants = flags | dict(BLOCK=sparse_sgdm.TRITON_BLOCK)
-    signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert f".target sm_{capability}" in built.asm["ptx"], built.asm["ptx"][:400]
-    print("built", capability, len(built.asm["cubin"]))
+constants = {f"HAS_{name}": True for name in names}
+constants |= dict(NESTEROV=False, FIRST=False, BLOCK=sparse_sgdm.TRITON_BLOCK)
+for capability, half in kernels.CARDS:
+    halves = dict(grad_ptr=half, copy_ptr=half)
+    kernels.build(sparse_sgdm._sparse_sgdm_kernel, capability, types | halves, constants)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sparse_sgdm.triton is None, reason="no Triton")
+@pytest.mark.skipif(not INSTALLED, reason="no Triton")
 def test_the_kernel_compiles_for_turing_ampere_and_hopper_without_a_gpu(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
-    )
-    assert done.stdout.count("built") == 3, done.stderr
+    assert built_elsewhere(COMPILE, tmp_path) == 3

@@ -24,17 +24,8 @@ def test_a_row_is_what_differs_and_a_mean_over_seeds(runs):
     names = history.columns(runs)
     assert names == ["sharding", "lr"]
     heading, *rows = history.lines(runs, names)
-    assert heading == [
-        *(
-            "sharding",
-            "lr",
-            "validation %",
-            "test %",
-            "best validation %",
-            "test % at best",
-            "seeds",
-        )
-    ]
+    figures = ["validation %", "test %", "best validation %", "test % at best"]
+    assert heading == ["sharding", "lr", *figures, "seeds"]
     assert rows[0] == ["iid", "0.1", *["31.00 ± 1.41", "15.50 ± 0.71"] * 2, "2"]
     assert [row[:2] for row in rows[1:]] == [["iid", "0.3"], ["nc1", "0.1"], ["nc5", "0.3"]]
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from built import build, build_loop, parsed
 from conftest import assert_frozen_stayed
+from loops import run
+from past import records, theta
 
 import flat
 import masks
@@ -44,15 +46,6 @@ def prepare(folder, *arguments):
     return Calibration(workspace, model, o.masking)
 
 
-def rounds(loop, total):
-    """Advance a loop of rounds; return its records without their seconds."""
-    records = []
-    while loop.round < total:
-        if (record := loop.advance()) is not None:
-            records.append(record | {"seconds": 0})
-    return records
-
-
 def test_a_mask_within_query_and_key_weights_has_the_budget_of_the_whole(small_data):
     within = ("--mask-within", "query.weight", "key.*", "--mask-rule", "random")
     mask = prepare(small_data, *within, "--sparsity", 0.95).make()
@@ -63,15 +56,6 @@ def test_a_mask_within_query_and_key_weights_has_the_budget_of_the_whole(small_d
         "key.bias",
     }
     assert mask.trains.sum() == masks.budget(len(mask.trains), 0.95)
-
-
-def theta(folder):
-    process = Run(folder).load()["state"]["process"]
-    return process["theta"] if "theta" in process else process["tensors"]["theta"]
-
-
-def without_seconds(folder):
-    return [record | {"seconds": 0} for record in Run(folder).records()]
 
 
 @pytest.mark.parametrize("labels", ["sampled", "true"])
@@ -249,18 +233,9 @@ def test_compact_and_dense_steps_give_the_same_bits(small_data, monkeypatch):
         options = (*MASK, *QUICK, "--sparsity", 0.5, "--weight-decay", 1e-3)
         learner, loop = build_loop(small_data, *LOOP, *options)
         assert learner.entries.compact == (below == 1.0)
-        ends.append((loop.theta, rounds(loop, 2)))
+        ends.append((loop.theta, run(loop, 2)))
     (compact, log), (dense, dense_log) = ends
     assert torch.equal(compact, dense) and log == dense_log
-
-
-@pytest.mark.slow
-def test_compact_and_dense_steps_of_a_central_run_give_the_same_bits(cli, small_data, monkeypatch):
-    for name, below in (("compact", 1.0), ("dense", 0.0)):
-        monkeypatch.setattr(flat, "COMPACT_BELOW", below)
-        options = ("--name", name, *QUICK, "--sparsity", 0.5, "--weight-decay", 1e-3)
-        assert cli(*CENTRAL, *MASK, *options)[0] == 0
-    assert torch.equal(*(theta(small_data / "runs" / name) for name in ("compact", "dense")))
 
 
 def test_a_mask_that_keeps_everything_trains_as_no_mask_does(small_data):
@@ -269,7 +244,7 @@ def test_a_mask_that_keeps_everything_trains_as_no_mask_does(small_data):
         (small_data / folder).mkdir()
         learner, loop = build_loop(small_data / folder, *LOOP, *mask, "--lr", 1e-5)
         start = learner.evaluate()
-        losses = [record["train_loss"] for record in rounds(loop, 2)]
+        losses = [record["train_loss"] for record in run(loop, 2)]
         learner.entries.load(loop.theta)
         logs.append([*losses, end := learner.evaluate()])
         assert abs(end["val_loss"] - start["val_loss"]) > 1e-3
@@ -434,7 +409,7 @@ def test_calibrate_writes_a_mask_that_fedavg_takes(cli, small_data):
     assert cli(*options, "--mask-rule", "least-sensitive", *making, "--name", "rule")[0] == 0
     by_file, by_rule = (small_data / "runs" / name for name in ("file", "rule"))
     assert torch.equal(theta(by_file), theta(by_rule))
-    assert without_seconds(by_file) == without_seconds(by_rule)
+    assert records(by_file, "seconds") == records(by_rule, "seconds")
     assert cli("eval", by_file)[0] == 0
 
 
@@ -512,7 +487,7 @@ def test_every_kind_of_mask_trains(small_data, options):
     scoring = ("--calibration-images", 20, "--calibration-rounds", 2) if sensitive else ()
     learner, loop = build_loop(small_data, *LOOP, *FEW, *scoring, *options)
     start = loop.theta.clone()
-    (record,) = rounds(loop, 1)
+    (record,) = run(loop, 1)
     assert (learner.mask.origin["bytes_up"] > 0) == sensitive and record["bytes_up"] > 0
     assert not torch.equal(loop.theta, start)
 

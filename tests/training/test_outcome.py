@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import assert_frozen_stayed
 from leaves.test_model import dino_checkpoint
+from past import records
 
 import model as vit
 from training import outcome
@@ -118,8 +119,7 @@ def test_the_best_weights_are_always_there_and_tested(cli, small_data):
     assert status == 0 and out.split()[:2] == ["round", str(best["round"])]
     assert f"{100 * best['test_acc']:.2f} %" in out
     assert f"{100 * final['test_acc']:.2f} %" in cli("eval", "runs/x")[1]
-    records = map(json.loads, (small_data / "runs" / "x" / "log.jsonl").read_text().splitlines())
-    assert not any("test_acc" in record for record in records)
+    assert not any("test_acc" in record for record in records(small_data / "runs" / "x"))
 
 
 def test_a_run_without_validation_data_has_no_best_weights(cli):

@@ -31,14 +31,19 @@ def test_another_runs_file_is_refused_by_name_and_nobody_is_told_to_delete_it(cl
     assert cli(*command)[0] == 0
 
 
-def test_a_damaged_summary_is_named_and_the_end_repeated(cli, small_data):
+EDITED = ('"round": 2', '"round": 3')
+
+
+@pytest.mark.parametrize("content", ["edited", "", "[]", '{"round"'])
+def test_a_damaged_summary_is_named_and_the_end_repeated(cli, small_data, content):
     assert cli(*FEDAVG)[0] == 0
     path = small_data / "runs" / "a" / "summary.json"
-    whole = json.loads(path.read_text())
-    path.write_text(path.read_text().replace('"round": 2', '"round": 3'))
+    text = path.read_text()
+    path.write_text(text.replace(*EDITED) if content == "edited" else content)
     status, out, _ = cli(*FEDAVG)
-    assert status == 0 and "summary.json is damaged or edited" in out
-    again = json.loads(path.read_text())
+    said = "summary.json is damaged" + " or edited" * (content == "edited")
+    assert status == 0 and said in out
+    whole, again = json.loads(text), json.loads(path.read_text())
     assert again["final"] == whole["final"] and again["round"] == 2
 
 
