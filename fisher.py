@@ -49,7 +49,7 @@ HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 PICKING = ("index", "masked_select", "nonzero")  # rows by truth values
 FOR_BACKWARD = ("attention", "sdp", "pool", "norm", "dropout", "rnn")  # keep whole numbers for it
-SAID = 4  # names in a warning
+NAMES_SHOWN = 4  # names in a warning
 REPLAYED = 2  # shapes of batches that are replayed: each keeps the memory of its passes
 Replay = Callable[[Callable[..., Tensor], list[Tensor]], Callable[..., Tensor]]
 
@@ -211,26 +211,26 @@ def fisher_diagonal(
     return scorer.diagonal(batches, seed)
 
 
-class _Ways(NamedTuple):
-    """How the per-sample gradients of each parameter are had."""
+class _Plan(NamedTuple):
+    """How the per-sample gradients of each parameter are taken."""
 
     hooked: dict[nn.Module, dict[str, str]]  # in a batch: weight or bias -> its name in the model
     broadcast: list[str]  # in a batch, by a copy for each sample
     looped: list[str]  # sample by sample
-    unproven: list[str]  # of the others, what had gradients of zero alone: nothing was compared
-    routes: bool  # rows may be chosen by what is in them: each batch is looked at
+    unverified: list[str]  # of the others, what had gradients of zero alone: nothing was compared
+    routing: bool  # rows may be chosen by what is in them: each batch is looked at
 
     @property
     def one_by_one(self) -> bool:
         """Tell whether something is scored sample by sample, or looked at in every batch."""
-        return bool(self.looped or self.unproven or self.routes)
+        return bool(self.looped or self.unverified or self.routing)
 
     def loop_over(self, names: Iterable[str]) -> None:
         """Let these parameters be scored sample by sample from now on."""
         for module, parts in [*self.hooked.items()]:
             parts = {kind: name for kind, name in parts.items() if name not in names}
             self.hooked.update({module: parts}) if parts else self.hooked.pop(module)
-        for rest in (self.broadcast, self.unproven):
+        for rest in (self.broadcast, self.unverified):
             rest[:] = [name for name in rest if name not in names]
         self.looped.extend(names)
 
@@ -248,7 +248,7 @@ _Calls = dict[nn.Module, list[_Call]]
 class Scorer:
     """`fisher_diagonal` of one model, as often as its weights or the samples change.
 
-    How each parameter's gradients are had is found out at the first batch, not again for every
+    How each parameter's gradients are taken is found out at the first batch, not again for every
     client. Arguments and errors are those of `fisher_diagonal`. A model in half precision takes its
     passes in it; the sums stay in `dtype`.
 
@@ -298,7 +298,7 @@ class Scorer:
         self.scale, self.replay = scale, replay
         self._replays: dict[tuple, Callable[..., Tensor]] = {}  # by what a batch is
         self._replayed_sums: Tensor | None = None
-        self._ways: dict[tuple, _Ways] = {}  # by what a sample is, and whether it is alone
+        self._plans: dict[tuple, _Plan] = {}  # by what a sample is, and whether it is alone
         self._sizes: set[torch.Size] = set()  # of batches whose logits depend on no other sample
 
     def diagonal(self, batches: Iterable, seed: int = 0) -> dict[str, Tensor]:
@@ -309,7 +309,7 @@ class Scorer:
         if isinstance(batches, Tensor):
             raise ValueError("batches are several: pass [inputs], or inputs.split(32)")
         generator = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(b"fisher labels")]))
-        with _standing_still(self.model):
+        with _frozen(self.model):
             total, count = self._empty_sums(), 0
             sums = self._by_name(total, self.names)
             for batch in batches:
@@ -327,7 +327,7 @@ class Scorer:
                     raise ValueError(f"inputs {shapes}: there must be one for each sample")
                 if len(inputs) > 0:
                     self._add_batch(total, sums, inputs, targets)
-                    samples = _ends(inputs)
+                    samples = _first_and_last(inputs)
                 count += len(inputs)
             if count == 0:
                 raise ValueError("the calibration set is empty")
@@ -364,27 +364,27 @@ class Scorer:
         self, total: Tensor, sums: dict[str, Tensor], inputs: Tensor, given: Tensor
     ) -> None:
         """Add a batch's squares to `total` (P,), which `sums` are views of, by replay if it can."""
-        ways, kind = self._ways_of(inputs), (inputs.shape, inputs.dtype, given.dtype)
-        singly = len(ways.looped)
+        plan, kind = self._plan_for(inputs), (inputs.shape, inputs.dtype, given.dtype)
+        already = len(plan.looped)
         if not (given.is_cuda and kind in self._replays):  # it would wait for the device
             _check_given(given, self.classes)
-        repeats = inputs.shape in self._sizes and not ways.one_by_one
+        repeats = inputs.shape in self._sizes and not plan.one_by_one
         if self.replay and repeats and kind not in self._replays and len(self._replays) < REPLAYED:
 
             def step(inputs: Tensor, given: Tensor) -> Tensor:
-                return self._add(sums, ways, inputs, given)
+                return self._add(sums, plan, inputs, given)
 
             self._replays[kind] = self.replay(step, [total])
         if repeats and kind in self._replays:
             self._replays[kind](inputs=inputs, given=given.to(inputs.device))
         else:
-            self._check_size(inputs, self._add(sums, ways, inputs, given))
-        _say_singly(ways.looped[singly:])
+            self._check_size(inputs, self._add(sums, plan, inputs, given))
+        _warn_looped(plan.looped[already:])
 
     def _add(
         self,
         sums: dict[str, Tensor],
-        ways: _Ways,
+        plan: _Plan,
         inputs: Tensor,
         given: Tensor,
         bounds: dict[str, Tensor] | None = None,
@@ -397,43 +397,43 @@ class Scorer:
             The batch's logits.
         """
         copies = {}
-        for name in ways.broadcast:
+        for name in plan.broadcast:
             p = self.parameters[name].detach()
             copies[name] = p.expand(len(inputs), *p.shape[1:]).clone().requires_grad_()
-        fresh = {name: torch.zeros_like(sums[name]) for name in ways.unproven}
+        fresh = {name: torch.zeros_like(sums[name]) for name in plan.unverified}
         parts = {**sums, **fresh}
-        hooked = self._hooked(ways.hooked, parts, bounds or {})
+        hooked = self._hooked(plan.hooked, parts, bounds or {})
         with torch.enable_grad(), self._training(fresh) as watched, hooked as (calls, leaves):
             logits = self._logits(inputs, copies)
-            strays = self._strays(calls, inputs, ways.routes)
-            if not strays:
+            misaligned = self._misaligned(calls, inputs, plan.routing)
+            if not misaligned:
                 labels = _sampled_labels(logits, given) if given.is_floating_point() else given
                 leaves = [*copies.values(), *watched, *leaves]
                 grads = iter(_gradients(self._score_of(logits, labels), leaves))
-        if strays:
-            ways.loop_over([n for module in strays for n in ways.hooked[module].values()])
-            return self._add(sums, ways, inputs, given, bounds)
+        if misaligned:
+            plan.loop_over([n for module in misaligned for n in plan.hooked[module].values()])
+            return self._add(sums, plan, inputs, given, bounds)
         for name in copies:
             if (grad := next(grads)) is not None:
                 parts[name] += _square(grad, parts[name]).sum(dim=0, keepdim=True)
-        self._add_looped(parts, ways.looped, inputs, labels)
+        self._add_looped(parts, plan.looped, inputs, labels)
         reached = {n for n in fresh if (grad := next(grads)) is not None and grad.any()}
         if doubtful := [name for name in fresh if name in reached or parts[name].any()]:
-            self._prove(parts, ways, doubtful, inputs, labels)
+            self._verify(parts, plan, doubtful, inputs, labels)
         for name in fresh:
             sums[name] += parts[name]
         return logits.detach()
 
-    def _strays(self, calls: _Calls, inputs: Tensor, routes: bool) -> list[nn.Module]:
+    def _misaligned(self, calls: _Calls, inputs: Tensor, routing: bool) -> list[nn.Module]:
         """Return the layers that did not see one row a sample, in the order of the samples."""
-        strays = [module for module, seen in calls.items() if _lengths(seen) != [len(inputs)]]
-        if routes and not strays and len(inputs) > 1:
+        misaligned = [module for module, seen in calls.items() if _lengths(seen) != [len(inputs)]]
+        if routing and not misaligned and len(inputs) > 1:
             with torch.no_grad():
                 self._logits(inputs.flip(0))  # whose rows come in the other order, if they are
-            strays = [m for m, seen in calls.items() if not self._mirrored(*seen)]
+            misaligned = [m for m, seen in calls.items() if not self._mirrored(*seen)]
         for seen in calls.values():
             seen.clear()  # its memory
-        return strays
+        return misaligned
 
     def _mirrored(self, *seen: _Call) -> bool:
         """Tell whether two calls saw the same rows, in opposite orders."""
@@ -443,10 +443,10 @@ class Scorer:
         allowed = _tolerance(self.coarsest) * rows.norm(dim=1)
         return bool(((rows - others).norm(dim=1) <= allowed).all())
 
-    def _prove(
+    def _verify(
         self,
         parts: dict[str, Tensor],
-        ways: _Ways,
+        plan: _Plan,
         names: list[str],
         inputs: Tensor,
         labels: Tensor,
@@ -454,10 +454,10 @@ class Scorer:
         """Compare squares of a batch, the first ones that are not zero, with autograd's."""
         truth = self._by_name(self._zeros(names), names)
         self._add_looped(truth, names, inputs, labels)
-        ways.unproven[:] = [name for name in ways.unproven if name not in names]
+        plan.unverified[:] = [name for name in plan.unverified if name not in names]
         kinds = {name: _coarser(self.rounding[name], self.coarsest) for name in names}
         if wrong := [n for n in names if _differs(parts[n], truth[n], kinds[n])]:
-            ways.loop_over(wrong)
+            plan.loop_over(wrong)
             for name in wrong:
                 parts[name] = truth[name]
 
@@ -466,7 +466,7 @@ class Scorer:
         pairs = (values or {}).items()
         places = {at: value for n, value in pairs for at in self.places[self.parameters[n]]}
         copy, call = inputs.detach().clone(), torch.func.functional_call
-        with _same_attributes(self.model):
+        with _attributes_restored(self.model):
             if not places:
                 return _logits(self.model(copy))
             # by torch's own search for shared weights, a module with two names would stay changed
@@ -534,15 +534,15 @@ class Scorer:
 
     # ------------------------------------------------------------------------ the first batch
 
-    def _ways_of(self, inputs: Tensor) -> _Ways:
-        """Return how the parameters' per-sample gradients are had of such inputs (N, ...)."""
+    def _plan_for(self, inputs: Tensor) -> _Plan:
+        """Return how the parameters' per-sample gradients are taken of such inputs (N, ...)."""
         kind = inputs.shape[1:], inputs.dtype, len(inputs) == 1
-        if kind in self._ways:
-            return self._ways[kind]
-        samples = _ends(inputs)
+        if kind in self._plans:
+            return self._plans[kind]
+        samples = _first_and_last(inputs)
         plain = _plain_modules(self.model, {*self.names})
         with self._hooked(plain, {}, {}) as (calls, _):
-            out, routes = self._checked_logits(samples)
+            out, routing = self._checked_logits(samples)
         usual = [len(samples), 1]  # as many rows as samples, in both calls
         hooked = {
             module: names for module, names in plain.items() if _lengths(calls[module]) == usual
@@ -553,15 +553,15 @@ class Scorer:
         rest = [name for name in self.names if name not in covered]
         broadcast = [name for name in rest if self.parameters[name].shape[:1] == (1,)]
         truth = self._truth(samples, out)
-        ways = _Ways(hooked, broadcast, [], [], routes)
-        ways.loop_over(self._differing(ways, {*covered, *broadcast}, truth, samples, out))
-        looped = {*rest, *ways.looped} - {*ways.broadcast}
-        ways.looped[:] = [name for name in self.names if name in looped]
-        ways.unproven[:] = [n for n in self.names if n not in looped and not truth[n].any()]
-        _say_singly(ways.looped)
+        plan = _Plan(hooked, broadcast, [], [], routing)
+        plan.loop_over(self._differing(plan, {*covered, *broadcast}, truth, samples, out))
+        looped = {*rest, *plan.looped} - {*plan.broadcast}
+        plan.looped[:] = [name for name in self.names if name in looped]
+        plan.unverified[:] = [n for n in self.names if n not in looped and not truth[n].any()]
+        _warn_looped(plan.looped)
         if all(torch.isfinite(total).all() for total in truth.values()):
-            self._ways[kind] = ways
-        return ways
+            self._plans[kind] = plan
+        return plan
 
     @torch.no_grad()
     def _checked_logits(self, samples: Tensor) -> tuple[Tensor, bool]:
@@ -592,7 +592,7 @@ class Scorer:
         """Refuse a model that mixes the samples of a batch of this size."""
         if inputs.shape not in self._sizes:
             if len(inputs) > 2:
-                self._check_apart(self._logits(_ends(inputs)), _ends(logits))
+                self._check_apart(self._logits(_first_and_last(inputs)), _first_and_last(logits))
             self._sizes.add(inputs.shape)
 
     def _check_apart(self, some: Tensor, others: Tensor) -> None:
@@ -633,7 +633,7 @@ class Scorer:
 
     def _differing(
         self,
-        ways: _Ways,
+        plan: _Plan,
         names: Iterable[str],
         truth: dict[str, Tensor],
         samples: Tensor,
@@ -643,16 +643,16 @@ class Scorer:
         zeros = self._zeros(self.names), self._zeros(self.names)
         sums, bounds = (self._by_name(vector, self.names) for vector in zeros)
         try:
-            self._add(sums, ways, samples, _strong_labels(out, self.score), bounds)
+            self._add(sums, plan, samples, _strong_labels(out, self.score), bounds)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # the model's own: it may look at the shape of what it reads
             differ = {*names}
         else:
             differ = {n for n in names if _differs(sums[n], truth[n], self.rounding[n], bounds[n])}
-        if copied := [name for name in ways.broadcast if name in differ]:
-            ways.loop_over(copied)  # the others may be right without these copies
-            return self._differing(ways, names, truth, samples, out)
+        if copied := [name for name in plan.broadcast if name in differ]:
+            plan.loop_over(copied)  # the others may be right without these copies
+            return self._differing(plan, names, truth, samples, out)
         return differ
 
     # ------------------------------------------------------------------------ what stayed zero
@@ -686,7 +686,7 @@ class Scorer:
         if not names:
             return []
         devices = [p.device.index for p in self.parameters.values() if p.is_cuda][:1]
-        with torch.random.fork_rng(devices), _standing_still(self.model, training):
+        with torch.random.fork_rng(devices), _frozen(self.model, training):
             with torch.enable_grad(), self._training(names) as chosen:
                 try:
                     grads = _gradients(self._logits(samples).sum(), chosen)
@@ -790,9 +790,13 @@ def _check_given(given: Tensor, classes: int) -> None:
         raise ValueError(f"{allowed}; these are {given.min().item()} to {given.max().item()}")
 
 
-def _say_singly(names: Sequence[str]) -> None:
+def _warn_looped(names: Sequence[str]) -> None:
     if names:
-        shown = names if len(names) <= SAID else [f"{len(names)} parameters", *names[:SAID], "..."]
+        shown = (
+            names
+            if len(names) <= NAMES_SHOWN
+            else [f"{len(names)} parameters", *names[:NAMES_SHOWN], "..."]
+        )
         warnings.warn(f"per-sample gradients one by one for {', '.join(shown)}", stacklevel=5)
 
 
@@ -803,7 +807,7 @@ def _strong_labels(out: Tensor, score: str) -> Tensor:
     return out.masked_fill(~out.isfinite(), torch.inf).argmin(dim=1)
 
 
-def _ends(rows: Tensor) -> Tensor:
+def _first_and_last(rows: Tensor) -> Tensor:
     """Return the first and the last row, or the only one."""
     return rows[[0, -1]] if len(rows) > 1 else rows
 
@@ -824,7 +828,7 @@ def _square(grad: Tensor, total: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _standing_still(model: nn.Module, training: bool = False) -> Iterator[None]:
+def _frozen(model: nn.Module, training: bool = False) -> Iterator[None]:
     """Hold a model in a mode, frozen, uncompiled and without autocast; leave it as it was.
 
     Modes are set by their flags: train() and eval() may do more, such as merging weights.
@@ -843,7 +847,7 @@ def _standing_still(model: nn.Module, training: bool = False) -> Iterator[None]:
         for p in trainable:
             p.requires_grad_(False)
         with eager, torch.inference_mode(False), torch.autocast(device, enabled=False):
-            with _same_attributes(model):
+            with _attributes_restored(model):
                 yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -858,7 +862,7 @@ def _standing_still(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _same_attributes(model: nn.Module) -> Iterator[None]:
+def _attributes_restored(model: nn.Module) -> Iterator[None]:
     """Leave the attributes of all modules as they were, whatever a pass keeps there; likewise what
     is in dictionaries, lists and sets among them."""
     before = [(vars(module), {**vars(module)}) for module in model.modules()]
@@ -922,7 +926,7 @@ def _summed_score(logits: Tensor, labels: Tensor, score: str) -> Tensor:
 
 
 def _plain_modules(model: nn.Module, scored: set[str]) -> dict[nn.Module, dict[str, str]]:
-    """Return the modules whose per-sample gradients can be had in a batch: weight or bias -> its
+    """Return the modules whose per-sample gradients a batch can give: weight or bias -> its
     name in the model, where that is scored."""
     owners: dict[nn.Parameter, int] = {}
     for module in model.modules():
