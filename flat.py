@@ -125,7 +125,7 @@ class FlatView:
             self.view(self.theta, name).copy_(buffer)
             buffer.data = self.view(self.theta, name)
         self.model, self.named = model, parameters
-        self.places = {name: held.data_ptr() for name, held in carried.items()}
+        self.places = {name: tensor.data_ptr() for name, tensor in carried.items()}
         self.buffers = self.marked(buffers) if buffers else None  # (P,) bool
         self.refresh()
 
@@ -167,11 +167,11 @@ class FlatView:
 
         What the model replaces itself is seen where the view is of a module.
         """
-        held = self.named
+        tensors = self.named
         if self.model is not None:
-            held = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+            tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         for name, at in self.places.items():
-            if name not in held or held[name].data_ptr() != at:
+            if name not in tensors or tensors[name].data_ptr() != at:
                 raise ValueError(f"the model's {name} no longer lies in the flat view: {LOST}")
 
     def view(self, vector: Tensor, name: str) -> Tensor:

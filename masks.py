@@ -250,9 +250,9 @@ def calibrate(
         raise ValueError("a mask needs either a sparsity or a threshold")
     sizes = [theta.numel()] if group_sizes is None else list(group_sizes)
     if sparsity is not None:
-        if not (kept := budget(theta.numel(), sparsity)):
+        if not (count := budget(theta.numel(), sparsity)):
             raise ValueError(f"a sparsity of {sparsity:g} keeps none of {theta.numel()} entries")
-        final = split_budget(kept, sizes)
+        final = split_budget(count, sizes)
         check_within(within, final, sizes)
     original, alive = theta.clone(), torch.ones_like(theta, dtype=torch.bool)
 

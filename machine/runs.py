@@ -359,10 +359,11 @@ class Run:
         return summary
 
 
-def check_free(values: dict, name: str, own: Iterable[str]) -> None:
+def check_free(values: dict, name: str, reserved: Iterable[str]) -> None:
     """Raise ValueError where values have a key that a file uses itself."""
-    if taken := [key for key in own if key in values]:
-        raise ValueError(f"{taken[0]!r} is a key of {name}'s own: choose another")
+    for key in reserved:
+        if key in values:
+            raise ValueError(f"{key!r} is a key of {name}'s own: choose another")
 
 
 def folders_below(folder: str | Path) -> list[Path]:
