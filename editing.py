@@ -27,6 +27,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -87,7 +88,8 @@ def ties(
     check_keep(keep)
     if keep == 1:
         return _agreeing_mean(parts, weights, None)
-    count = max(1, int(keep * (size or parts.shape[1]) + 0.5))
+    exact = Fraction(float(keep)).limit_denominator(10**9)  # 0.29 of 50 is a half
+    count = max(1, math.floor(exact * (size or parts.shape[1]) + Fraction(1, 2)))
     return _agreeing_mean(parts, weights, torch.stack([_largest(part, count) for part in parts]))
 
 

@@ -260,25 +260,31 @@ class FedAvg:
                 self._clear(len(cohort.clients) if self.method.apart(t) else 1)
             left = [place for place in range(len(cohort.clients)) if place not in self.done]
             places, problem = left[group.rank :: group.size], None
-            before, ends = self.theta.detach().clone(), (places[:1], places[-1:])
+            before, version = self.theta.detach().clone(), self.theta._version
             results = iter(self.train(self.theta, cohort.clients[places], t))
             try:
                 for place in places:
                     if (result := next(results, None)) is None:
                         raise ClientError(f"round {t}: train yields fewer results than clients")
-                    if [place] in ends and not torch.equal(before, self.theta):
-                        raise ClientError(f"round {t}: {TOUCHED}")
+                    if place == places[0] or self.theta._version != version:
+                        self._check_untouched(t, before)
                     self._take_in(t, cohort, place, *result)
                     if group.size == 1 and self.method.saves_within and place != places[-1]:
                         yield None
                 if next(results, None) is not None:
                     raise ClientError(f"round {t}: train yields more results than clients")
+                self._check_untouched(t, before)
             except ClientError as error:
                 problem = str(error)
             self._meet(problem)
             record = self._close(t, cohort)
             self.round, self.done = t, {}
             yield record
+
+    def _check_untouched(self, t: int, before: Tensor) -> None:
+        """Raise ClientError where theta is not what it was at the start of a round."""
+        if not torch.allclose(before, self.theta, rtol=0, atol=0, equal_nan=True):
+            raise ClientError(f"round {t}: {TOUCHED}")
 
     def _clear(self, rows: int) -> None:
         """Let the total be zeros of so many rows, at least one."""

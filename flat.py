@@ -56,8 +56,9 @@ class FlatView:
 
     Every parameter starts at a multiple of ALIGNMENT elements; `size` counts the parameters alone,
     without the padding between them (which stays zero). With a half-precision `compute_dtype` the
-    model reads `compute` (P,), a cast of `theta`, and `grad` has that type too; otherwise `compute`
-    is None and the model reads `theta` itself.
+    model reads `compute` (P,), a cast of `theta`, and `grad` has that type too: what is loaded into
+    that model is lost at the next step, and `reset` takes weights in. Otherwise `compute` is None
+    and the model reads `theta` itself.
 
     Pairs carry no buffers: the running statistics of a BatchNorm stay each model's own. A module's
     floating-point buffers, as its state_dict has them, are entries of theta too: the model changes
@@ -193,6 +194,7 @@ class FlatView:
     @torch.no_grad()
     def reset(self, theta: Tensor) -> None:
         """Set all parameters to another flat vector (P,); ValueError as `check_places`."""
+        self.check_places()
         self.theta.copy_(theta)
         self.refresh()
 
@@ -287,6 +289,7 @@ class Entries:
     @torch.no_grad()
     def scatter(self) -> None:
         """Bring the model, and what the optimiser works on, up to date with theta and momentum."""
+        self.flat.check_places()
         if self.index is not None:
             self.flat.theta[self.index] = self.theta
             if not self.compact and self.momentum is not None:

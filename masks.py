@@ -114,7 +114,8 @@ def budget(size: int, sparsity: float) -> int:
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"the sparsity must lie in [0, 1), not {sparsity}")
-    return math.floor((1 - Fraction(str(sparsity))) * size + Fraction(1, 2))
+    exact = 1 - Fraction(float(sparsity)).limit_denominator(10**9)
+    return math.floor(exact * size + Fraction(1, 2))
 
 
 def split_budget(count: int, sizes: Sequence[int]) -> list[int]:

@@ -8,14 +8,15 @@ Every option has a default; COMMAND --help shows it. Runs go into runs/.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS deterministic
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while PyTorch is imported: no traceback
+    with contextlib.suppress(ValueError):  # in a thread
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while PyTorch is imported: no traceback
 
-import contextlib
 import sys
 from collections.abc import Callable
 

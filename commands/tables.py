@@ -67,10 +67,9 @@ LIST, TABLE, PLOT = (Listed,), (Tabled,), (Plotted,)
 def run_list(line: Line) -> None:
     """List the runs: what differs, how far each is, its accuracy, its last change."""
     folders = line.groups.listed.folders or ["runs"]
-    paths = [path for folder in folders for path in runs.folders_below(folder)]
-    if not paths:
+    pasts = [*{p.folder: p for folder in folders for p in history.runs_below(folder)}.values()]
+    if not pasts:
         raise ValueError(f"no run in {', '.join(folders)}: give the folder that they lie in")
-    pasts = [history.read(path) for path in dict.fromkeys(paths)]
     table = [["run", "what differs", "reached", "validation %", "test %", "changed"]]
     for past in sorted(pasts, key=lambda past: past.changed):
         alike = [p for p in pasts if p.options.get("command") == past.options.get("command")]
@@ -81,7 +80,7 @@ def run_list(line: Line) -> None:
         accuracies = [past.accuracy(key) for key in ("val_acc", "test_acc")]
         shown = ["" if a is None else f"{100 * a:.2f}" for a in accuracies]
         differs = history.label(names, values, plain=True) if names else ""
-        changed = ago(time.time() - past.changed)
+        changed = ago(time.time() - past.changed) if past.changed else ""
         table.append([shortened(past.folder, folders), differs, past.state, *shown, changed])
     print(aligned(table))
 
@@ -139,7 +138,8 @@ def run_plot(line: Line) -> None:
         if past.fault:
             raise ValueError(past.fault)
     pasts = [past._replace(records=records_of(past)) for past in pasts]
-    out = o.out or str((pasts[0].folder if len(pasts) == 1 else Path()) / "curves.png")
+    single = len(pasts) == 1 and pasts[0].folder.is_dir()
+    out = o.out or str((pasts[0].folder if single else Path()) / "curves.png")
     if len(pasts) == 1 and o.by is None and o.split is None and o.metric == "both":
         name = (o.labels or [pasts[0].folder.name])[0]
         print(f"written to {plots.plot_curves({name: pasts[0].records}, out)}")

@@ -60,7 +60,8 @@ def cohort_size(clients: int, fraction: float) -> int:
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"the client fraction must lie in (0, 1], not {fraction}")
-    return max(1, math.floor(Fraction(str(fraction)) * clients + Fraction(1, 2)))
+    exact = Fraction(float(fraction)).limit_denominator(10**9)  # 0.29 of 50 is a half
+    return max(1, math.floor(exact * clients + Fraction(1, 2)))
 
 
 def sample_clients(clients: int, fraction: float, *, seed: int, round: int) -> np.ndarray:

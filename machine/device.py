@@ -133,11 +133,14 @@ def exact_products() -> Iterator[None]:
     except RuntimeError:  # it was set by the newer of PyTorch's two ways
         setting, off = "fp32_precision", "ieee"
         before = products.fp32_precision
+    whole = getattr(products, "fp32_precision", None)  # "none": as PyTorch's own, whatever that is
     setattr(products, setting, off)
     try:
         yield
     finally:
         setattr(products, setting, before)
+        if whole is not None:
+            products.fp32_precision = whole
 
 
 def compiled(function: Callable) -> Callable:
@@ -217,3 +220,4 @@ class LossScale:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from `state_dict`'s answer."""
         self.state.copy_(state["state"])
+        self.active = self.active or self.state[0].item() > 1.0

@@ -19,7 +19,6 @@ run (safe_files.py, which this file takes along). drive.py has the loop that res
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -208,10 +207,13 @@ class Run:
         line = (json.dumps(safe_files.as_json(record, "record")) + "\n").encode()
         try:
             with open(self.log_path, "ab", 0, opener=safe_files.no_link) as file:
-                end = file.tell()
-                if file.write(line) < len(line):  # a part of it would stand before the next one
-                    file.truncate(end)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                end, rest = file.tell(), memoryview(line)
+                try:
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                except OSError:
+                    file.truncate(end)  # a part of a line would stand before the next one
+                    raise
         except OSError as error:
             raise OSError(f"cannot write {self.log_path}: {error.strerror}") from None
         self._log += line

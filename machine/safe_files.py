@@ -77,7 +77,7 @@ class WrongFile(DamagedFile):
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a file beside `path`, sync it to disk, then rename it into place."""
     place = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:8]
-    writer = threading.get_native_id()  # others may write it too; a first thread's is the process's
+    writer = threading.get_native_id()  # others may write it too
     aside = path.with_name(f"{path.name}.{place}-{writer}.tmp")
     try:
         aside.unlink(missing_ok=True)  # a link, say
@@ -184,7 +184,7 @@ def _kind(value: Any) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object, sealed or not.
+    """Read a JSON object, sealed or not; the seal is no part of it.
 
     Raises:
         DamagedFile: it is none, or other than what was sealed.
@@ -199,6 +199,7 @@ def read_json(path: Path) -> dict:
         raise DamagedFile(f"{path} is damaged: it is no JSON object")
     if value.get(SEAL, computed := seal(value)) != computed:
         raise DamagedFile(f"{path} is damaged or edited: its checksum does not match")
+    value.pop(SEAL, None)
     return value
 
 

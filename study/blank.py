@@ -116,7 +116,7 @@ def write(runs: Sequence[Past], out: Path) -> tuple[list[str], list[str]]:
     ran = experiments(shown, done)
     if len(masks := ran["density"]) > 1:
         first = f"figure/density shows the first mask, {masks[0].runs[0].folder}"
-        further.append(f"{first}; of each its own folder has the picture")
+        further.append(f"{first}; `calibrate` has drawn each in its folder")
     figures = draw(ran, generated)
     if good:
         with open(generated / "runs.csv", "w", newline="", encoding="utf-8") as file:

@@ -16,7 +16,7 @@ import masks
 from machine import safe_files
 from machine.runs import folders_below
 from study import packed, past
-from study.measures import TEST, VALIDATION, Measure, Sample, best_of
+from study.measures import TEST, VALIDATION, Measure, Sample, best_of, merits
 from study.past import Past
 from study.tables import INSIDE, place
 from study.typeset import formula
@@ -60,19 +60,21 @@ WORDY = {"command", "sharding", "mask_rule", "schedule", "aggregate", "server", 
 
 
 def read_all(folders: Iterable[str]) -> list[Past]:
-    """Return the pasts of the runs that these folders are or hold, each once.
+    """Return the pasts of the runs that these folders are or hold, each once."""
+    runs = [run for folder in folders for run in runs_below(folder) or [read(folder)]]
+    return [*{run.folder: run for run in runs}.values()]
+
+
+def runs_below(folder: str | Path) -> list[Past]:
+    """Return the pasts of the runs at or below a folder.
 
     Those that a sweep has put into a table's one file count as folders beside it.
     """
-    runs: dict[Path, Past] = {}
-    for folder in folders:
-        files = sorted(Path(folder).rglob(packed.FILE))
-        for path in folders_below(folder) or ([] if files else [Path(folder)]):
-            runs[path] = read(path)
-        for file in files:
-            for name, run in packed.read(file).items():
-                path = file.parent / name
-                runs.setdefault(path, told(run._replace(folder=path)))
+    runs = {path: read(path) for path in folders_below(folder)}
+    for file in sorted(Path(folder).rglob(packed.FILE)):
+        for name, run in packed.read(file).items():
+            path = file.parent / name
+            runs.setdefault(path, told(run._replace(folder=path)))
     return [*runs.values()]
 
 
@@ -258,16 +260,16 @@ def at_ends(runs: Sequence[Past], names: Sequence[str]) -> list[str]:
     """Return a line on the rows whose best rate, of several, is an end of those tried."""
     ends = []
     for key, group in rows(runs, names).items():
-        accuracy: dict[float, list[float]] = {}
+        decay = best_rates(group, names)[0].options.get("weight_decay")
+        tried: dict[float, list[tuple[int, float | None]]] = {}
         for run in group:
-            if run.options.get("lr") is not None and run.accuracy("val_acc") is not None:
-                accuracy.setdefault(run.options["lr"], []).append(run.accuracy("val_acc"))
-        where = place({rate: max(values) for rate, values in accuracy.items()} or {0.0: 0.0})
-        if len(accuracy) > 1 and where != INSIDE:
+            if run.options.get("lr") is not None and run.options.get("weight_decay") == decay:
+                pair = run.options["seed"], run.accuracy("val_acc")
+                tried.setdefault(run.options["lr"], []).append(pair)
+        if len(tried) > 1 and (where := place(merits(tried))) != INSIDE:
             ends.append(f"{label(names, key, plain=True)} ({where})")
-    return [f"best at an end of the rates tried, beyond which to try: {'; '.join(ends)}"] * bool(
-        ends
-    )
+    said = "best at an end of the rates tried, beyond which to try"
+    return [f"{said}: {'; '.join(ends)}"] * bool(ends)
 
 
 # ---------------------------------------------------------------------------- the table

@@ -175,10 +175,7 @@ class Workspace:
         if weights != "none":
             vit.load_weights(model, weights)
         if self.backbone.normalisation == "auto" and self.backbone.weights == weights != "none":
-            print(
-                f"weights {weights}: pixels are normalised by {self.normalisation()} statistics, "
-                "going by the file's name; --normalisation says otherwise"
-            )
+            say_normalisation(weights, self.normalisation())
         return model.to(self.device)
 
     def normalisation(self) -> str:
@@ -236,3 +233,12 @@ class Workspace:
     def keeps(self, path: Path) -> bool:
         """Tell whether a file of such a folder may serve: under --fresh one written since."""
         return path.exists() and not (self.source.fresh and path.stat().st_mtime < self.began)
+
+
+@functools.cache
+def say_normalisation(weights: str, pixels: str) -> None:
+    """Say once how the pixels of a file's weights are normalised, where nobody was told."""
+    print(
+        f"weights {weights}: pixels are normalised by {pixels} statistics, going by the file's "
+        "name; --normalisation says otherwise"
+    )

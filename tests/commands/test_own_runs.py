@@ -123,6 +123,8 @@ def test_the_file_of_a_sweeps_table_is_as_good_as_folders(cli, folders):
     packed.pack(Path("runs"), "nc5-0")
     assert cli("table", "runs")[1] == table
     assert cli("plot", "runs", "--metric", "val_acc", "--out", "x.png")[0] == 0
+    assert cli("plot", "runs/nc1-0", "--metric", "val_acc")[0] == 2  # it is a line of the file
+    assert "nc1-0 " in cli("runs")[1]
     status, out, _ = cli("report", "--runs", "runs", "--out", "mine")
     assert status == 0 and "table/fedavg" in out
 

@@ -45,6 +45,7 @@ def test_the_size_of_a_cohort_is_what_is_drawn(fraction):
         assert count == len(sample_by_size([3] * clients, fraction, seed=0, round=1))
         assert count == max(1, math.floor(Decimal(f"{fraction}") * clients + Decimal("0.5")))
     assert cohort_size(25, 0.1) == 3 and cohort_size(50, 0.29) == 15  # a half is rounded up
+    assert cohort_size(9, 1 / 6) == 2 and cohort_size(9, np.float32(1 / 6)) == 2
 
 
 def test_every_client_gets_its_share_of_rounds():

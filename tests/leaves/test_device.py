@@ -56,6 +56,9 @@ def test_a_state_is_a_copy():
     state = scale.state_dict()
     scale.attempt(*needs(16.0))
     assert state["state"].tolist() == [64.0, 64.0, 0.0]
+    off = LossScale(1.0)
+    off.load_state_dict(state)
+    assert off.attempt(*needs(16.0))[1] == 16.0
 
 
 def test_the_scale_is_all_in_its_state():
@@ -148,6 +151,9 @@ def test_products_are_exact_inside_and_as_before_after_an_error():
 def test_products_are_exact_where_the_newer_way_has_set_them_otherwise():
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision
+    with exact_products():
+        pass
+    assert settings.fp32_precision == before  # "none": as PyTorch's own
     try:
         settings.fp32_precision = "tf32"
         with exact_products():

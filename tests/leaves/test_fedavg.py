@@ -8,7 +8,17 @@ import torch
 from conftest import Threads, in_threads
 from loops import reloaded, run
 
-from fedavg import ClientError, Cohort, FedAvg, Method, State, add_delta_, add_up, apply_total_
+from fedavg import (
+    ClientError,
+    Cohort,
+    FedAvg,
+    MeanServer,
+    Method,
+    State,
+    add_delta_,
+    add_up,
+    apply_total_,
+)
 from federated.cohort import sample_clients, shares
 from federated.server import Server
 
@@ -431,7 +441,7 @@ def test_as_many_results_as_clients(count):
         run(federation(train=train, cohort=always(range(4))), 1)
 
 
-@pytest.mark.parametrize(("round", "place"), [(1, 0), (2, 0), (3, 2)])
+@pytest.mark.parametrize(("round", "place"), [(1, 0), (2, 0), (2, 1), (3, 2)])
 def test_a_model_that_trains_in_thetas_memory_is_refused(round, place):
     """Each client would start where the one before ended; a warm-up from zero hides it at first."""
 
@@ -443,6 +453,24 @@ def test_a_model_that_trains_in_thetas_memory_is_refused(round, place):
     loop = federation(train=train, cohort=always([0, 1, 2]))
     with pytest.raises(ClientError, match=rf"round {round}: train has changed .*theta\.clone\(\)"):
         run(loop, 3)
+
+
+def test_a_theta_that_is_changed_after_the_last_result_is_noticed():
+    def train(theta, clients, round):
+        yield from quadratic(theta, clients, round)
+        theta.add_(1.0)
+
+    with pytest.raises(ClientError, match="round 1: train has changed"):
+        run(federation(train=train), 1)
+
+
+def test_a_theta_of_nan_is_no_clients_change_of_it():
+    class Bad(MeanServer):
+        def step_(self, theta, change, unit):
+            theta.fill_(math.nan)
+
+    with pytest.raises(ClientError, match=r"round 2, client \d+, local step 1: the loss is nan"):
+        run(federation(server=Bad()), 2)
 
 
 def test_theta_may_be_a_parameter():

@@ -58,9 +58,12 @@ def test_references_have_the_gradients_of_finite_differences(name):
     assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in operands])
 
 
-@pytest.mark.parametrize("name", ["add_norm", "bias_gelu", "qkv_heads"])
+@pytest.mark.parametrize("name", ["add_norm", "bias_gelu", "qkv_heads", "attention"])
 def test_a_second_derivative_is_refused_rather_than_cut_short(name):
-    function, operands = operations(5, 6, torch.float64)[name]
+    cases = operations(5, 6, torch.float64)
+    x, *linear = cases["qkv_heads"][1]
+    cases["attention"] = partial(fused.attention, heads=3, backend="reference"), [x, *linear]
+    function, operands = cases[name]
     scale = torch.ones((), dtype=torch.float64, device=DEVICE, requires_grad=True)
     x = operands[0].requires_grad_()
     result = function(x * scale, *operands[1:])

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -36,12 +37,14 @@ def by(rule, theta, scores, seed=0):
 def test_every_rule_keeps_exactly_its_budget(rule, size, sparsity):
     theta = torch.randn(size)
     mask = calibrate(theta, by(rule, theta, theta.square), sparsity=sparsity)
-    assert mask.sum() == budget(size, sparsity) == math.floor((1 - sparsity) * size + 0.5)
+    share = 1 - Fraction(str(sparsity))
+    assert mask.sum() == budget(size, sparsity) == math.floor(share * size + Fraction(1, 2))
 
 
 def test_half_an_entry_is_rounded_up():
     """Of the sparsity as it is written: (1 - 0.9) * 5 is 0.49999999999999989 in floats."""
     assert [budget(5, sparsity) for sparsity in (0.9, 0.7, 0.5, 0.3)] == [1, 2, 3, 4]
+    assert budget(5, torch.tensor(0.9)) == 1 and budget(9, 5 / 6) == 2
 
 
 @pytest.mark.parametrize("rounds", [1, 3])

@@ -414,7 +414,7 @@ def test_a_full_disk_leaves_no_part_of_a_line(run):
     handler = signal.signal(signal.SIGXFSZ, ignored)
     resource.setrlimit(resource.RLIMIT_FSIZE, (run.log_path.stat().st_size + 10, limit[1]))
     try:
-        with pytest.raises(OSError, match="cannot write .*log.jsonl: No space"):
+        with pytest.raises(OSError, match="cannot write .*log.jsonl: File too large"):
             run.log({"round": 2, "x": "y" * 50})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

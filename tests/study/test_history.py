@@ -51,6 +51,16 @@ def test_a_best_rate_at_an_end_is_named(runs, tmp_path):
     assert history.at_ends(history.read_all([tmp_path]), ["sharding"]) == []
 
 
+def test_a_best_rate_is_best_by_the_mean_of_its_seeds_there_too(tmp_path):
+    """One seed of the highest rate is the best of all runs."""
+    for lr, accuracies in ((0.1, (0.60, 0.50)), (0.01, (0.58, 0.58)), (0.001, (0.40, 0.40))):
+        for seed, accuracy in enumerate(accuracies):
+            leave(tmp_path / f"{lr}-{seed}", accuracy, lr=lr, seed=seed)
+    runs = history.read_all([tmp_path])
+    assert history.best_rates(runs, ["sharding"])[0].options["lr"] == 0.01
+    assert history.at_ends(runs, ["sharding"]) == []
+
+
 def test_a_masks_rate_is_dense_trainings_times_a_factor(tmp_path):
     for name, factor in (("a", 14.64), ("b", 1.0)):
         leave(tmp_path / name, 0.3, lr=0.01, mask_rule="random")
