@@ -121,6 +121,7 @@ def test_more_rounds_extend_a_run_to_the_bits_of_a_longer_one(cli, small_data):
 
 def test_without_validation_data_the_summary_has_the_test_set(cli, small_data):
     status, out, _ = cli(*TINY, "--val-fraction", 0, "--name", "x")
+    assert "sent " in out and "times the bytes" not in out  # of dense FedAvg, which this is
     summary = json.loads((small_data / "runs" / "x" / "summary.json").read_text())
     assert status == 0 and "test accuracy" in out.splitlines()[-1]
     assert "test_acc" in summary["final"] and "best_by_validation" not in summary

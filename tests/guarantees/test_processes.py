@@ -281,3 +281,15 @@ def test_a_reader_that_goes_stops_all(tmp_path):
     process.stdout.close()
     assert process.wait(timeout=60) == 141 and process.stderr.read() == ""
     assert Run(tmp_path / "runs" / "x").load()["state"]["process"]["round"] < 4000
+
+
+def test_a_group_that_has_ended_leaves_the_threads_as_they_were():
+    script = """
+import torch
+from machine import ranks
+torch.set_num_threads(3)
+with ranks.forked(2, lambda: None):
+    assert torch.get_num_threads() == 1
+assert torch.get_num_threads() == 3
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

@@ -455,6 +455,22 @@ def test_a_model_that_trains_in_thetas_memory_is_refused(round, place):
         run(loop, 3)
 
 
+def test_a_theta_that_one_process_changes_is_noticed_by_all():
+    def train(theta, clients, round):
+        for client in clients:
+            if client == 3:
+                theta.add_(1.0)
+            yield theta.clone(), torch.ones(1)
+
+    def work(group):
+        loop = federation(train=train, cohort=always(range(4)), group=group)
+        with pytest.raises(ClientError, match="round 1: train has changed"):
+            loop.advance()
+        return True
+
+    assert in_threads(2, work) == {0: True, 1: True}
+
+
 def test_a_theta_that_is_changed_after_the_last_result_is_noticed():
     def train(theta, clients, round):
         yield from quadratic(theta, clients, round)

@@ -175,3 +175,14 @@ def test_a_strangers_name_is_a_label_and_no_mathematics(tmp_path, monkeypatch):
     for value in ({}, "x", [1, 2], 10**400):
         with pytest.raises(ValueError, match="acc is no number"):
             plots.plot_curves({"a": [{"round": 1, "val_acc": value}]}, tmp_path / "a.png")
+
+
+def test_many_panels_share_the_name_of_their_axis(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "finish", lambda figure, axes, path: figures.append(figure))
+    log = [{"round": t, "val_acc": 0.1 * t} for t in range(3)]
+    for count in (2, 3):
+        plots.plot_bands({f"{i}": {"a": [log]} for i in range(count)}, tmp_path / "x.png")
+    names = [[axes.get_xlabel() for axes in figure.axes] for figure in figures]
+    assert names == [["round"] * 2, [""] * 3]
+    assert [figure.get_supxlabel() for figure in figures] == ["", "round"]
