@@ -283,7 +283,7 @@ def draw_rates(rows: Sequence[Tried], path: Path) -> None:
         rates = [rate / unit for rate in row.accuracy]
         marks = row.best / unit, row.follows("functional") / unit
         panels.setdefault(sharded(sharding), {})[name] = rates, *marks
-    names = "the best rate tried", "the rate of equal functional change"
+    names = "the best rate tried", "the rate of equal functional change", "the rates tried"
     relations.plot_spans(panels, path, "rate / rate of equal update norm", names)
 
 

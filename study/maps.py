@@ -68,11 +68,11 @@ def plot_histogram(
     for axes, (title, values) in zip(panels[:, 0], groups.items(), strict=True):
         axes.hist(values, bins=edges, color=PALETTE[0], edgecolor="white", linewidth=0.4)
         worst = values[: -(-len(values) // 10)].mean()
-        for at, style, name in ((values.mean(), "-", "mean"), (worst, "--", "worst tenth")):
-            axes.axvline(at, color="black", linestyle=style, linewidth=1, label=f"{name} {at:.1f}")
-        axes.set(title=title, ylabel=what)
+        for at, style in ((values.mean(), "-"), (worst, "--")):
+            axes.axvline(at, color="black", linestyle=style, linewidth=1)
+        said = f"mean {values.mean():.1f}, worst tenth {worst:.1f} (dashed)"
+        axes.set(title=f"{title}: {said}", ylabel=what)
         axes.yaxis.get_major_locator().set_params(integer=True)
-        axes.legend()
     panels[-1, 0].set_xlabel(xlabel)
     return save(figure, path)
 

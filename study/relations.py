@@ -105,13 +105,13 @@ def plot_spans(
     groups: Mapping[str, Mapping[str, tuple[Sequence[float], float, float]]],
     path: str | Path,
     xlabel: str,
-    names: tuple[str, str],
+    names: tuple[str, str, str],
 ) -> None:
     """Draw a line a row, from the lowest to the highest of some positive values, and two marks.
 
     Args:
         groups: title of a panel -> label of the row -> (values, the first mark, the second).
-        names: of the marks.
+        names: of the two marks, and of the lines.
     """
     labels = list(dict.fromkeys(label for group in groups.values() for label in group))
     if not labels:
@@ -122,8 +122,8 @@ def plot_spans(
         y = [-labels.index(label) for label in group]
         values, *marks = zip(*group.values(), strict=True)
         low, high = ([end(v) for v in values] for end in (min, max))
-        axes.hlines(y, low, high, color="0.6", linewidth=1.5)
-        for i, (x, name) in enumerate(zip(marks, names, strict=True)):
+        axes.hlines(y, low, high, color="0.6", linewidth=1.5, label=names[2])
+        for i, (x, name) in enumerate(zip(marks, names[:2], strict=True)):
             full = "none" if i else "full"  # the second lets the first be seen
             axes.plot(x, y, label=name, **look(i) | {"linestyle": "", "fillstyle": full})
         axes.axvline(1, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)))

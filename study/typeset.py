@@ -124,18 +124,17 @@ def grouping(columns: list[str], rows: list[list[str]]) -> int | None:
 def best_rows(
     rows: list[list[str]], heading: list[str], best_by: str, split: int | None
 ) -> list[list[str]]:
-    """Return the row of the highest value of each group; none where shardings mix in a group."""
+    """Return the rows of the highest value of each group; none where shardings mix in a group."""
     at = heading.index(best_by)
     if "sharding" in heading and (split is None or heading[split] != "sharding"):
         return []
     sharding = heading.index("sharding") if "sharding" in heading else None
-    best: dict[str, list[str]] = {}
+    groups: dict[str, dict[float, list[list[str]]]] = {}
     for row in rows:
         if NOT_RUN not in row and row[at]:
-            group = "" if sharding is None else row[sharding]
-            leader = best.setdefault(group, row)
-            best[group] = max(leader, row, key=lambda r: float(r[at].split()[0]))
-    return list(best.values())
+            alike = groups.setdefault("" if sharding is None else row[sharding], {})
+            alike.setdefault(float(row[at].split()[0]), []).append(row)
+    return [row for alike in groups.values() for row in alike[max(alike)]]
 
 
 def group_headings(column: str, groups: list[str], before: int, width: int) -> list[str]:

@@ -24,7 +24,7 @@ DRAWN = {
     ),
     "spans": lambda path: relations.plot_spans(
         {"iid": {"a": ([0.1, 1.0], 1.0, 2.0), "b": ([3.0], 3.0, 9.0)}, "x": {"b": ([1.0], 1.0, 1)}},
-        *(path, "rate", ("best", "other")),
+        *(path, "rate", ("best", "other", "tried")),
     ),
     "shards": lambda path: maps.plot_shards({"a": COUNTS, "b": COUNTS + 1}, path),
     "histogram": lambda path: maps.plot_histogram({"a": [1.0, 2.0, 9.0], "b": []}, path, "x"),

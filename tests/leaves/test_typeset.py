@@ -80,3 +80,8 @@ def test_what_lies_side_by_side():
     assert grouping(["trains", "J"], rows) == 1
     assert grouping(["trains", "head"], [["head", "a"], ["all", "b"], ["all", "c"]]) is None
     assert grouping(["sharding"], [["iid"], ["nc1"]]) is None
+
+
+def test_rows_that_are_level_are_best_together():
+    rows = [["a", "99.95"], ["b", "99.95"], ["c", "99.90"]]
+    assert best_rows(rows, ["rule", "validation"], "validation", None) == rows[:2]
