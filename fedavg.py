@@ -283,7 +283,9 @@ class FedAvg:
 
     def _check_untouched(self, t: int, before: Tensor) -> None:
         """Raise ClientError where theta is not what it was at the start of a round."""
-        if not torch.allclose(before, self.theta, rtol=0, atol=0, equal_nan=True):
+        if torch.equal(before, self.theta):
+            return
+        if not torch.allclose(before, self.theta, rtol=0, atol=0, equal_nan=True):  # NaN as well
             raise ClientError(f"round {t}: {TOUCHED}")
 
     def _clear(self, rows: int) -> None:
