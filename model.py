@@ -234,7 +234,8 @@ class VisionTransformer(nn.Module):
         if (matrix := RESAMPLERS.get(key)) is None:
             with torch.inference_mode(False):  # others may train on it
                 matrix = position_matrix(grid, height, width).to(*key[3:])
-            if type(matrix) is Tensor:  # none of torch.export's, which ends with its trace
+            traced = torch.compiler.is_compiling() or type(matrix) is not Tensor
+            if not traced:  # as torch.export's, which ends with its trace
                 RESAMPLERS[key] = matrix
         patches = matrix @ self.pos_embed[:, 1:]
         return torch.cat([self.pos_embed[:, :1], patches], dim=1)

@@ -588,7 +588,7 @@ def test_what_traces_a_model_leaves_no_tensor_of_its_own_behind():
     torch.export.export(model, (images,))
     assert all(type(matrix) is torch.Tensor for matrix in vit.RESAMPLERS.values())
     assert type(model(images)) is torch.Tensor
-    torch.export.export(model, (images,))  # with the matrix at hand
+    torch.export.export(model, (images,), strict=False)  # with the matrix at hand
     with torch.device("meta"):
         vit.RESAMPLERS.clear()
         assert model(images).device.type == "cpu"
