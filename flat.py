@@ -199,8 +199,7 @@ class FlatView:
         self.refresh()
 
     def refresh(self) -> None:
-        """Bring the compute copy up to date with theta; ValueError as `check_places`."""
-        self.check_places()
+        """Bring the compute copy up to date with theta."""
         if self.compute is not None:
             self.compute.copy_(self.theta)
 

@@ -217,7 +217,7 @@ def list_runs(tables: Tables, jobs: int, times: Times) -> None:
         print(f"{'all':15} {'':24} time left: {time_left(total)}")
     results = next(iter(tables.values())).at.parent.parent
     if (results / "README.md").exists() and any(e.runs(r) for e in tables.values() for r in e.rows):
-        print("done: with those that came with the project; --results mine keeps yours apart")
+        print("runs that came with the project count as done; --results mine keeps yours apart")
     if waiting:
         print(f"{'features':15} {'':24} once, at most: {time_left(times.features(waiting))}")
         print(f"estimated for this machine ({times.processor}) by the parts in {times.path}")

@@ -32,8 +32,8 @@ def test_a_row_is_what_differs_and_a_mean_over_seeds(runs):
 
 def test_runs_that_a_sweep_has_packed_are_runs_like_others(runs, tmp_path):
     def table(folder):
-        found = history.read_all([folder])
-        return history.numbers(found, history.columns(found))
+        pasts = history.read_all([folder])
+        return history.numbers(pasts, history.columns(pasts))
 
     expected = table(tmp_path)
     for name in "abde":
